@@ -1,0 +1,171 @@
+"""Where pretrained weights come from: a local folder, the Hugging Face cache, or the hub; and what lies in them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raysweep.encoders.preprocess import Preprocessing, from_processor_config
+from raysweep.errors import EncoderError
+
+# Seconds that the hub may take to answer; downloads themselves are not limited.
+HUB_TIMEOUT_S = 8.0
+# Two shapes, so that a wrong crop shows on either axis.
+_PARITY_SHAPES = ((90, 140), (150, 100))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on local disk.
+
+    Attributes:
+        name: The hub id or folder as the user wrote it.
+        revision: The commit, where the checkpoint came from the hub.
+        folder: Where its files are.
+        config: The content of its config.json.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: Mapping[str, Any]
+
+    @property
+    def has_safetensors(self) -> bool:
+        """Whether the weights are stored as safetensors; if not, as pickled `.bin`, read with `weights_only`."""
+        return any(self.folder.glob("*.safetensors"))
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Reads the checkpoint's own image processor; None where it has none.
+
+        Raises:
+            EncoderError: the processor does something to the pixels that is not understood.
+        """
+        if not self._has_processor():
+            return None
+        import transformers
+
+        loader: Any = transformers.AutoImageProcessor
+        try:
+            processor = loader.from_pretrained(
+                str(self.folder), backend="pil", trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise EncoderError(f"{self.name}: its image processor cannot be loaded: {first_line(error)}") from error
+        try:
+            preprocessing = from_processor_config(processor.to_dict())
+        except EncoderError as error:
+            raise EncoderError(f"{self.name}: {error}") from None
+        _check_parity(self.name, processor, preprocessing)
+        return preprocessing
+
+    def _has_processor(self) -> bool:
+        if (self.folder / "preprocessor_config.json").is_file():
+            return True
+        # transformers 5 keeps the image processor of a text-and-image model inside its processor's file.
+        combined = self.folder / "processor_config.json"
+        return combined.is_file() and "image_processor" in _read_json(combined, self.name)
+
+
+def load_checkpoint(name: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
+    """Finds a checkpoint, downloading it from the hub when it is neither a folder nor cached.
+
+    Raises:
+        EncoderError: it cannot be had; the message says what was tried and what else would do.
+    """
+    folder = Path(name).expanduser()
+    commit = None
+    if not folder.is_dir():
+        if _is_path(name):
+            raise EncoderError(
+                f"pretrained_model_name_or_path: {name}: no such folder; accepted: a folder with config.json and "
+                "*.safetensors, or a Hugging Face id such as facebook/dinov2-base"
+            )
+        folder = _download(name, revision or "main", with_weights)
+        commit = folder.name
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise EncoderError(f"{name}: no config.json in {folder}; a checkpoint that transformers saved has one")
+    config = _read_json(config_file, name)
+    if not config.get("model_type"):
+        raise EncoderError(f"{name}: config.json names no model_type, so that transformers cannot tell what it is")
+    if with_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        raise EncoderError(f"{name}: no weights in {folder}; looked for *.safetensors and pytorch_model*.bin")
+    return Checkpoint(name=name, revision=commit, folder=folder, config=config)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the type and first line of an error, for messages that are read by people."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that is no folder can only have meant one: hub ids are `name` or `organisation/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def _download(name: str, revision: str, with_weights: bool) -> Path:
+    wanted = ["*.json", "*.safetensors"] if with_weights else ["*.json"]
+    folder = _snapshot(name, revision, wanted)
+    if with_weights and not any(folder.glob("*.safetensors")):
+        # Some early repositories, openai/clip-vit-base-patch32 among them, hold pickled weights only.
+        folder = _snapshot(name, revision, ["*.json", "pytorch_model*.bin"])
+    return folder
+
+
+def _snapshot(name: str, revision: str, patterns: list[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                etag_timeout=HUB_TIMEOUT_S,
+            )
+        )
+    except Exception as error:
+        raise EncoderError(
+            f"{name} (revision {revision}): the pretrained weights cannot be loaded.\n"
+            f"  Tried: a local folder of that name (there is none); the cache {constants.HF_HUB_CACHE} and the hub "
+            f"{constants.ENDPOINT} ({first_line(error)}).\n"
+            "  Ways out: (1) set pretrained_model_name_or_path to a local folder with config.json and *.safetensors; "
+            f"(2) fill the cache where there is a network (`hf download {name}`) and point HF_HOME at it; "
+            "(3) set use_pretrained: false to train from random weights."
+        ) from error
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{name}: {path} cannot be read as JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise EncoderError(f"{name}: {path} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _check_parity(name: str, processor: Any, preprocessing: Preprocessing) -> None:
+    """Runs both on two small images; some processors do more than their config says (LeViT's resize, for one)."""
+    import torch
+
+    noise = np.random.default_rng(0)
+    for height, width in _PARITY_SHAPES:
+        image = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        theirs = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
+        ours = preprocessing.normalize(torch.from_numpy(preprocessing.resize_and_crop(image))[None])[0].numpy()
+        # One grey level, in normalised units.
+        tolerance = 1.01 * preprocessing.rescale_factor / min(preprocessing.std)
+        if theirs.shape != ours.shape or np.abs(theirs - ours).max() > tolerance:
+            raise EncoderError(
+                f"{name}: {type(processor).__name__} does something to the pixels that its config does not say, "
+                "and that is not understood here; choose another checkpoint"
+            )

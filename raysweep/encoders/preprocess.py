@@ -1,0 +1,244 @@
+"""What an encoder expects of its pixels: resize, crop and normalisation, exactly as its own image processor says.
+
+The geometry runs on the CPU on one decoded image; the normalisation runs on a batch, on whatever device it lies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from raysweep.errors import EncoderError
+
+# Keys of an image processor's config that do not change the pixels of an RGB image.
+_WITHOUT_EFFECT = {
+    "_valid_kwargs_names", "_valid_processor_keys", "auto_map", "data_format", "default_to_square", "device",
+    "disable_grouping", "do_convert_rgb", "feature_extractor_type", "image_processor_type", "image_seq_length",
+    "input_data_format", "model_input_names", "pad_size", "processor_class", "return_tensors", "use_fast",
+    "do_reduce_labels",  # label maps of segmentation only
+}  # fmt: skip
+_UNDERSTOOD = {
+    "crop_pct", "crop_size", "do_center_crop", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std",
+    "resample", "rescale_factor", "size",
+}  # fmt: skip
+
+# 16 million pixels: reached by images more than about 200 times as long as they are wide.
+_MAX_RESIZED_PIXELS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """One encoder's preprocessing; equal to its transformers image processor (PIL backend) within 1/255.
+
+    Attributes:
+        resize: `shortest_edge` keeps the aspect ratio, `exact` does not.
+        resize_size: Pixels of the shorter side, or (height, width) for `exact`.
+        crop_size: Side of the square centre crop, zero-padded where the image is smaller; None for no crop.
+        resample: `PIL.Image.Resampling` value.
+        rescale_factor: Multiplies the 0..255 values, before the normalisation.
+        mean: Per RGB channel, in rescaled units; likewise `std`.
+    """
+
+    resize: Literal["shortest_edge", "exact"]
+    resize_size: int | tuple[int, int]
+    crop_size: int | None
+    resample: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float = 1 / 255
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-able dict that `from_dict` reads back to an equal object."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Preprocessing":
+        """Rebuilds from `to_dict`, also after a trip through JSON."""
+        arguments: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in value.items()}
+        return cls(**arguments)
+
+    @property
+    def resized_side(self) -> int:
+        """The shorter side after the resize, in pixels."""
+        return self.resize_size if isinstance(self.resize_size, int) else min(self.resize_size)
+
+    @property
+    def min_side(self) -> int:
+        """Shorter side, in pixels, below which a JPEG's draft mode must not go.
+
+        Twice what the resize asks for: from there on the resize hides that the decoder skipped coefficients
+        (Pillow's own thumbnails use the same gap of 2.0).
+        """
+        return 2 * (self.resize_size if isinstance(self.resize_size, int) else max(self.resize_size))
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of what the encoder sees."""
+        return (self.crop_size, self.crop_size) if self.crop_size else self._resize_pair
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) that `resize_for_training` gives: the resize's size, never smaller than the crop."""
+        height, width = self._resize_pair
+        return max(height, self.crop_size or 0), max(width, self.crop_size or 0)
+
+    @property
+    def _resize_pair(self) -> tuple[int, int]:
+        size = self.resize_size
+        return (size, size) if isinstance(size, int) else size
+
+    def with_image_size(self, image_size: int) -> "Preprocessing":
+        """Returns a copy that ends at `image_size` pixels a side; resize and crop keep their proportion."""
+        if self.crop_size is None:
+            return replace(self, resize_size=(image_size, image_size))
+        scale = image_size / self.crop_size
+        size = self.resize_size
+        resized = round(size * scale) if isinstance(size, int) else (round(size[0] * scale), round(size[1] * scale))
+        return replace(self, resize_size=resized, crop_size=image_size)
+
+    def resize_and_crop(self, image: Image.Image) -> np.ndarray:
+        """Returns the final geometry, uint8 (height, width, 3); what evaluation and feature extraction use."""
+        return np.ascontiguousarray(self.resize_for_training(image)[self._centre()])
+
+    def resize_for_training(self, image: Image.Image) -> np.ndarray:
+        """Returns uint8 `training_size` + (3,) for augmentation to crop from; its centre crop is `resize_and_crop`."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        full_height, full_width = self._resized(image.height, image.width)
+        training_height, training_width = self.training_size
+        top, height = _window(full_height, training_height, self.output_size[0])
+        left, width = _window(full_width, training_width, self.output_size[1])
+        resample, window = Image.Resampling(self.resample), (left, top, left + width, top + height)
+        if full_height * full_width <= _MAX_RESIZED_PIXELS:
+            kept = np.array(image.resize((full_width, full_height), resample=resample).crop(window))
+        else:
+            # A strip of 1 x 10,000 pixels would become 256 x 2,560,000: only what is kept is resized. Not done
+            # always, because Pillow may then take the two axes in another order and round differently.
+            x, y = image.width / full_width, image.height / full_height
+            box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+            kept = np.array(image.resize((width, height), resample=resample, box=box))
+        if kept.shape[:2] == self.training_size:
+            return kept
+        padded = np.zeros((training_height, training_width, 3), dtype=np.uint8)
+        # The odd pixel of padding goes first, as in transformers.image_transforms.center_crop.
+        above, before = ceil((training_height - height) / 2), ceil((training_width - width) / 2)
+        padded[above : above + height, before : before + width] = kept
+        return padded
+
+    def centre_crop(self, images: torch.Tensor) -> torch.Tensor:
+        """Crops `resize_for_training` images (batch, height, width, 3) to `output_size`."""
+        return images[(slice(None), *self._centre())]
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Turns uint8 (batch, height, width, 3) into float32 (batch, 3, height, width) on the same device."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        pixels = images.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        return (pixels * self.rescale_factor - mean) / std
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.resize == "exact":
+            return self._resize_pair
+        side = self.resized_side
+        # The longer side is truncated, not rounded: transformers.image_transforms.get_resize_output_image_size.
+        return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
+
+    def _centre(self) -> tuple[slice, slice]:
+        (height, width), (full_height, full_width) = self.output_size, self.training_size
+        top, left = (full_height - height) // 2, (full_width - width) // 2
+        return slice(top, top + height), slice(left, left + width)
+
+
+def _window(full: int, training: int, output: int) -> tuple[int, int]:
+    """Start and length, in resized pixels, of what is kept along one axis.
+
+    The start is such that the centre `output` pixels of the window are the centre ones of the whole, to the pixel:
+    two floor divisions in a row would be one off where `training - output` is odd.
+    """
+    if full <= training:
+        return 0, full
+    return (full - output) // 2 - (training - output) // 2, training
+
+
+def from_processor_config(config: Mapping[str, Any]) -> Preprocessing:
+    """Reads an image processor's `to_dict()` or the content of a complete `preprocessor_config.json`.
+
+    Raises:
+        EncoderError: a key changes the pixels in a way that is not understood here; it is named, never ignored.
+    """
+    for key, value in config.items():
+        # A step that is switched off needs no understanding.
+        if key not in _WITHOUT_EFFECT | _UNDERSTOOD and value not in (None, False):
+            raise _not_understood(key, value, "no such step is known")
+    if not config.get("do_resize", True):
+        raise _not_understood("do_resize", False, "images of different sizes cannot be batched")
+    if config.get("resample") is None:
+        raise _not_understood("resample", None, "a PIL resampling filter (0 to 5) is needed")
+    rescales, normalizes = config.get("do_rescale", True) is not False, config.get("do_normalize", True) is not False
+    resize, resize_size, crop_size = _geometry(config)
+    return Preprocessing(
+        resize=resize,
+        resize_size=resize_size,
+        crop_size=crop_size,
+        resample=int(config["resample"]),
+        rescale_factor=float(config.get("rescale_factor") or 1 / 255) if rescales else 1.0,
+        mean=_channels(config, "image_mean") if normalizes else (0.0, 0.0, 0.0),
+        std=_channels(config, "image_std") if normalizes else (1.0, 1.0, 1.0),
+    )
+
+
+Geometry = tuple[Literal["shortest_edge", "exact"], int | tuple[int, int], int | None]
+
+
+def _geometry(config: Mapping[str, Any]) -> Geometry:
+    size, crop_pct = _size(config), config.get("crop_pct")
+    crop_size = _crop_size(config) if config.get("do_center_crop") else None
+    if crop_pct is not None:
+        return _convnext_geometry(config, size, float(crop_pct))
+    if set(size) == {"height", "width"}:
+        return "exact", (int(size["height"]), int(size["width"])), crop_size
+    if set(size) != {"shortest_edge"}:
+        raise _not_understood("size", size, "accepted: {shortest_edge: n} or {height: n, width: n}")
+    if crop_size is None:
+        raise _not_understood("size", size, "without a centre crop the images differ in size and cannot be batched")
+    return "shortest_edge", int(size["shortest_edge"]), crop_size
+
+
+def _convnext_geometry(config: Mapping[str, Any], size: Mapping[str, int], crop_pct: float) -> Geometry:
+    """ConvNeXt's rule: below 384 px resize to size / crop_pct and crop, from 384 px on squash (its image processor)."""
+    if "ConvNext" not in str(config.get("image_processor_type")) or set(size) != {"shortest_edge"}:
+        raise _not_understood("crop_pct", crop_pct, "it is known of ConvNeXt's processor only")
+    side = int(size["shortest_edge"])
+    return ("shortest_edge", int(side / crop_pct), side) if side < 384 else ("exact", (side, side), None)
+
+
+def _size(config: Mapping[str, Any]) -> dict[str, int]:
+    size = config.get("size")
+    if isinstance(size, int) and config.get("default_to_square") is not None:
+        return {"height": size, "width": size} if config["default_to_square"] else {"shortest_edge": size}
+    if size is None or isinstance(size, int):
+        raise _not_understood("size", size, "accepted: {shortest_edge: n} or {height: n, width: n}")
+    return {key: value for key, value in dict(size).items() if value is not None}
+
+
+def _crop_size(config: Mapping[str, Any]) -> int:
+    crop = config.get("crop_size")
+    sides = {crop} if isinstance(crop, int) else set(dict(crop or {}).values()) - {None}
+    if len(sides) != 1:
+        raise _not_understood("crop_size", crop, "only square crops are understood")
+    return int(cast(int, sides.pop()))
+
+
+def _channels(config: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    value = config.get(key)
+    values = (value,) * 3 if isinstance(value, int | float) else tuple(value or ())
+    if len(values) != 3:
+        raise _not_understood(key, value, "three numbers, one for each of red, green and blue, are needed")
+    return tuple(float(item) for item in values)
+
+
+def _not_understood(key: str, value: Any, reason: str) -> EncoderError:
+    return EncoderError(f"image processor: {key}: {value!r} is not understood; {reason}")

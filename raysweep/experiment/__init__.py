@@ -1,0 +1,1 @@
+"""The experiment file: YAML in, a frozen and validated Experiment out. No torch here."""

@@ -1,0 +1,315 @@
+"""The experiment file: one YAML in, one frozen `Experiment` out, with every default filled in."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from raysweep.experiment.explain import explain
+from raysweep.experiment.space import Dimension, Mode, Sampler, SpaceOf, complete_space, num_grid_points, problems_at
+from raysweep.experiment.studies import (
+    Count,
+    EncoderConfig,
+    Fraction,
+    Section,
+    Shots,
+    StudyConfig,
+    Text,
+    list_studies,
+    mode_problems,
+)
+from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_overrides
+from raysweep.paths import file_name
+
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "Experiment",
+    "ResourcesConfig",
+    "SearchBlock",
+    "SearchConfig",
+    "StudyConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "experiment_schema",
+    "load_experiment",
+    "resolved_yaml",
+]
+
+MAX_GRID_POINTS = 10_000
+
+
+def _list_of(default: Any = ..., **constraints: Any) -> Any:
+    # YAML has lists and the models tuples: the one place where strict typing gives way.
+    return Field(default=default, strict=False, min_length=1, **constraints)
+
+
+def _without_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    for index, value in enumerate(values or ()):
+        if value in (values or ())[:index]:
+            raise problems_at(((index,), f"{value} is listed twice"))
+    return values
+
+
+class DataConfig(Section):
+    """Where the images are, and how they are split."""
+
+    source: Text = Field(
+        description="Folder (split/class/*.jpg or class/*.jpg), .csv .tsv .parquet .jsonl, s3:// gs:// hf:// URI, or "
+        "sklearn://digits. A local path is relative to the working directory."
+    )
+    image: Text | None = Field(
+        default=None, description="Tables: column with a path, bytes or {bytes, path} (default: found)."
+    )
+    label: Text | None = Field(
+        default=None, description="Tables: column with the class, text or integer (default: found)."
+    )
+    split: Text | None = Field(
+        default="split", description="Tables: column with train/validation/test, used where present."
+    )
+    validation_fraction: Fraction = Field(
+        default=0.1, description="Taken from train, stratified, when there is no validation."
+    )
+    test_fraction: Fraction = Field(
+        default=0.2, description="Taken from train, stratified, when there is no test split."
+    )
+    max_bad_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="Share of unreadable images that stops the sweep."
+    )
+    shots: tuple[Shots, ...] = _list_of(
+        ("all",), description="Training images per class, numbers or all; each value is a study of its own."
+    )
+
+    _check_shots = field_validator("shots")(_without_repeats)
+
+    @field_validator("test_fraction")
+    @classmethod
+    def _leave_something_to_train_on(cls, value: float, info: ValidationInfo) -> float:
+        validation = info.data.get("validation_fraction", 0)
+        if validation + value >= 1:
+            raise ValueError(f"with validation_fraction ({validation:g}) it must stay below 1, found {value:g}")
+        return value
+
+
+def _by_mode() -> Any:
+    # Stands for "not given" until SearchBlock puts the mode's own number, or the size of the grid, in its place.
+    return None
+
+
+def _space() -> Any:
+    return Field(default_factory=dict, description="Dimensions searched; those not named keep their default.")
+
+
+class SearchBlock(Section):
+    """The search of one mode."""
+
+    mode: ClassVar[Mode]
+    default_num_trials: ClassVar[int]
+
+    sampler: Sampler = Field(
+        default="tpe", description="How settings are picked; grid tries every combination of values."
+    )
+    space: dict[str, Dimension] = _space()
+    num_trials: Count = Field(
+        default_factory=_by_mode, description="Settings to try (default: by mode; grid: all of them)."
+    )
+    time_budget_s: float | None = Field(default=None, gt=0, description="Seconds after which no new trial starts.")
+    population: Count | Literal["auto"] = Field(default="auto", description="Heads trained together in one Train run.")
+
+    @field_validator("space")
+    @classmethod
+    def _complete(cls, value: dict[str, Dimension], info: ValidationInfo) -> dict[str, Dimension]:
+        return complete_space(cls.mode, value, info.data.get("sampler", "tpe"))
+
+    @field_validator("num_trials", mode="before")
+    @classmethod
+    def _count(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("sampler") != "grid" or "space" not in info.data:
+            return cls.default_num_trials if value is None else value
+        size = num_grid_points(info.data["space"])
+        if value is None and size > MAX_GRID_POINTS:
+            raise ValueError(f"the grid has {size:,} points: offer fewer values, or say here how many to try")
+        return size if value is None else min(value, size) if type(value) is int else value
+
+
+class LinearProbeSearch(SearchBlock):
+    """The search of linear_probe: a head on frozen features."""
+
+    mode = "linear_probe"
+    default_num_trials = 64
+    space: Annotated[dict[str, Dimension], SpaceOf("linear_probe")] = Field(
+        default={}, description="Dimensions searched; those not named keep their default."
+    )
+
+
+class FineTuneSearch(SearchBlock):
+    """The search of fine_tune: every weight, starting from pretrained ones."""
+
+    mode = "fine_tune"
+    default_num_trials = 8
+    space: Annotated[dict[str, Dimension], SpaceOf("fine_tune")] = Field(
+        default={}, description="Dimensions searched; those not named keep their default."
+    )
+
+
+class FromScratchSearch(SearchBlock):
+    """The search of from_scratch: every weight, starting from random ones."""
+
+    mode = "from_scratch"
+    default_num_trials = 12
+    space: Annotated[dict[str, Dimension], SpaceOf("from_scratch")] = Field(
+        default={}, description="Dimensions searched; those not named keep their default."
+    )
+
+
+class SearchConfig(Section):
+    """One search block a mode."""
+
+    linear_probe: LinearProbeSearch = Field(default_factory=LinearProbeSearch, description="Search of the probes.")
+    fine_tune: FineTuneSearch = Field(default_factory=FineTuneSearch, description="Search of fine-tuning.")
+    from_scratch: FromScratchSearch = Field(
+        default_factory=FromScratchSearch, description="Search of training from scratch."
+    )
+
+    def block(self, mode: Mode) -> SearchBlock:
+        """Returns the block of one mode."""
+        blocks: dict[Mode, SearchBlock] = {
+            "linear_probe": self.linear_probe,
+            "fine_tune": self.fine_tune,
+            "from_scratch": self.from_scratch,
+        }
+        return blocks[mode]
+
+
+class AugmentationConfig(Section):
+    """Random changes to training images; linear probes see none."""
+
+    min_crop_scale: float = Field(
+        default=0.35, gt=0, le=1, description="Smallest share of the image that a crop keeps."
+    )
+    horizontal_flip: bool = Field(default=True, description="Mirror half of the images.")
+
+
+class TrainConfig(Section):
+    """What every training loop shares."""
+
+    batch_size: Count = Field(default=64, description="Images a step, over all workers together.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 where the hardware has it."
+    )
+    early_stopping_patience: Count = Field(
+        default=5, description="Epochs without a better validation score before stopping."
+    )
+    augmentation: AugmentationConfig | None = Field(
+        default_factory=AugmentationConfig, description="null switches it off."
+    )
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+
+
+class ResourcesConfig(Section):
+    """What one training run takes of the machine or cluster."""
+
+    num_workers: Count = Field(default=1, description="Data-parallel workers of one training run.")
+    use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: when the cluster has one.")
+    cpus_per_worker: Count = Field(default=1, description="CPUs that a worker holds.")
+    gpus_per_worker: float = Field(
+        default=1, gt=0, description="GPUs that a worker holds when GPUs are used; may be 0.5."
+    )
+    max_concurrent_trials: Count | Literal["auto"] = Field(default="auto", description="auto: as many as fit.")
+
+
+class TrackingConfig(Section):
+    """Where MLflow keeps the runs."""
+
+    uri: Text = Field(default="sqlite:///mlflow.db", description="MLflow tracking URI.")
+    experiment: Text | None = Field(default=None, description="MLflow experiment (default: the experiment's name).")
+    register_model: Text | None = Field(default=None, description="Name under which the winner is registered.")
+
+
+class Experiment(Section):
+    """One experiment file."""
+
+    name: str = Field(max_length=100, description="Names the folder of results (default: the file's stem).")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of splits, samplers, initial weights and shuffles.")
+    storage: Text = Field(default="runs", description="Local folder, or s3:// or gs:// URI, for results and caches.")
+    data: DataConfig = Field(description="The images.")
+    modes: tuple[Mode, ...] | None = _list_of(None, description="Modes to study (default: what suits each encoder).")
+    encoders: tuple[EncoderConfig, ...] = _list_of(description="The encoders to compare.")
+    search: SearchConfig = Field(default_factory=SearchConfig, description="What to search in each mode.")
+    metric: Literal["val/accuracy", "val/macro_f1", "val/loss"] = Field(
+        default="val/accuracy", description="What trials are ranked by."
+    )
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Training loop.")
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Workers, CPUs and GPUs.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
+
+    _check_modes = field_validator("modes")(_without_repeats)
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_file_name(cls, value: str) -> str:
+        if file_name(value) != value:
+            raise ValueError(f"becomes a file name: letters, digits and . _ + - only; write {file_name(value)}")
+        return value
+
+    @field_validator("encoders")
+    @classmethod
+    def _each_study_once(cls, value: tuple[EncoderConfig, ...], info: ValidationInfo) -> tuple[EncoderConfig, ...]:
+        found = mode_problems(value, info.data["modes"]) if "modes" in info.data else []
+        if found:
+            raise problems_at(*found)
+        return value
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """Which way the metric gets better."""
+        return "minimize" if self.metric == "val/loss" else "maximize"
+
+    def studies(self) -> tuple[StudyConfig, ...]:
+        """Lists the studies in the order in which they run: by shots, then encoder, a probe before its fine-tuning."""
+        return list_studies(self.encoders, self.modes, self.data.shots)
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads and checks an experiment file.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b.c=value` settings that replace what the file says; entries of lists by index.
+
+    Raises:
+        ConfigError: everything that is wrong with the file, one line each.
+    """
+    file = with_overrides(read_yaml(Path(path)), overrides)
+    try:
+        experiment = Experiment.model_validate({"name": file_name(Path(path).stem), **file.data})
+    except ValidationError as error:
+        raise config_error(file, [*file.problems, *explain(error, file, experiment_schema())]) from None
+    if file.problems:
+        raise config_error(file, file.problems)
+    return experiment
+
+
+def experiment_schema() -> dict[str, Any]:
+    """Returns the JSON schema of an experiment file, for editors."""
+    schema = _without_noise(Experiment.model_json_schema())
+    schema["required"].remove("name")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "raysweep experiment", **schema}
+
+
+def _without_noise(node: Any) -> Any:
+    # Pydantic titles every key with the key itself; an editor would show that above the description.
+    if isinstance(node, list):
+        return [_without_noise(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_noise(child) for key, child in node.items() if key != "title"}
+
+
+def resolved_yaml(experiment: Experiment) -> str:
+    """Writes an experiment with every default filled in; loading it gives an equal experiment."""
+    return dump_yaml(json.loads(experiment.model_dump_json()))

@@ -1,0 +1,234 @@
+"""A YAML file that remembers its lines, command-line overrides of it, and the error that lists its problems."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysweep.errors import ConfigError, did_you_mean
+
+KeyPath = tuple[str | int, ...]
+
+# YAML 1.1 wants a dot in 1e-4, and reads it as text without one; nobody who writes a learning rate means text.
+_EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+_RESOLVERS = {
+    first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), ("tag:yaml.org,2002:float", _EXPONENT)]
+    for first in "-+0123456789"
+}
+
+_TEXT_KEYS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {**yaml.SafeLoader.yaml_implicit_resolvers, **_RESOLVERS}  # noqa: RUF012
+
+
+class _Dumper(yaml.SafeDumper):
+    # The same resolvers as the loader's, so that a revision such as 12345e6 is quoted and stays text.
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, **_RESOLVERS}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend: where it stands in the YAML, and what is wrong there."""
+
+    path: KeyPath
+    message: str
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """What a YAML file holds, and where each part of it stands."""
+
+    name: str
+    data: Any
+    root: yaml.Node | None = None
+    problems: tuple[Problem, ...] = ()
+    overridden: tuple[KeyPath, ...] = ()
+
+    def lines(self, path: KeyPath) -> list[int]:
+        """Returns the line, counted from 1, of each step of the path that stands in the file."""
+        node, found = self.root, []
+        for step in path:
+            entry = _entry(node, step)
+            if entry is None:
+                break
+            found.append(entry[0].start_mark.line + 1)
+            node = entry[1]
+        return found
+
+    def found(self, path: KeyPath) -> str:
+        """Describes the value at a path, a number as it is spelt in the file."""
+        node, value = self.root, self.data
+        for step in path:
+            entry = _entry(node, step)
+            node = entry[1] if entry else None
+            value = child(value, step)
+        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | None):
+            return str(node.value)
+        return _described(value)
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Reads one YAML mapping; keys given twice are kept as problems, to be shown with all others.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, empty, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        nearby = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = f"; {did_you_mean(str(path), nearby)}".replace("accepted:", "there are") if nearby else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    root, data = _parsed(str(path), text)
+    if data is None:
+        raise ConfigError(f"{path}: empty; an experiment needs at least data.source and encoders")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values (name: ..., data: ...), found {_described(data)}")
+    return YamlFile(str(path), data, root, tuple(_bad_keys(root, (), set())))
+
+
+def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
+    """Applies `a.b.c=value` overrides in order, each value read as YAML; those that fail become problems."""
+    data, problems, paths = file.data, list(file.problems), list(file.overridden)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path: KeyPath = tuple(key.strip().split("."))
+        if not equals or "" in path:
+            problems.append(Problem((), f"--set {override}: expected a.b.c=value"))
+            continue
+        try:
+            root, value = _parsed(f"--set {override}", text)
+            data = _with_value(data, path, value)
+        except ConfigError as error:
+            problems.append(Problem((), str(error)))
+            continue
+        steps = tuple(int(step) if str(step).isdigit() else step for step in path)
+        problems.extend(_bad_keys(root, steps, set()))
+        paths.append(steps)
+    return replace(file, data=data, problems=tuple(problems), overridden=tuple(paths))
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """Writes a mapping as YAML in its own order, innermost mappings on one line, so that `read_yaml` gives it back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def config_error(file: YamlFile, problems: Sequence[Problem]) -> ConfigError:
+    """Puts all problems into one error, one a line, in the order of the file."""
+    in_order = sorted(problems, key=lambda problem: problem.line or (file.lines(problem.path) or [0])[-1])
+    lines = dict.fromkeys(f"  {_place(file, problem)}{problem.message}" for problem in in_order)
+    return ConfigError(f"{file.name}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines))
+
+
+def _parsed(name: str, text: str) -> tuple[yaml.Node | None, Any]:
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{name}: {where}not valid YAML: {_syntax_problem(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _syntax_problem(error: yaml.MarkedYAMLError) -> str:
+    if "another document" in str(error.problem):
+        return "a second document starts here; an experiment file holds one"
+    if "'\\t'" in str(error.problem):
+        return f"{error.problem}; indent with spaces"
+    started = f" from line {error.context_mark.line + 1}" if error.context_mark else ""
+    return f"{error.problem}" + (f" ({error.context}{started})" if error.context else "")
+
+
+def _bad_keys(node: yaml.Node | None, path: KeyPath, seen: set[int]) -> Iterator[Problem]:
+    # An anchored node is looked at once, however often it is referred to: it may even contain itself.
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            yield from _bad_keys(child, (*path, index), seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, child in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first:
+                yield Problem((*path, key.value), f"given twice, first on line {first[key.value]}", line)
+            elif key.tag not in _TEXT_KEYS:
+                yield Problem((*path, key.value), "YAML does not read this key as text; put it in quotes", line)
+            first.setdefault(key.value, line)
+            yield from _bad_keys(child, (*path, key.value), seen)
+
+
+def _entry(node: yaml.Node | None, step: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """Returns the key and value nodes of a mapping, or an entry of a sequence twice."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step], node.value[step]
+    if isinstance(node, yaml.MappingNode):
+        # Of a key given twice the last is what counts, as in the data.
+        return next(((key, value) for key, value in reversed(node.value) if key.value == str(step)), None)
+    return None
+
+
+def _with_value(data: Any, path: KeyPath, value: Any, done: KeyPath = ()) -> Any:
+    """Returns a copy of nested `data` with one value replaced; the original may be shared through anchors."""
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    if isinstance(data, list):
+        if not str(step).isdigit() or int(step) >= len(data):
+            raise ConfigError(
+                f"--set {_dotted((*done, *path))}: {_dotted(done)} is a list of {len(data)}, counted from 0"
+            )
+        index = int(step)
+        return [*data[:index], _with_value(data[index], rest, value, (*done, step)), *data[index + 1 :]]
+    if not isinstance(data, dict | None):
+        raise ConfigError(f"--set {_dotted((*done, *path))}: {_dotted(done)} is {_described(data)} and has no keys")
+    return {**(data or {}), step: _with_value((data or {}).get(step), rest, value, (*done, step))}
+
+
+def _place(file: YamlFile, problem: Problem) -> str:
+    """Writes where a problem stands, `a.b (line 3): `; nothing for a problem with the whole file."""
+    path, lines = problem.path, file.lines(problem.path)
+    if not path:
+        return ""
+    notes = [f"line {problem.line or lines[-1]}"] if lines else []
+    if any(path[: len(changed)] == changed for changed in file.overridden):
+        notes = ["--set"]
+    elif any(changed[: len(path)] == path for changed in file.overridden):
+        notes = [*notes, "--set"] if len(lines) == len(path) else ["--set"]
+    return _dotted(path) + (f" ({' and '.join(notes)}): " if notes else ": ")
+
+
+def child(value: Any, step: str | int) -> Any:
+    """Returns what stands one step below a value, None when nothing does."""
+    if isinstance(value, dict):
+        return value.get(step)
+    return value[step] if isinstance(value, list | tuple) and isinstance(step, int) and step < len(value) else None
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))

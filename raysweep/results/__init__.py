@@ -1,0 +1,1 @@
+"""What comes out: tracking, selection, models and the leaderboard."""

@@ -1,0 +1,318 @@
+"""The search for one encoder and mode: an Optuna study that Ray Tune works through, Population by Population.
+
+The only importer of optuna. The study in its journal is the truth: every trial told is there, a resumed sweep opens
+it again and goes on, and Tune is started afresh for what is left of the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysweep.errors import ConfigError, TrialError, did_you_mean
+from raysweep.experiment.config import SearchBlock
+from raysweep.experiment.space import Choices, Dimension, FloatRange, Mode, Setting, fit_to_space, grid, recommended
+from raysweep.trial import run_population, trial_resources
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_POPULATION = 64
+MIN_POPULATION = 8
+POPULATIONS_PER_STUDY = 4
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none."""
+
+    number: int
+    setting: Setting
+    final: dict[str, float]
+    history: list[dict[str, float]]
+    checkpoint: str | None
+    details: dict[str, float]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told while a study runs: of every epoch of a lone trial, and of every finished trial."""
+
+    on_epoch: Callable[[int, Setting, int, dict[str, float]], None]
+    on_trial: Callable[[TrialRecord], None]
+
+
+def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
+    """The search space of a study: the block's, with `features` narrowed to what the encoder has.
+
+    Raises:
+        ConfigError: none of the feature sources asked for is one of the encoder's.
+    """
+    space = dict(block.space)
+    if block.mode != "linear_probe":
+        return space
+    if "features" not in space:
+        # A grid tries just the default source, so that its size is what the experiment file says.
+        space["features"] = Choices(choices=tuple(sources[:1] if block.sampler == "grid" else sources))
+        return space
+    wanted = space["features"]
+    assert isinstance(wanted, Choices)
+    offered = tuple(source for source in wanted.choices if source in sources)
+    if not offered:
+        hint = did_you_mean(str(wanted.choices[0]), sources)
+        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has none of {wanted.choices}; {hint}")
+    return space | {"features": Choices(choices=offered)}
+
+
+def population_size(block: SearchBlock) -> int:
+    """How many trials train together: for `auto`, enough rounds that later ones learn from earlier ones."""
+    if block.mode != "linear_probe":
+        return 1
+    if block.population != "auto":
+        return min(block.population, block.num_trials)
+    wanted = math.ceil(block.num_trials / POPULATIONS_PER_STUDY)
+    return min(max(wanted, MIN_POPULATION), MAX_POPULATION, block.num_trials)
+
+
+class Search:
+    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
+
+    Args:
+        journal: file of the journal storage; holds the studies of all invocations.
+        name: of the study; made unique by the signature of all that its results depend on.
+        block: sampler and budget.
+        space: from `study_space`.
+        metric: key among a trial's final metrics that is optimised.
+        direction: `maximize` or `minimize`.
+        seed: of the sampler.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        name: str,
+        block: SearchBlock,
+        space: Mapping[str, Dimension],
+        metric: str,
+        direction: str,
+        seed: int,
+    ) -> None:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
+        self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.optuna_study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+                study_name=name,
+                direction=direction,
+                sampler=_sampler(block.sampler, seed),
+                load_if_exists=True,
+            )
+        past = self.optuna_study.get_trials(deepcopy=False)
+        # A resumed sampler must not draw again what it drew before.
+        self.optuna_study.sampler = _sampler(block.sampler, seed + len(past))
+        if not past:
+            self._enqueue_first()
+        self._continue_interrupted()
+
+    def _enqueue_first(self) -> None:
+        if self.block.sampler == "grid":
+            first = grid(self.space)[: self.block.num_trials]
+        else:
+            first = [fit_to_space(setting, self.space) for setting in recommended(self.block.mode)]
+        for setting in first:
+            self.optuna_study.enqueue_trial(setting, skip_if_exists=True)
+
+    def _continue_interrupted(self) -> None:
+        from optuna.trial import TrialState
+
+        for trial in self.optuna_study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
+            first = trial.user_attrs.get("continues", trial.number)
+            self.optuna_study.enqueue_trial(trial.params, user_attrs={"continues": first})
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Every trial that came to an end, failed ones included, interrupted ones not."""
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        return [TrialRecord(**trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+
+    @property
+    def num_remaining(self) -> int:
+        """Trials left of the budget."""
+        return max(0, self.block.num_trials - len(self.records))
+
+    def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
+        """Draws settings for a Population."""
+        return [self.optuna_study.ask(self.distributions) for _ in range(num_trials)]
+
+    def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
+        """Records a trial's end; one without a finite value failed, and is never left running."""
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("record", vars(record) | {"history": []})
+        value = record.final.get(self.metric, math.nan)
+        if record.error is None and math.isfinite(value):
+            self.optuna_study.tell(trial, value)
+        else:
+            self.optuna_study.tell(trial, state=TrialState.FAIL)
+
+    def best(self) -> TrialRecord:
+        """The trial with the best value; among equals the one with the lowest validation loss, then the first.
+
+        Raises:
+            TrialError: every trial failed.
+        """
+        records = self.records
+        usable = [r for r in records if r.error is None and math.isfinite(r.final.get(self.metric, math.nan))]
+        if not usable:
+            reasons = sorted({record.error or "the metric was not a finite number" for record in records})
+            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {'; '.join(reasons[:3])}")
+        sign = 1 if self.direction == "maximize" else -1
+        return max(usable, key=lambda r: (sign * r.final[self.metric], -r.final["val/loss"], -r.number))
+
+
+def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if kind == "tpe":
+            # The constant liar keeps the settings of one Population, all asked for at once, apart.
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.RandomSampler(seed=seed)  # a grid's settings are enqueued, none is drawn
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(dimension, Choices):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, FloatRange):
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> int:
+    """Works through what is left of a study's budget with Ray Tune.
+
+    Args:
+        search: the study.
+        job: what its trials share; see `worker.train_worker`.
+        listener: told of epochs and finished trials, in this process.
+        tune_folder: where Tune may write.
+        num_concurrent: Populations at a time.
+
+    Returns:
+        The number of trials run.
+    """
+    if search.num_remaining == 0:
+        return 0
+    from ray import tune
+
+    searcher = _population_searcher(search, listener)
+    num_populations = math.ceil(search.num_remaining / population_size(search.block))
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_population, job=job), trial_resources(job)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=num_populations,
+            max_concurrent_trials=num_concurrent,
+            reuse_actors=job["num_workers"] == 1,
+            # Without it Tune writes the whole population into a folder's name.
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(name=search.optuna_study.study_name, storage_path=str(tune_folder), verbose=0),
+    )
+    before = len(search.records)
+    tuner.fit()
+    return len(search.records) - before
+
+
+def _population_searcher(search: Search, listener: Listener) -> Any:
+    """A Tune search algorithm whose every suggestion is a Population.
+
+    Ray's own OptunaSearch asks for one setting a suggestion and leaves a trial without a finite value running, hence
+    this one (docs/decisions/0003).
+    """
+    from ray.tune.search import Searcher
+
+    class PopulationSearcher(Searcher):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
+            self.num_left = search.num_remaining
+            self.started = time.monotonic()
+
+        def suggest(self, trial_id: str) -> Any:
+            budget = search.block.time_budget_s
+            over = budget is not None and time.monotonic() - self.started > budget
+            if over or self.num_left == 0:
+                return Searcher.FINISHED
+            trials = search.ask(min(population_size(search.block), self.num_left))
+            self.num_left -= len(trials)
+            self.waiting[trial_id] = {trial.number: trial for trial in trials}
+            return {
+                "trials": [
+                    {"number": t.number, "setting": dict(t.params), "continues": t.user_attrs.get("continues")}
+                    for t in trials
+                ]
+            }
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            if "epoch" in result:
+                setting = self.waiting[trial_id][result["number"]].params
+                listener.on_epoch(result["number"], setting, result["epoch"], result["metrics"])
+
+        def on_trial_complete(
+            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False, **_: Any
+        ) -> None:
+            results = {r["number"]: r for r in (result or {}).get("results", [])}
+            for number, trial in self.waiting.pop(trial_id, {}).items():
+                record = _record(number, dict(trial.params), results.get(number), self._error_of(trial_id))
+                search.tell(trial, record)
+                listener.on_trial(record)
+
+        def _error_of(self, trial_id: str) -> str:
+            file = next(Path(search_folder).glob(f"**/{trial_id}/error.txt"), None)
+            return file.read_text().strip().splitlines()[-1] if file else "the trial ended without a result"
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save: the study's journal holds everything."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing to restore."""
+
+    search_folder = ""
+    return PopulationSearcher()
+
+
+def _record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
+    if result is None:
+        return TrialRecord(number, setting, {}, [], None, {}, error)
+    details = ("best_epoch", "train_seconds", "images_per_second", "peak_memory_bytes", "peak_gpu_memory_bytes")
+    return TrialRecord(
+        number,
+        setting,
+        result["final"],
+        result["history"],
+        result["checkpoint"],
+        {key: result[key] for key in details},
+    )
+
+
+def needs_weights(mode: Mode) -> bool:
+    """Whether trials of a mode hold the encoder itself, rather than its cached features."""
+    return mode != "linear_probe"

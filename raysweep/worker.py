@@ -1,0 +1,230 @@
+"""One worker of one Train run: its share of the rows, the training loop, and what it reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raysweep.encoders import encoder_from_spec
+from raysweep.encoders.head import Classifier, Head
+from raysweep.errors import TrialError
+from raysweep.images.cache import peak_memory_bytes
+from raysweep.images.features import load_arrays, load_features
+from raysweep.images.pixels import load_pixels
+from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
+from raysweep.training.distributed import rank
+from raysweep.training.loop import (
+    EVALUATION_ROWS,
+    LoopOptions,
+    PixelSet,
+    freeze_unused_parameters,
+    predict_logits,
+    ranking_key,
+    train_classifier,
+)
+from raysweep.training.population import FeatureSet, train_population
+
+Report = Callable[[dict[str, Any]], None]
+
+# What the last job loaded: actors are reused from one Population to the next, and the data is the same.
+_loaded: dict[str, Any] = {}
+
+
+def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains one Population.
+
+    Args:
+        config: `job`, what all trials of the study share (`study.make_job`); `trials`, a dict each with `number`,
+            `setting` and `continues` (the number of an interrupted trial of the same setting, or None); `report`,
+            called with each epoch's metrics when this runs inside the Tune trial itself, None in a worker process.
+
+    Returns:
+        One dict per trial: `number`, `history` by epoch, `final` metrics (a probe's last epoch, otherwise the best),
+        `best_epoch`, `checkpoint` path or None, `train_seconds`, `images_per_second`, and the memory peaks.
+    """
+    job, trials = config["job"], config["trials"]
+    local = config["report"] is not None
+    if not local:
+        import ray.train
+
+        report: Report = ray.train.report
+    else:
+        report = config["report"]
+    torch.set_num_threads(job["num_threads"])
+    device = torch.device("cuda", torch.cuda.current_device()) if job["use_gpu"] else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if job["mode"] == "linear_probe":
+        results = _train_heads(job, trials, device)
+    else:
+        assert len(trials) == 1, "fine_tune and from_scratch train one trial per Train run"
+        results = [_train_classifier(job, trials[0], device, local, report)]
+    gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": gpu_memory}
+    return [result | memory for result in results]
+
+
+def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    train, validation = (feature_set(job, split, device) for split in ("train", "validation"))
+    started = time.perf_counter()
+    heads = train_population(
+        train,
+        validation,
+        [trial["setting"] for trial in trials],
+        sources={source: tuple(parts) for source, parts in job["encoder"]["sources"].items()},
+        num_classes=job["num_classes"],
+        batch_size=job["loop"]["batch_size"],
+        seed=job["loop"]["seed"],
+    )
+    seconds = time.perf_counter() - started
+    options = LoopOptions(**job["loop"])
+    best = max(range(len(heads)), key=lambda index: ranking_key(heads[index].history[-1], options))
+    results = []
+    for index, (trial, head) in enumerate(zip(trials, heads, strict=True)):
+        path = Path(job["folder"]) / "trials" / str(trial["number"]) / "best.safetensors"
+        if index == best and rank() == 0:
+            metadata = {"head": head.head.spec(), "source": trial["setting"]["features"], "trial": trial["number"]}
+            save_checkpoint(path, {f"head.{n}": t for n, t in head.head.state_dict().items()}, metadata)
+        num_images = len(train.labels) * len(head.history)
+        results.append(
+            {
+                "number": trial["number"],
+                "history": head.history,
+                "final": head.history[-1],
+                "best_epoch": len(head.history) - 1,
+                # Only the best head of a Population can be the study's best, so only that one is kept.
+                "checkpoint": str(path) if index == best else None,
+                "train_seconds": seconds,
+                "images_per_second": num_images / sum(epoch["time/epoch_s"] for epoch in head.history),
+            }
+        )
+    return results
+
+
+def _train_classifier(
+    job: dict[str, Any], trial: dict[str, Any], device: torch.device, local: bool, report: Report
+) -> dict[str, Any]:
+    model = build_classifier(job).to(device)
+    freeze_unused_parameters(model)
+    parallel: nn.Module = model
+    if not local:
+        from ray.train.torch import prepare_model
+
+        parallel = prepare_model(model, move_to_device=False)
+    number = trial["number"] if trial["continues"] is None else trial["continues"]
+    folder = Path(job["folder"]) / "trials" / str(number)
+    started = time.perf_counter()
+    done: list[int] = []
+
+    def on_epoch(metrics: dict[str, float]) -> None:
+        report({"number": trial["number"], "epoch": len(done), "metrics": metrics})
+        done.append(1)
+
+    result = train_classifier(
+        model,
+        parallel,
+        pixel_set(job, "train"),
+        pixel_set(job, "validation"),
+        trial["setting"],
+        LoopOptions(**job["loop"]),
+        folder,
+        on_epoch,
+    )
+    if rank() == 0:  # the optimiser's state has no use once the trial is over, and is twice the model's size
+        (folder / "last.safetensors").unlink(missing_ok=True)
+    speeds = [epoch["train/images_per_second"] for epoch in result.history]
+    return {
+        "number": trial["number"],
+        "history": result.history,
+        "final": result.best or result.history[-1],
+        "best_epoch": result.best_epoch,
+        "checkpoint": str(result.checkpoint),
+        "train_seconds": time.perf_counter() - started,
+        "images_per_second": float(np.median(speeds)),
+    }
+
+
+def build_classifier(job: dict[str, Any]) -> Classifier:
+    """Builds the model that every trial of a fine_tune or from_scratch study starts from."""
+    import ray
+
+    encoder = encoder_from_spec(job["encoder"])
+    load_arrays(encoder, ray.get(job["weights"]))
+    if job["head"] is not None:
+        head, source, _ = load_head(Path(job["head"]))
+    else:
+        source = job["source"]
+        head = Head(encoder.num_features(source), job["num_classes"])
+    return Classifier(encoder, head, source)
+
+
+def load_head(path: Path) -> tuple[Head, str, dict[str, Any]]:
+    """Reads a probe's checkpoint: its head, the feature source that the head reads, and the metadata.
+
+    Raises:
+        TrialError: the file is not a probe's checkpoint.
+    """
+    tensors, metadata = load_checkpoint(path)
+    if "head" not in metadata:
+        raise TrialError(f"{path}: not the checkpoint of a linear probe")
+    head = Head(**metadata["head"])
+    head.load_state_dict({name.removeprefix("head."): t for name, t in tensors.items() if name.startswith("head.")})
+    return head, metadata["source"], metadata
+
+
+def test_logits(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Logits of the test rows, by a study's best checkpoint, on this worker's device.
+
+    Returns:
+        `logits` float32 `(num_test, num_classes)`, and `peak_gpu_memory_bytes`.
+    """
+    torch.set_num_threads(job["num_threads"])
+    device = torch.device("cuda" if job["use_gpu"] else "cpu")
+    if job["mode"] == "linear_probe":
+        logits = _probe_logits(job, checkpoint, device)
+    else:
+        model = build_classifier(job)
+        model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
+        chunks = pixel_set(job, "test").pixels.split(EVALUATION_ROWS)
+        logits = torch.cat([predict_logits(model.to(device), c, job["loop"]["precision"]).cpu() for c in chunks])
+    gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"logits": logits.numpy(), "peak_gpu_memory_bytes": gpu_memory}
+
+
+@torch.inference_mode()
+def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> Tensor:
+    head, source, _ = load_head(Path(checkpoint))
+    features, head = feature_set(job, "test", device), head.to(device)
+    rows = torch.arange(len(features.labels), device=device).split(4096)
+    return torch.cat([head(features.source(job["encoder"]["sources"][source], chunk)).cpu() for chunk in rows])
+
+
+def feature_set(job: dict[str, Any], split: str, device: torch.device) -> FeatureSet:
+    """Cached features and labels of a split, on a device."""
+    row_ids, labels = job["rows"][split]
+    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]))
+    parts = _load_once(f"{job['data_key']}/{split}", load)
+    return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
+
+
+def pixel_set(job: dict[str, Any], split: str) -> PixelSet:
+    """Cached pixels and labels of a split, in host memory."""
+    row_ids, labels = job["rows"][split]
+    load = partial(load_pixels, job["cache"], row_ids, tuple(job["shape"]))
+    return PixelSet(_load_once(f"{job['data_key']}/{split}", load), torch.from_numpy(labels))
+
+
+def _load_once(key: str, load: Callable[[], Any]) -> Any:
+    study = key.rpartition("/")[0]
+    for other in [known for known in _loaded if known.rpartition("/")[0] != study]:
+        del _loaded[other]
+    if key not in _loaded:
+        _loaded[key] = load()
+    return _loaded[key]

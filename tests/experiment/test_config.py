@@ -1,0 +1,174 @@
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+from raysweep.errors import ConfigError
+from raysweep.experiment.config import (
+    DataConfig,
+    Experiment,
+    SearchConfig,
+    experiment_schema,
+    load_experiment,
+    resolved_yaml,
+)
+from raysweep.experiment.space import Choices, FloatRange, IntRange, default_space
+from raysweep.experiment.yaml_file import read_yaml
+
+EXAMPLE = """\
+name: beans                      # default: the file's stem
+seed: 42
+storage: runs                    # local folder or s3://, gs://...
+data:
+  source: hf://datasets/AI-Lab-Makerere/beans   # or a folder split/class/*.jpg or class/*.jpg; .csv .tsv .parquet .jsonl; s3:// gs:// hf://; sklearn://digits
+  image: image_path              # tables: column with a path (relative to the table), bytes, or a {bytes, path} struct
+  label: label                   # strings or integers
+  split: split                   # optional column: train/validation/test or 0/1/2; 'val', 'valid', 'dev' understood
+  validation_fraction: 0.1       # taken from train, stratified, by seed, when there is none; likewise test_fraction
+  test_fraction: 0.2
+  max_bad_fraction: 0.01
+  shots: [5, all]                # optional: images per class; each value is its own study; nested subsets
+encoders:
+  - type: dinov2                 # stacked_cnn | dinov2 | clip | siglip | auto
+    pretrained_model_name_or_path: facebook/dinov2-base   # hub id or local folder
+    use_pretrained: true
+    revision: main
+    image_size: null             # default: the encoder's own (224 for dinov2)
+    config: {}                   # overrides of the transformers config (hidden_size, ...), only with use_pretrained: false
+modes: [linear_probe, fine_tune] # default: what makes sense for the encoder; an encoder's own `trainable: true|false` wins (Ludwig's key)
+search:
+  linear_probe: {num_trials: 64, space: {learning_rate: {low: 1e-4, high: 1e-1, log: true}, epochs: {low: 5, high: 50}, weight_decay: {low: 1e-6, high: 1e-1, log: true}, features: {choices: [cls, cls+mean]}, normalize: {choices: [none, standardize]}}}
+  fine_tune:    {num_trials: 8,  space: {learning_rate: {low: 1e-6, high: 1e-3, log: true}, epochs: {low: 3, high: 20}}}
+  from_scratch: {num_trials: 12, space: {learning_rate: {low: 1e-4, high: 1e-2, log: true}, epochs: {low: 10, high: 60}}}
+metric: val/accuracy             # or val/macro_f1, val/loss (direction follows)
+# each search block also takes: sampler (tpe | random | grid), time_budget_s, population (heads per Train run; auto)
+train: {batch_size: 64, precision: auto, early_stopping_patience: 5}
+resources: {num_workers: 1, use_gpu: auto, cpus_per_worker: 1, gpus_per_worker: 1, max_concurrent_trials: auto}
+tracking: {uri: "sqlite:///mlflow.db", experiment: null, register_model: null}
+"""  # noqa: E501
+
+MINIMAL = "data: {source: sklearn://digits}\nencoders: [{type: dinov2}]\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text, overrides=()):
+        path = tmp_path / "my_beans.yaml"
+        path.write_text(text)
+        return load_experiment(path, overrides)
+
+    return load_text
+
+
+def problems(load, text, overrides=()):
+    with pytest.raises(ConfigError) as error:
+        load(text, overrides)
+    first, *lines = str(error.value).splitlines()
+    assert first.endswith(f"my_beans.yaml: {len(lines)} problem{'s' * (len(lines) > 1)}")
+    return [line.strip() for line in lines]
+
+
+def test_the_documented_example_loads(load):
+    experiment = load(EXAMPLE)
+    assert experiment.data.shots == (5, "all")
+    probe = experiment.search.linear_probe
+    assert probe.space["weight_decay"] == FloatRange(low=1e-6, high=1e-1, log=True)
+    assert probe.space["features"] == Choices(choices=("cls", "cls+mean"))
+    assert experiment.search.fine_tune.space["epochs"] == IntRange(low=3, high=20)
+    assert experiment.search.fine_tune.space["layer_decay"] == Choices(choices=(0.75,))
+    assert [study.name for study in experiment.studies()][:2] == ["dinov2-linear_probe-5shot", "dinov2-fine_tune-5shot"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EXAMPLE,
+        MINIMAL,
+        MINIMAL + "search: {linear_probe: {sampler: grid, space: {learning_rate: {choices: [1e-3, 1]}}}}\n",
+        "data: {source: x}\nencoders: [{type: stacked_cnn, config: {channels: [8]}}, {type: clip, revision: '1e5'}]\n",
+        MINIMAL + "train: {augmentation: null}\nresources: {use_gpu: false, max_concurrent_trials: 3}\n",
+    ],
+)
+def test_resolved_yaml_and_dicts_give_an_equal_experiment(load, text):
+    experiment = load(text)
+    assert load(resolved_yaml(experiment)) == experiment
+    assert Experiment.model_validate(experiment.model_dump()) == experiment
+    assert Experiment.model_validate(json.loads(experiment.model_dump_json())) == experiment
+
+
+def test_defaults(load):
+    experiment = load(MINIMAL)
+    assert experiment.name == "my_beans"
+    assert experiment.search == SearchConfig()
+    assert experiment.search.linear_probe.space == default_space("linear_probe")
+    assert [experiment.search.block(mode).num_trials for mode in ("linear_probe", "fine_tune", "from_scratch")] == [
+        64,
+        8,
+        12,
+    ]
+    assert experiment.train.augmentation.min_crop_scale == 0.35
+    assert experiment.direction == "maximize"
+    assert load(MINIMAL, ["metric=val/loss"]).direction == "minimize"
+
+
+def test_the_experiment_is_frozen(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load(MINIMAL).seed = 1
+
+
+def test_grid_counts_its_own_trials(load):
+    space = "space: {{learning_rate: {{choices: [1e-3, 1e-2]}}, normalize: l2}}"
+    block = "search: {{linear_probe: {{sampler: grid, {} " + space + "}}}}\n"
+    assert load(MINIMAL + block.format("")).search.linear_probe.num_trials == 2
+    assert load(MINIMAL + block.format("num_trials: 1,")).search.linear_probe.num_trials == 1
+    assert load(MINIMAL + block.format("num_trials: 99,")).search.linear_probe.num_trials == 2
+
+
+def test_schema_is_valid_and_accepts_the_example(load, tmp_path):
+    schema = experiment_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for text in (
+        EXAMPLE,
+        MINIMAL,
+        resolved_yaml(load(EXAMPLE)),
+        MINIMAL + "search: {fine_tune: {space: {epochs: 10}}}\n",
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        jsonschema.validate(read_yaml(tmp_path / "x.yaml").data, schema)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "sed: 1",
+        "search: {fine_tune: {space: {epochs: 1.5}}}",
+        "search: {fine_tune: {space: {features: cls}}}",
+        "search: {fine_tune: {space: {epochs: {low: 1}}}}",
+        "train: {batch_size: '8'}",
+    ],
+)
+def test_schema_refuses_what_the_loader_refuses(load, tmp_path, extra):
+    (tmp_path / "x.yaml").write_text(MINIMAL + extra)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(read_yaml(tmp_path / "x.yaml").data, experiment_schema())
+    assert problems(load, MINIMAL + extra)
+
+
+def test_every_key_of_the_schema_is_described():
+    schema = experiment_schema()
+    for block in [schema, *schema["$defs"].values()]:
+        for key, field in block.get("properties", {}).items():
+            assert field.get("description"), key
+
+
+def test_importing_needs_neither_torch_nor_ray():
+    check = "import sys, raysweep.experiment.config; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
+def test_fractions_must_leave_something_to_train_on():
+    with pytest.raises(ValueError, match="must stay below 1"):
+        DataConfig(source="x", validation_fraction=0.5, test_fraction=0.5)

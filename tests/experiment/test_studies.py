@@ -1,0 +1,88 @@
+import pytest
+
+from raysweep.experiment.studies import EncoderConfig, StudyConfig, list_studies, mode_problems
+
+
+def encoder(family="dinov2", **keys):
+    return EncoderConfig(type=family, **keys)
+
+
+def names(encoders, modes=None, shots=("all",)):
+    return [study.name for study in list_studies(encoders, modes, shots)]
+
+
+def test_default_weights_by_family():
+    assert encoder("clip").pretrained_model_name_or_path == "openai/clip-vit-base-patch32"
+    assert encoder("clip").use_pretrained is True
+    assert encoder("stacked_cnn").pretrained_model_name_or_path is None
+    assert encoder("stacked_cnn").use_pretrained is False
+
+
+@pytest.mark.parametrize(
+    ("keys", "modes", "expected"),
+    [
+        ({"family": "stacked_cnn"}, ["linear_probe"], ("from_scratch",)),
+        ({}, None, ("linear_probe", "fine_tune")),
+        ({}, ["fine_tune", "linear_probe", "from_scratch"], ("linear_probe", "fine_tune")),
+        ({}, ["from_scratch"], ()),
+        ({"use_pretrained": False}, None, ("from_scratch",)),
+        ({"use_pretrained": False}, ["fine_tune", "linear_probe"], ("linear_probe", "fine_tune")),
+        ({"use_pretrained": False, "trainable": True}, ["linear_probe"], ("from_scratch",)),
+        ({"trainable": True}, ["linear_probe"], ("fine_tune",)),
+        ({"trainable": False}, ["fine_tune"], ("linear_probe",)),
+    ],
+)
+def test_modes_of_an_encoder(keys, modes, expected):
+    assert encoder(**keys).modes(modes) == expected
+
+
+def test_studies_run_by_shots_then_encoder_with_probes_first():
+    assert names([encoder(), encoder("stacked_cnn")], ["fine_tune", "linear_probe"], (5, "all")) == [
+        "dinov2-linear_probe-5shot",
+        "dinov2-fine_tune-5shot",
+        "stacked_cnn-from_scratch-5shot",
+        "dinov2-linear_probe",
+        "dinov2-fine_tune",
+        "stacked_cnn-from_scratch",
+    ]
+
+
+def test_entries_that_differ_only_in_training_are_one_encoder():
+    tuned, probed = encoder(trainable=True), encoder(trainable=False)
+    studies = list_studies([tuned, encoder("clip", trainable=False), probed], None, ("all",))
+    assert [study.name for study in studies] == ["dinov2-linear_probe", "dinov2-fine_tune", "clip-linear_probe"]
+    assert studies[0].encoder == probed
+    assert studies[1].encoder == tuned
+
+
+def test_encoders_of_one_type_are_named_after_their_weights():
+    encoders = [
+        encoder(),
+        encoder(pretrained_model_name_or_path="facebook/dinov2-small"),
+        encoder(image_size=518),
+        encoder(use_pretrained=False),
+        encoder("auto", pretrained_model_name_or_path="../weights/mobilenet v2/"),
+    ]
+    found = list_studies(encoders, ["linear_probe"], ("all",))
+    assert [study.encoder_name for study in found] == [
+        "dinov2-base",
+        "dinov2-small",
+        "dinov2-base-2",
+        "dinov2",
+        "mobilenet-v2",
+    ]
+
+
+def test_mode_problems_name_the_entry():
+    problems = mode_problems([encoder(), encoder("clip"), encoder("clip", trainable=True)], ["fine_tune"])
+    assert [path for path, _ in problems] == [(2,)]
+    assert "encoders.1" in problems[0][1]
+    (path, message), *others = mode_problems([encoder()], ["from_scratch"])
+    assert path == (0,)
+    assert not others
+    assert "linear_probe, fine_tune" in message
+
+
+def test_a_study_survives_being_sent_as_a_dict():
+    (study,) = list_studies([encoder("stacked_cnn", config={"channels": [8, 16]})], None, (5,))
+    assert StudyConfig.model_validate(study.model_dump()) == study

@@ -1,0 +1,182 @@
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raysweep.errors import DataError
+from raysweep.images.decode import decode_image, open_image
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 90], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000"])
+def test_lossless_formats_give_the_pixels_back(format):
+    image = gradient(40, 30)
+    options = {"lossless": True} if format == "WEBP" else {}
+    assert decode_image(encode(image, format, **options)).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_once(orientation, format):
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("red", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
+    decoded = decode_image(encode(image, format, exif=exif, **options))
+    assert decoded.size == ((32, 16) if orientation < 5 else (16, 32))
+    corners = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}
+    right, bottom = corners[orientation]
+    x, y = (decoded.width - 4 if right else 3), (decoded.height - 4 if bottom else 3)
+    assert decoded.getpixel((x, y))[0] > 200
+
+
+def test_transparency_is_laid_over_white():
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((0, 0), (0, 0, 255, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 128))
+    decoded = decode_image(encode(rgba))
+    assert decoded.getpixel((3, 3)) == (255, 255, 255)
+    assert decoded.getpixel((0, 0)) == (0, 0, 255)
+    assert decoded.getpixel((1, 0)) == (127, 127, 127)
+
+
+def test_grey_with_alpha_is_laid_over_white():
+    assert decode_image(encode(Image.new("LA", (2, 2), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_with_a_transparent_colour_is_laid_over_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(encode(image, transparency=0))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 100, 50)]
+
+
+def test_a_single_transparent_colour_of_an_rgb_png_is_laid_over_white():
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    decoded = decode_image(encode(image, transparency=(1, 2, 3)))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    pixels = np.array([[0, 256, 32896, 65535]], np.uint16)
+    for format in ("PNG", "TIFF", "PPM"):
+        decoded = decode_image(encode(Image.fromarray(pixels), format))
+        assert [decoded.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255], format
+
+
+def test_32_bit_and_floating_point_pixels_are_refused_rather_than_guessed():
+    with pytest.raises(DataError, match="32-bit"):
+        decode_image(encode(Image.fromarray(np.array([[0, 10**6]], np.int32)), "TIFF"))
+    with pytest.raises(DataError, match="floating-point"):
+        decode_image(encode(Image.fromarray(np.array([[0.5]], np.float32)), "TIFF"))
+
+
+def test_one_bit_and_cmyk():
+    assert decode_image(encode(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
+    decoded = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
+    red, green, blue = decoded.getpixel((4, 4))
+    assert decoded.mode == "RGB"
+    assert red > 240
+    assert green < 15
+    assert blue < 15
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    decoded = decode_image(encode(frames[0], format, save_all=True, append_images=frames[1:], **options))
+    assert decoded.getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("min_side", "size"), [(None, (800, 640)), (400, (800, 640)), (320, (400, 320)), (1, (100, 80))]
+)
+def test_draft_mode_never_goes_below_the_shorter_side_asked_for(min_side, size):
+    assert decode_image(encode(gradient(800, 640), "JPEG"), min_side).size == size
+
+
+def test_draft_mode_leaves_other_formats_alone():
+    assert decode_image(encode(gradient(64, 64)), min_side=8).size == (64, 64)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_a_truncated_image_is_an_error_with_a_short_reason(format):
+    data = encode(gradient(200, 200), format)
+    with pytest.raises(DataError) as raised:
+        decode_image(data[: len(data) // 2])
+    assert 5 < len(str(raised.value)) <= 200
+    assert "0x" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, not an image", "not an image in a known format"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "Git LFS pointer"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image in a known format"),
+    ],
+)
+def test_what_is_no_image(data, reason):
+    with pytest.raises(DataError, match=reason):
+        open_image(data)
+
+
+def bomb() -> bytes:
+    """A small BMP whose header announces 40,000 x 40,000 pixels."""
+    header = struct.pack("<IiiHHIIiiII", 40, 40000, 40000, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 100, 0, 0, 54) + header + bytes(100)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    with pytest.raises(DataError, match="too many pixels"):
+        open_image(bomb())
+
+
+def test_a_broken_exif_block_does_not_lose_the_image():
+    data = encode(gradient(16, 16), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert decode_image(data).size == (16, 16)
+
+
+def test_no_global_state_of_pillow_is_touched():
+    from PIL import ImageFile
+
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    decode_image(encode(gradient(8, 8)))
+    with pytest.raises(DataError):
+        open_image(bomb())
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared beans images are not here")
+def test_real_photographs_in_draft_mode_look_like_the_full_ones_made_smaller():
+    for path in sorted((SHARED / "beans_500_test").glob("*/*.jpg"))[:3]:
+        data = path.read_bytes()
+        half = decode_image(data, min_side=250)
+        whole = decode_image(data).resize(half.size, Image.Resampling.BOX)
+        difference = np.abs(np.asarray(half, float) - np.asarray(whole, float)).mean()
+        assert half.size == (250, 250)
+        assert difference < 3
