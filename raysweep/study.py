@@ -7,7 +7,6 @@ it again and goes on, and Tune is started afresh for what is left of the budget.
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.errors import ConfigError, TrialError, did_you_mean
 from raysweep.experiment.config import SearchBlock
-from raysweep.experiment.space import Choices, Dimension, FloatRange, Mode, Setting, fit_to_space, grid, recommended
+from raysweep.experiment.space import Choices, Dimension, FloatRange, Setting, fit_to_space, grid, recommended
 from raysweep.trial import run_population, trial_resources
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Search:
         """Records a trial's end; one without a finite value failed, and is never left running."""
         from optuna.trial import TrialState
 
-        trial.set_user_attr("record", vars(record) | {"history": []})
+        trial.set_user_attr("record", vars(record))
         value = record.final.get(self.metric, math.nan)
         if record.error is None and math.isfinite(value):
             self.optuna_study.tell(trial, value)
@@ -222,7 +221,10 @@ def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_fold
         return 0
     from ray import tune
 
-    searcher = _population_searcher(search, listener)
+    from raysweep.searcher import PopulationSearcher
+
+    name = search.optuna_study.study_name
+    searcher = PopulationSearcher(search, listener, tune_folder / name)
     num_populations = math.ceil(search.num_remaining / population_size(search.block))
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_population, job=job), trial_resources(job)),
@@ -234,72 +236,15 @@ def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_fold
             # Without it Tune writes the whole population into a folder's name.
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name=search.optuna_study.study_name, storage_path=str(tune_folder), verbose=0),
+        run_config=tune.RunConfig(name=name, storage_path=str(tune_folder), verbose=0),
     )
     before = len(search.records)
     tuner.fit()
     return len(search.records) - before
 
 
-def _population_searcher(search: Search, listener: Listener) -> Any:
-    """A Tune search algorithm whose every suggestion is a Population.
-
-    Ray's own OptunaSearch asks for one setting a suggestion and leaves a trial without a finite value running, hence
-    this one (docs/decisions/0003).
-    """
-    from ray.tune.search import Searcher
-
-    class PopulationSearcher(Searcher):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
-            self.num_left = search.num_remaining
-            self.started = time.monotonic()
-
-        def suggest(self, trial_id: str) -> Any:
-            budget = search.block.time_budget_s
-            over = budget is not None and time.monotonic() - self.started > budget
-            if over or self.num_left == 0:
-                return Searcher.FINISHED
-            trials = search.ask(min(population_size(search.block), self.num_left))
-            self.num_left -= len(trials)
-            self.waiting[trial_id] = {trial.number: trial for trial in trials}
-            return {
-                "trials": [
-                    {"number": t.number, "setting": dict(t.params), "continues": t.user_attrs.get("continues")}
-                    for t in trials
-                ]
-            }
-
-        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            if "epoch" in result:
-                setting = self.waiting[trial_id][result["number"]].params
-                listener.on_epoch(result["number"], setting, result["epoch"], result["metrics"])
-
-        def on_trial_complete(
-            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False, **_: Any
-        ) -> None:
-            results = {r["number"]: r for r in (result or {}).get("results", [])}
-            for number, trial in self.waiting.pop(trial_id, {}).items():
-                record = _record(number, dict(trial.params), results.get(number), self._error_of(trial_id))
-                search.tell(trial, record)
-                listener.on_trial(record)
-
-        def _error_of(self, trial_id: str) -> str:
-            file = next(Path(search_folder).glob(f"**/{trial_id}/error.txt"), None)
-            return file.read_text().strip().splitlines()[-1] if file else "the trial ended without a result"
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing to save: the study's journal holds everything."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing to restore."""
-
-    search_folder = ""
-    return PopulationSearcher()
-
-
-def _record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
+def make_record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
+    """Turns what `worker.train_worker` returned for a trial, or why it returned nothing, into a record."""
     if result is None:
         return TrialRecord(number, setting, {}, [], None, {}, error)
     details = ("best_epoch", "train_seconds", "images_per_second", "peak_memory_bytes", "peak_gpu_memory_bytes")
@@ -311,8 +256,3 @@ def _record(number: int, setting: Setting, result: dict[str, Any] | None, error:
         result["checkpoint"],
         {key: result[key] for key in details},
     )
-
-
-def needs_weights(mode: Mode) -> bool:
-    """Whether trials of a mode hold the encoder itself, rather than its cached features."""
-    return mode != "linear_probe"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from raysweep.worker import test_logits, train_worker
@@ -36,11 +37,9 @@ def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
             scaling_config=ScalingConfig(
                 num_workers=job["num_workers"], use_gpu=job["use_gpu"], resources_per_worker=worker_resources(job)
             ),
-            run_config=RunConfig(
-                name=name, storage_path=f"{job['folder']}/train", callbacks=[TuneReportCallback()]
-            ),
+            run_config=RunConfig(name=name, storage_path=f"{job['folder']}/train", callbacks=[TuneReportCallback()]),
         )
-    tune.report({"results": trainer.fit().return_value})
+    tune.report({"results": json.dumps(trainer.fit().return_value)})
 
 
 def worker_resources(job: dict[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -124,7 +125,8 @@ def _train_classifier(
     done: list[int] = []
 
     def on_epoch(metrics: dict[str, float]) -> None:
-        report({"number": trial["number"], "epoch": len(done), "metrics": metrics})
+        # As text, because Tune flattens nested results.
+        report({"epoch": json.dumps({"number": trial["number"], "epoch": len(done), "metrics": metrics})})
         done.append(1)
 
     result = train_classifier(

@@ -366,13 +366,15 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
             due = wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
-            # One row group may be gigabytes (pandas writes a single one), so it is never held as a whole: buffered reads, few rows a batch.
+            # One row group may be gigabytes (pandas writes a single one), so it is read in small batches.
             batches = file.iter_batches(64, row_groups=[group], columns=[column]) if due else ()
             for batch in batches:
                 cells = batch.column(0)
                 for position in due[bisect_left(due, start) : bisect_left(due, start + len(cells))]:
                     yield position, _cell_bytes(cells[position - start].as_py(), source)
                 start += len(cells)
+                if start > due[-1]:
+                    break
             start = stop
 
 

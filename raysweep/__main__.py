@@ -1,0 +1,30 @@
+"""`raysweep run|predict ...`: the console script, the same as `python -m raysweep.run|predict ...`."""
+
+import sys
+
+from raysweep import __version__
+
+COMMANDS = ("run", "predict")
+USAGE = f"usage: raysweep {{{','.join(COMMANDS)}}} ...   (raysweep COMMAND --help says more)"
+
+
+def main() -> int:
+    """Hands over to the command's module; only that one is imported."""
+    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command == "run":
+        from raysweep import run
+
+        return run.main(arguments)
+    if command == "predict":
+        from raysweep import predict
+
+        return predict.main(arguments)
+    if command == "--version":
+        print(__version__)
+        return 0
+    print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+    return 0 if command in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

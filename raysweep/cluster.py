@@ -1,0 +1,120 @@
+"""Ray itself: starting it quietly, what it has, and what fits."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from raysweep.errors import ResourceError
+from raysweep.experiment.config import ResourcesConfig
+
+# One logical CPU stays with Ray Data's reading tasks while an encoder actor holds another.
+MIN_LOGICAL_CPUS = 2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs, of a machine or a cluster."""
+
+    num_cpus: int
+    num_gpus: int
+
+
+def local_resources() -> Resources:
+    """What this machine has, found without starting Ray or importing torch."""
+    num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        num_gpus = min(num_gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return Resources(len(os.sched_getaffinity(0)), num_gpus)
+
+
+def uses_gpu(config: ResourcesConfig, present: Resources) -> bool:
+    """Whether training runs on GPUs: as configured, or for `auto` when there is one."""
+    return present.num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
+
+
+def check_resources(config: ResourcesConfig, present: Resources) -> None:
+    """Refuses what can never be scheduled: Ray would wait for it silently and for ever.
+
+    Raises:
+        ResourceError: one training run needs more than there is.
+    """
+    needed_cpus = config.num_workers * config.cpus_per_worker
+    problems = []
+    if needed_cpus > present.num_cpus:
+        workers = f"{config.num_workers} workers x {config.cpus_per_worker} CPUs"
+        problems.append(f"{needed_cpus} CPUs ({workers}), there are {present.num_cpus}")
+    needed_gpus = config.num_workers * config.gpus_per_worker
+    if uses_gpu(config, present) and needed_gpus > present.num_gpus:
+        workers = f"{config.num_workers} workers x {config.gpus_per_worker:g} GPUs"
+        problems.append(f"{needed_gpus:g} GPUs ({workers}), there are {present.num_gpus}")
+    if problems:
+        keys = "resources.num_workers, cpus_per_worker, gpus_per_worker, use_gpu"
+        raise ResourceError(f"resources: one training run needs {' and '.join(problems)}; lower {keys}, or add nodes")
+
+
+def num_concurrent_trials(config: ResourcesConfig, present: Resources) -> int:
+    """How many training runs go on side by side."""
+    fitting = present.num_cpus // (config.num_workers * config.cpus_per_worker)
+    if uses_gpu(config, present):
+        fitting = min(fitting, int(present.num_gpus // (config.num_workers * config.gpus_per_worker)))
+    limit = config.max_concurrent_trials
+    return max(1, fitting if limit == "auto" else min(fitting, limit))
+
+
+@contextmanager
+def ray_session(verbose: bool) -> Iterator[Resources]:
+    """Starts Ray, or joins the cluster that RAY_ADDRESS names, and leaves it again.
+
+    Args:
+        verbose: whether Ray's own messages are shown.
+
+    Yields:
+        What the cluster has.
+    """
+    # Ray reads these when it is imported or its processes start; anything the user set stays.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not verbose:
+        # Ray's C++ side writes to the terminal itself, past every logger; failures still arrive as exceptions.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    level = logging.INFO if verbose else logging.ERROR
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    started = not ray.is_initialized()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not verbose else "default")
+        if started:
+            own = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
+            ray.init(include_dashboard=False if not joins else None, log_to_driver=verbose, logging_level=level, **own)
+        if not verbose:
+            _quieten()
+        try:
+            total = ray.cluster_resources()
+            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _quieten() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.tune", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,76 @@
+"""`python -m raysweep.predict MODEL IMAGES...`: labels and probabilities from an exported model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysweep.errors import DataError, RaysweepError
+
+if TYPE_CHECKING:
+    from raysweep.results.model import Model
+
+BATCH = 32
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the command line of `raysweep predict`."""
+    parser = argparse.ArgumentParser(prog="raysweep predict", description="Classifies images with an exported model.")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a folder such as runs/NAME/models/STUDY")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 when the model or any image could not be read."""
+    options = build_parser().parse_args(arguments)
+    from raysweep.results.model import load_model
+
+    try:
+        model = load_model(options.model)
+    except RaysweepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failures: list[str] = []
+    predictions = list(_predict(model, options.images, failures))
+    if options.format == "json":
+        print(json.dumps(predictions, indent=2))
+    else:
+        _print_table(predictions)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields a prediction per readable image, in order; adds the others to `failures`."""
+    for start in range(0, len(paths), BATCH):
+        readable, pixels = [], []
+        for path in paths[start : start + BATCH]:
+            try:
+                pixels.append(model.preprocess(path.read_bytes()))
+                readable.append(path)
+            except (DataError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                failures.append(f"{path}: {reason}")
+        for path, row in zip(readable, model.probabilities(pixels), strict=True):
+            probabilities = {label: round(float(p), 6) for label, p in zip(model.labels, row, strict=True)}
+            label = model.labels[int(row.argmax())]
+            yield {"image": str(path), "label": label, "probabilities": probabilities}
+
+
+def _print_table(predictions: Sequence[dict[str, Any]]) -> None:
+    width = max((len(prediction["image"]) for prediction in predictions), default=0)
+    for prediction in predictions:
+        ordered = sorted(prediction["probabilities"].items(), key=lambda item: -item[1])[:5]
+        others = "  ".join(f"{label} {probability:.3f}" for label, probability in ordered)
+        print(f"{prediction['image']:<{width}}  {prediction['label']}  ({others})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

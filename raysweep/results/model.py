@@ -1,0 +1,155 @@
+"""Exported models: a folder of safetensors and JSON that loads anywhere raysweep is installed, with no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raysweep.encoders import encoder_from_spec
+from raysweep.encoders.head import Classifier, Head
+from raysweep.errors import DataError, RaysweepError
+from raysweep.images.decode import decode_image
+from raysweep.training.loop import predict_logits
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
+BATCH = 32
+
+
+def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], about: dict[str, Any]) -> None:
+    """Writes a model folder, replacing an older one whole.
+
+    Args:
+        folder: `model.json` (encoder architecture, preprocessing, head, labels, `about`) and `model.safetensors`
+            (every weight of encoder and head) go here.
+        classifier: the trained model.
+        classes: class names, in the order of the logits.
+        about: where the model comes from, JSON-able.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        description = {
+            "format": FORMAT,
+            "labels": list(classes),
+            "encoder": classifier.encoder.spec(),
+            "head": classifier.head.spec(),
+            "features": classifier.source,
+            "about": about,
+        }
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: encoded images in, probabilities out."""
+
+    classifier: Classifier
+    labels: tuple[str, ...]
+
+    def preprocess(self, image: bytes) -> np.ndarray:
+        """Decodes and resizes an encoded image to uint8 `(height, width, 3)`.
+
+        Raises:
+            DataError: the image cannot be decoded.
+        """
+        preprocessing = self.classifier.encoder.preprocessing
+        return preprocessing.resize_for_training(decode_image(image, preprocessing.min_side))
+
+    def logits(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
+        """Logits float32 `(len(pixels), num_classes)` of images from `preprocess`."""
+        batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+        results = [predict_logits(self.classifier, torch.from_numpy(batch)).cpu() for batch in batches]
+        return torch.cat(results) if results else torch.empty(0, len(self.labels))
+
+    def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Softmax probabilities `(len(pixels), num_classes)`."""
+        return self.logits(pixels).softmax(-1).numpy()
+
+
+def load_model(folder: Path) -> Model:
+    """Loads what `export_model` wrote.
+
+    Raises:
+        RaysweepError: the folder is not an exported model, or is damaged.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        assert_known_format(folder, description)
+        head = Head(**description["head"])
+        classifier = Classifier(encoder_from_spec(description["encoder"]), head, description["features"])
+        classifier.load_state_dict(tensors)
+    except FileNotFoundError as error:
+        wanted = f"{DESCRIPTION} and {WEIGHTS}"
+        raise RaysweepError(f"{folder}: not an exported model; expected a folder with {wanted} ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise RaysweepError(f"{folder}: the exported model is damaged ({error})") from error
+    return Model(classifier.eval().requires_grad_(False), tuple(description["labels"]))
+
+
+def assert_known_format(folder: Path, description: dict[str, Any]) -> None:
+    """Refuses models of a format that this version does not read.
+
+    Raises:
+        RaysweepError: the format is another one.
+    """
+    if description.get("format") != FORMAT:
+        found = description.get("format")
+        raise RaysweepError(
+            f"{folder / DESCRIPTION}: format {found!r} is not one this raysweep reads; accepted: {FORMAT}"
+        )
+
+
+class PyfuncModel:
+    """The MLflow pyfunc: a DataFrame with a column `image` of encoded bytes in, labels and probabilities out."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def predict(self, images: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+        """Returns `label`, `probability` and one `probability_<class>` per class.
+
+        Raises:
+            DataError: an image cannot be decoded; the message says which row.
+        """
+        import pandas as pd
+
+        pixels = []
+        for row, image in enumerate(images["image"]):
+            try:
+                pixels.append(self.model.preprocess(bytes(image)))
+            except DataError as error:
+                raise DataError(f"row {row}: {error}") from error
+        probabilities = self.model.probabilities(pixels).astype(float)
+        columns = {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.model.labels)}
+        labels = [self.model.labels[i] for i in probabilities.argmax(1)]
+        return pd.DataFrame({"label": labels, "probability": probabilities.max(1), **columns})
+
+
+def _load_pyfunc(data_path: str) -> PyfuncModel:
+    """MLflow's hook for models logged with this module as their loader."""
+    return PyfuncModel(load_model(Path(data_path)))

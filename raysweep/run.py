@@ -1,0 +1,98 @@
+"""`python -m raysweep.run EXPERIMENT.yaml`: one sweep, or its plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysweep.errors import RaysweepError
+
+if TYPE_CHECKING:
+    from raysweep.experiment.config import Experiment
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the command line of `raysweep run`."""
+    parser = argparse.ArgumentParser(
+        prog="raysweep run", description="Finds which encoder, mode and setting suit your images best."
+    )
+    parser.add_argument("experiment", nargs="?", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key of the file, e.g. search.linear_probe.num_trials=8")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--print-schema", action="store_true", help="print the JSON schema of experiment files")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages, and tracebacks")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage, 130 interrupted."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.print_schema:
+            from raysweep.experiment.config import experiment_schema
+
+            print(json.dumps(experiment_schema(), indent=2))
+            return 0
+        if options.experiment is None:
+            parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml")
+        from raysweep.experiment.config import load_experiment
+
+        experiment = load_experiment(options.experiment, options.overrides)
+        return _plan(experiment) if options.dry_run else _run(experiment, options.experiment, options.verbose)
+    except RaysweepError as error:
+        if options.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is finished is kept, and the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _plan(experiment: Experiment) -> int:
+    from raysweep.cluster import local_resources
+    from raysweep.images.sources import load_index
+    from raysweep.sweep import plan_lines
+
+    index = load_index(experiment.data, experiment.seed)
+    print("\n".join(plan_lines(experiment, index, local_resources())))
+    return 0
+
+
+def _run(experiment: Experiment, file: Path, verbose: bool) -> int:
+    from rich.console import Console
+
+    from raysweep.progress import Progress
+
+    with Progress() as progress:
+        from raysweep.results.leaderboard import render_leaderboard
+        from raysweep.sweep import run_sweep
+
+        result = run_sweep(experiment, progress, verbose)
+        progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    console.print(render_leaderboard(result.rows))
+    print("\n".join(_next_steps(experiment, file, result.rows[0])))
+    return 0
+
+
+def _next_steps(experiment: Experiment, file: Path, best: dict[str, object]) -> list[str]:
+    model = Path(str(best["model_path"]))
+    shown = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+    return [
+        "",
+        f"results    {shown.parent.parent}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
+        f"predict    raysweep predict {shown} IMAGE [IMAGE ...]",
+        f"compare    mlflow ui --backend-store-uri {experiment.tracking.uri}",
+        f"go on      raysweep run {file} --set search.linear_probe.num_trials=128   (finished trials are kept)",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

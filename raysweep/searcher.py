@@ -1,0 +1,88 @@
+"""The Tune search algorithm whose every suggestion is a Population.
+
+Ray's own OptunaSearch asks for one setting a suggestion and leaves a trial without a finite value running, hence this
+one (docs/decisions/0003). Apart from `study`, because it needs Ray's class when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.search import Searcher
+
+from raysweep.study import Listener, Search, make_record, population_size
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class PopulationSearcher(Searcher):
+    """Asks a `Search` for as many settings as train together, and tells it and a listener what came of them.
+
+    Args:
+        search: the Optuna study.
+        listener: told of epochs and finished trials.
+        folder: where Tune writes; a failed trial's error is read from there.
+    """
+
+    def __init__(self, search: Search, listener: Listener, folder: Path) -> None:
+        super().__init__()
+        self.search, self.listener, self.folder = search, listener, folder
+        self.num_left = search.num_remaining
+        self.started = time.monotonic()
+        self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its search algorithm to restore it one day; the study's journal does that job here.
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """Returns the settings of the next Population, or that there is none: budget spent or time over."""
+        budget = self.search.block.time_budget_s
+        over = budget is not None and time.monotonic() - self.started > budget
+        if over or self.num_left == 0:
+            return Searcher.FINISHED
+        trials = self.search.ask(min(population_size(self.search.block), self.num_left))
+        self.num_left -= len(trials)
+        self.waiting[trial_id] = {trial.number: trial for trial in trials}
+        return {
+            "trials": [
+                {"number": trial.number, "setting": dict(trial.params), "continues": trial.user_attrs.get("continues")}
+                for trial in trials
+            ]
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Passes an epoch of a lone trial on."""
+        if "epoch" in result:
+            epoch = json.loads(result["epoch"])
+            setting = self.waiting[trial_id][epoch["number"]].params
+            self.listener.on_epoch(epoch["number"], setting, epoch["epoch"], epoch["metrics"])
+
+    def on_trial_complete(
+        self,
+        trial_id: str,
+        result: dict[str, Any] | None = None,
+        error: bool = False,  # noqa: ARG002
+    ) -> None:
+        """Tells every trial of a Population its result, or that it failed and why."""
+        results = {one["number"]: one for one in json.loads((result or {}).get("results", "[]"))}
+        for number, trial in self.waiting.pop(trial_id, {}).items():
+            record = make_record(number, dict(trial.params), results.get(number), self._error_of(trial_id))
+            self.search.tell(trial, record)
+            self.listener.on_trial(record)
+
+    def _error_of(self, trial_id: str) -> str:
+        file = self.folder / trial_id / "error.txt"
+        if not file.exists():
+            return "the trial ended without a result"
+        return file.read_text().strip().splitlines()[-1]
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: see `__getstate__`."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Does nothing: see `__getstate__`."""
