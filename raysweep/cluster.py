@@ -5,10 +5,13 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
@@ -98,8 +101,9 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if not verbose else "default")
         if started:
-            own = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
-            ray.init(include_dashboard=False if not joins else None, log_to_driver=verbose, logging_level=level, **own)
+            own: dict[str, Any] = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
+            with nullcontext() if verbose else _silent_stderr():
+                ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
         if not verbose:
             _quieten()
         try:
@@ -108,6 +112,27 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         finally:
             if started:
                 ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keeps what is written to file descriptor 2 back, and shows it only when the block fails.
+
+    Setting Ray's log level makes its C++ side say so, on a line of its own that no setting suppresses.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held_back:
+        terminal = os.dup(2)
+        try:
+            os.dup2(held_back.fileno(), 2)
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(terminal, held_back.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _quieten() -> None:

@@ -28,7 +28,9 @@ from raysweep.paths import signature
 if TYPE_CHECKING:
     import ray.data
 
-ENCODER_BATCH = 64
+# Images a forward pass: a GPU wants many; on CPUs few, whose activations stay in the cache (measured with MobileNetV2
+# on two cores: 77 images/s in batches of 4, 36 in batches of 64).
+ENCODER_BATCH = {"cuda": 128, "cpu": 8}
 STORED_DTYPE = "float16"
 
 
@@ -100,7 +102,7 @@ class _Encode:
         self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)
-        self.encoder.to(self.device).requires_grad_(False)
+        self.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
         self.precision, self.folder = precision, folder
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
@@ -117,9 +119,10 @@ class _Encode:
 def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
     """Runs the encoder over uint8 pixels `(n, height, width, 3)`; returns each part, float32 `(n, num_features)`."""
     parts: dict[str, list[torch.Tensor]] = {part: [] for part in encoder.parts}
-    for chunk in torch.from_numpy(pixels).split(ENCODER_BATCH) if len(pixels) else ():
+    for chunk in torch.from_numpy(pixels).split(ENCODER_BATCH[device.type]) if len(pixels) else ():
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            outputs = encoder(encoder.preprocessing.normalize(chunk.to(device)))
+            pixel_values = encoder.preprocessing.normalize(chunk.to(device))
+            outputs = encoder(pixel_values.contiguous(memory_format=torch.channels_last))
         for part, features in outputs.items():
             parts[part].append(features.float().cpu())
     return {
