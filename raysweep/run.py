@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(experiment: Experiment) -> int:
     from raysweep.cluster import local_resources
     from raysweep.images.sources import load_index
-    from raysweep.sweep import plan_lines
+    from raysweep.plan import plan_lines
 
     index = load_index(experiment.data, experiment.seed)
     print("\n".join(plan_lines(experiment, index, local_resources())))

@@ -112,7 +112,7 @@ def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torc
 def _train_classifier(
     job: dict[str, Any], trial: dict[str, Any], device: torch.device, local: bool, report: Report
 ) -> dict[str, Any]:
-    model = build_classifier(job).to(device)
+    model = build_classifier(job).to(device, memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     parallel: nn.Module = model
     if not local:

@@ -61,13 +61,6 @@ class Encoder(nn.Module):
         """
         return torch.cat([outputs[part] for part in self._parts_of(source)], dim=-1)
 
-    def freeze_unused(self, source: str) -> None:
-        """Stops gradients of parameters that `source` does not reach; DDP would wait for them for ever."""
-        needed = self._parts_of(source)
-        for part, module in self._only_for().items():
-            if part not in needed:
-                module.requires_grad_(False)
-
     def blocks(self) -> list[list[nn.Parameter]]:
         """Groups every parameter once, from the input stem to the last block, for layer-wise learning rates.
 
@@ -101,10 +94,6 @@ class Encoder(nn.Module):
             "sources": {source: list(parts) for source, parts in self.sources.items()},
             "origin": dict(self.origin),
         }
-
-    def _only_for(self) -> dict[str, nn.Module]:
-        """Modules that serve one part alone."""
-        return {}
 
     def _parts_of(self, source: str) -> tuple[str, ...]:
         if source not in self.sources:

@@ -75,10 +75,6 @@ class HuggingFaceEncoder(Encoder):
         patch = self.config.get("patch_size")
         return (pixel_values.shape[2] // patch) * (pixel_values.shape[3] // patch) if isinstance(patch, int) else None
 
-    def _only_for(self) -> dict[str, nn.Module]:
-        modules = {part: getattr(self.model, name, None) for part, name in FAMILIES[self.family].only_for.items()}
-        return {part: module for part, module in modules.items() if isinstance(module, nn.Module)}
-
 
 def _pooled(output: Any, num_patches: int | None) -> dict[str, torch.Tensor]:
     """Whatever pooled features an unknown model yields: its own, and the mean over its tokens or positions."""

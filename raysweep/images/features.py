@@ -121,8 +121,7 @@ def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision
     parts: dict[str, list[torch.Tensor]] = {part: [] for part in encoder.parts}
     for chunk in torch.from_numpy(pixels).split(ENCODER_BATCH[device.type]) if len(pixels) else ():
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            pixel_values = encoder.preprocessing.normalize(chunk.to(device))
-            outputs = encoder(pixel_values.contiguous(memory_format=torch.channels_last))
+            outputs = encoder(encoder.preprocessing.normalize(chunk.to(device)))
         for part, features in outputs.items():
             parts[part].append(features.float().cpu())
     return {

@@ -26,7 +26,8 @@ def random_resized_crop(
 ) -> Tensor:
     """Crops a random box out of each image, resizes it bilinearly and flips half of them.
 
-    The box is drawn as in Szegedy et al. 2015: a share of the area in [min_scale, 1], an aspect ratio in [3/4, 4/3].
+    The box is drawn as in Szegedy et al. 2015: a share of the area in [min_scale, 1], then an aspect ratio in
+    [3/4, 4/3] among those with which a box of that area fits into the image.
 
     Args:
         pixels: uint8 `(batch, height, width, 3)`.
@@ -39,9 +40,10 @@ def random_resized_crop(
         uint8 `(batch, size[0], size[1], 3)`.
     """
     area = min_scale + draws[:, 0] * (1 - min_scale)
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    stretch = torch.exp(0.5 * (low + draws[:, 1] * (high - low)))
-    width = (area.sqrt() * stretch).clamp(max=1)
+    # Width sqrt(area * ratio) is within the image up to a ratio of 1 / area, height sqrt(area / ratio) from area on.
+    low, high = (area.log().neg().clamp(max=abs(math.log(ratio))) for ratio in ASPECT_RATIOS)
+    stretch = torch.exp(0.5 * (draws[:, 1] * (low + high) - low))
+    width = (area.sqrt() * stretch).clamp(max=1)  # against rounding
     height = (area.sqrt() / stretch).clamp(max=1)
     # Centres in [-1, 1] coordinates, such that the box lies within the image.
     centre_x = (2 * draws[:, 2] - 1) * (1 - width)

@@ -1,5 +1,7 @@
 """The few collective operations that training needs; each is the identity when there is one worker."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,13 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Gives every worker the first worker's values of each tensor, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def own_rows(rows: Tensor) -> Tensor:

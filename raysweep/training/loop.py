@@ -23,6 +23,7 @@ from raysweep.training.checkpoint import (
     save_checkpoint,
 )
 from raysweep.training.distributed import (
+    copy_from_first,
     own_rows,
     rank,
     seeded_generator,
@@ -32,6 +33,8 @@ from raysweep.training.distributed import (
 from raysweep.training.metrics import MetricSums
 
 EVALUATION_ROWS = 128
+# In the names of parameters that are inputs of their own rather than weights; not "token": token mixers are weights.
+LEARNED_INPUTS = ("position", "pos_embed", "_token", "head.probe", "class_embedding")
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ def train_classifier(
             break
         started = time.perf_counter()
         # Dropout and the like draw from the global state: a function of epoch and rank, so a resumed trial agrees.
-        torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
+        torch.manual_seed((options.seed * 1_000_003 + epoch * 1_009 + rank()) % 2**63)
         model.train()
         order = torch.randperm(num_rows, generator=seeded_generator(options.seed, epoch))
         draws = augmentation_draws(num_rows, options.seed, epoch)
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device_of(model))
         for step, batch in enumerate(order.split(options.batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(epoch * steps_per_epoch + step)
@@ -126,10 +129,12 @@ def train_classifier(
             (loss * world_size()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
             optimizer.step()
-            loss_sum += float(loss.detach()) * len(batch)
-        train_loss = sum_over_workers(torch.tensor([loss_sum], dtype=torch.float64, device=device_of(model)))
+            loss_sum += loss.detach() * len(batch)
+        train_loss = float(sum_over_workers(loss_sum)) / num_rows
+        # Batch-norm statistics come from each worker's own rows; all must evaluate the model that is saved.
+        copy_from_first(model.buffers())
         seconds = time.perf_counter() - started
-        metrics = {"train/loss": float(train_loss) / num_rows, "train/images_per_second": num_rows / seconds}
+        metrics = {"train/loss": train_loss, "train/images_per_second": num_rows / seconds}
         metrics |= evaluate_classifier(model, validation, options)
         metrics |= {"train/learning_rate": optimizer.param_groups[-1]["lr"], "time/epoch_s": seconds}
         result.history.append(metrics)
@@ -212,7 +217,7 @@ def build_optimizer(model: Classifier, setting: dict[str, Any]) -> torch.optim.A
 
 
 def _takes_weight_decay(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and not any(word in name for word in ("position", "token", "probe", "embeddings.class"))
+    return parameter.ndim > 1 and not any(word in name for word in LEARNED_INPUTS)
 
 
 def freeze_unused_parameters(model: Classifier) -> None:

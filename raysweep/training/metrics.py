@@ -33,27 +33,30 @@ class MetricSums:
         self._sums[:, 1] += num_rows
         correct = (predicted == expanded).double()
         ones = torch.ones_like(correct)
-        _, _, true_positives, predictions, supports = self._views()
+        _, _, true_positives, predictions, supports = self._split(self._sums)
         true_positives.scatter_add_(1, expanded.T, correct.T)
         predictions.scatter_add_(1, predicted.T, ones.T)
         supports.scatter_add_(1, expanded.T, ones.T)
 
-    def _views(self) -> tuple[Tensor, ...]:
-        return torch.split(self._sums, [1, 1, *[self.num_classes] * 3], dim=1)
+    def _split(self, sums: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(sums, [1, 1, *[self.num_classes] * 3], dim=1)
 
     def compute(self) -> dict[str, Tensor]:
         """Returns `loss`, `accuracy`, `macro_f1` and `num_rows`, each `(num_heads,)` float64, over all workers.
 
-        Macro F1 is the mean over the classes that occur among labels or predictions, as scikit-learn has it.
+        Macro F1 is the mean over the classes that occur among labels or predictions, as scikit-learn has it. Of a
+        head whose loss is not finite, accuracy and macro F1 are NaN: the class that argmax picks among NaNs is no
+        prediction, and where that class is frequent it would rank high.
         """
-        sum_over_workers(self._sums)
-        loss, num_rows, true_positives, predictions, supports = self._views()
+        sums = sum_over_workers(self._sums.clone())
+        loss, num_rows, true_positives, predictions, supports = self._split(sums)
+        valid = torch.where(loss[:, 0].isfinite(), 1.0, torch.nan)
         occurs = (predictions + supports) > 0
         f1 = 2 * true_positives / (predictions + supports).clamp(min=1)
         return {
             "loss": (loss / num_rows)[:, 0],
-            "accuracy": true_positives.sum(1) / num_rows[:, 0],
-            "macro_f1": (f1 * occurs).sum(1) / occurs.sum(1),
+            "accuracy": valid * true_positives.sum(1) / num_rows[:, 0],
+            "macro_f1": valid * (f1 * occurs).sum(1) / occurs.sum(1),
             "num_rows": num_rows[:, 0],
         }
 

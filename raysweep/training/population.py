@@ -123,7 +123,9 @@ class _Stack:
         self.weight_decays = torch.tensor([float(s["weight_decay"]) for s in settings], device=device)
         self.num_steps = torch.tensor([epochs * steps_per_epoch for epochs in self.epochs], device=device)
         num_features = sum(train.parts[part].shape[1] for part in parts)
-        self.mean, self.scale = feature_statistics(train, parts)
+        self.mean, self.scale = torch.zeros(num_features), torch.ones(num_features)
+        if normalize == "standardize":
+            self.mean, self.scale = feature_statistics(train, parts)
         # The stacked parameter, (heads, classes, features), and its bias; each with Adam's two moments.
         self.weight, self.weight_m, self.weight_v = torch.zeros(
             3, len(settings), num_classes, num_features, device=device
@@ -144,13 +146,13 @@ class _Stack:
         rows = own_rows(batch)
         features = self._inputs(train, rows)
         log_probabilities = self._logits(features).log_softmax(-1)
-        labels = train.labels[rows]
-        self.train_sums[: self.active] -= log_probabilities[torch.arange(len(rows)), :, labels].sum(0).double()
+        places, labels = torch.arange(len(rows), device=rows.device), train.labels[rows]
+        self.train_sums[: self.active] -= log_probabilities[places, :, labels].sum(0).double()
         self.train_sums[self.active] += len(rows)
         # The gradient of mean cross-entropy in closed form: (softmax - one-hot) / batch, then one product per stack.
         errors = log_probabilities.exp()
-        errors[torch.arange(len(rows)), :, labels] -= 1
-        errors = errors.reshape(len(rows), -1) / len(batch)
+        errors[places, :, labels] -= 1
+        errors = errors.flatten(1) / len(batch)
         weight_gradient = sum_over_workers(errors.T @ features).view(self.active, self.num_classes, -1)
         bias_gradient = sum_over_workers(errors.sum(0)).view(self.active, self.num_classes)
         self._adamw(weight_gradient, bias_gradient)
@@ -183,7 +185,8 @@ class _Stack:
     def _logits(self, inputs: Tensor) -> Tensor:
         """Logits `(batch, active heads, num_classes)` by one matrix product."""
         flat = self.weight[: self.active].flatten(0, 1)
-        return torch.addmm(self.bias[: self.active].flatten(), inputs, flat.T).unflatten(1, (-1, self.num_classes))
+        logits = torch.addmm(self.bias[: self.active].flatten(), inputs, flat.T)
+        return logits.view(len(inputs), self.active, self.num_classes)
 
     def _adamw(self, weight_gradient: Tensor, bias_gradient: Tensor) -> None:
         """AdamW (Loshchilov & Hutter 2019) with a learning rate and weight decay per head, cosine to zero."""
@@ -211,4 +214,6 @@ def feature_statistics(train: FeatureSet, parts: Sequence[str]) -> tuple[Tensor,
         total, squares = total + features.sum(0), squares + features.square().sum(0)
     mean = total / len(train.labels)
     scale = (squares / len(train.labels) - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), torch.where(scale > 1e-6, scale, 1.0).float()
+    # Relative to the mean: squares that cancel leave a constant feature a scale of about 1e-8 of it.
+    varies = scale > 1e-6 * mean.abs().clamp(min=1)
+    return mean.float(), torch.where(varies, scale, 1.0).float()

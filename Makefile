@@ -1,0 +1,37 @@
+# make run and make test do all of their own set-up: Python 3.11 or newer and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install run test check ui schema clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "raysweep needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: install
+	$(BIN)/python -m raysweep.run experiments/quickstart.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check raysweep tests
+	$(BIN)/ruff format --check raysweep tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: install
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+schema: install
+	$(BIN)/python -m raysweep.run --print-schema > experiments/schema.json
+
+clean:
+	rm -rf runs mlflow.db mlruns

@@ -1,0 +1,44 @@
+"""The plan of a sweep, for `--dry-run`: what would run, on which images, with what resources. Starts nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raysweep.cluster import Resources, check_resources, num_concurrent_trials, uses_gpu
+from raysweep.experiment.config import Experiment, SearchBlock
+from raysweep.search import population_size
+
+if TYPE_CHECKING:
+    from raysweep.images.sources import ImageIndex
+
+
+def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:
+    """The plan of a sweep, for `--dry-run`: images, studies, passes, resources.
+
+    Raises:
+        ResourceError: the plan cannot run on what is present.
+    """
+    check_resources(experiment.resources, present)
+    lines = ["images:"]
+    for split, by_class in index.counts().items():
+        classes = ", ".join(f"{name} {number}" for name, number in by_class.items())
+        lines.append(f"  {split}: {sum(by_class.values()):,} ({classes})")
+    lines += [f"  warning: {warning}" for warning in index.warnings]
+    lines.append("studies:")
+    for study in experiment.studies():
+        block = experiment.search.block(study.mode)
+        size = population_size(block)
+        rounds = -(-block.num_trials // size)
+        work = f"{block.num_trials} trials in {rounds} Populations of up to {size}" if size > 1 else ""
+        budget = f", at most {describe_seconds(block.time_budget_s)}" if block.time_budget_s else ""
+        lines.append(f"  {study.name}: {work or f'{block.num_trials} trials'} ({block.sampler}{budget})")
+    probed = {study.encoder_name for study in experiment.studies() if study.mode == "linear_probe"}
+    lines.append(f"encoder passes for probes: {len(probed)} at most (one per encoder; none where features are cached)")
+    resources = experiment.resources
+    needed = f"{resources.num_workers} x {resources.cpus_per_worker} CPUs"
+    if uses_gpu(resources, present):
+        needed += f" and {resources.num_workers} x {resources.gpus_per_worker:g} GPUs"
+    side_by_side = num_concurrent_trials(resources, present)
+    lines.append(f"resources: a training run needs {needed}; present: {present.num_cpus} CPUs, {present.num_gpus} GPUs")
+    lines.append(f"  up to {side_by_side} training runs side by side (fine_tune, from_scratch)")
+    return lines

@@ -1,0 +1,216 @@
+"""Whole sweeps, as a user runs them: in a process of their own, on real handwritten digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+pytestmark = pytest.mark.end_to_end
+
+TINY_DINOV2 = {
+    "type": "dinov2",
+    "use_pretrained": False,
+    "image_size": 16,
+    "config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8},
+}
+EXPERIMENT = {
+    "name": "digits",
+    "data": {"source": "sklearn://digits"},
+    "encoders": [{"type": "stacked_cnn", "image_size": 16, "config": {"channels": [8, 16]}}, TINY_DINOV2],
+    "modes": ["linear_probe", "fine_tune"],
+    "search": {
+        "linear_probe": {"num_trials": 20, "space": {"epochs": {"low": 5, "high": 20}}},
+        "fine_tune": {"num_trials": 2, "space": {"epochs": 2}},
+        "from_scratch": {"num_trials": 2, "space": {"epochs": 3}},
+    },
+    "train": {"augmentation": {"min_crop_scale": 0.7, "horizontal_flip": False}},
+}
+
+
+def run(folder: Path, *arguments: str, experiment: dict = EXPERIMENT) -> subprocess.CompletedProcess[str]:
+    (folder / "digits.yaml").write_text(yaml.safe_dump(experiment))
+    return subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, timeout=400)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "raysweep.run", "digits.yaml", *arguments]
+
+
+def leaderboard(folder: Path) -> dict[str, dict]:
+    rows = json.loads((folder / "runs" / "digits" / "leaderboard.json").read_text())
+    return {row["study"]: row for row in rows}
+
+
+def runs_by_level(folder: Path) -> dict[str, list]:
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("digits").experiment_id], max_results=1000)
+    return {
+        level: [run for run in found if run.data.tags["raysweep.level"] == level]
+        for level in ("sweep", "study", "trial")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+def test_every_study_gets_a_row_with_honest_figures(finished: Path):
+    rows = leaderboard(finished)
+    assert set(rows) == {"stacked_cnn-from_scratch", "dinov2-linear_probe", "dinov2-fine_tune"}
+    for row in rows.values():
+        assert row["test_accuracy_low"] <= row["test_accuracy"] <= row["test_accuracy_high"]
+        assert row["num_test"] == 359
+        assert row["train_seconds"] > 0
+        assert row["study_seconds"] >= 0
+        assert row["peak_memory_bytes"] > 10**8
+    probe = rows["dinov2-linear_probe"]
+    assert probe["num_trials"] == 20
+    assert probe["encoder_passes"] == 1
+    assert probe["test_accuracy"] > 0.5, "even random features tell digits apart"
+    assert set(probe["best_params"]) == {"learning_rate", "epochs", "weight_decay", "features", "normalize"}
+
+
+def test_outputs_are_all_there_and_the_terminal_shows_them(finished: Path):
+    root = finished / "runs" / "digits"
+    for name in ("leaderboard.csv", "experiment.resolved.yaml", "quarantine.csv"):
+        assert (root / name).stat().st_size > 0
+    stdout, stderr = (finished / "stdout.txt").read_text(), (finished / "stderr.txt").read_text()
+    assert "dinov2" in stdout
+    assert "raysweep predict" in stdout
+    assert "24 new trials, 1 encoder passes" in stderr
+    assert "Traceback" not in stderr
+    assert "ray::" not in stderr, "Ray's own chatter is for --verbose"
+
+
+def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
+    levels = runs_by_level(finished)
+    assert {level: len(runs) for level, runs in levels.items()} == {"sweep": 1, "study": 3, "trial": 24}
+    assert {run.info.status for runs in levels.values() for run in runs} == {"FINISHED"}
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/mlflow.db")
+    for trial in levels["trial"]:
+        curve = client.get_metric_history(trial.info.run_id, "val/accuracy")
+        assert [point.step for point in curve] == list(range(1, int(trial.data.params["epochs"]) + 1))
+    (sweep,) = levels["sweep"]
+    assert sweep.inputs.dataset_inputs
+    assert sweep.data.tags["version.ray"]
+    artifacts = {file.path for file in client.list_artifacts(sweep.info.run_id)}
+    assert {"experiment.resolved.yaml", "leaderboard.json"} <= artifacts
+    for study in levels["study"]:
+        assert study.data.metrics["test/accuracy"] == leaderboard(finished)[study.info.run_name]["test_accuracy"]
+        names = {file.path for file in client.list_artifacts(study.info.run_id)}
+        assert {"checkpoint", "confusion_matrix.json"} <= names
+
+
+def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_path: Path):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    files = []
+    for number in range(40):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray((digits.images[number] / 16 * 255).astype(np.uint8)).save(files[-1])
+    row = leaderboard(finished)["dinov2-linear_probe"]
+    predict = [sys.executable, "-m", "raysweep.predict", row["model_path"], *map(str, files), "--format", "json"]
+    done = subprocess.run(predict, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    predictions = json.loads(done.stdout)
+    hits = [p["label"] == str(target) for p, target in zip(predictions, digits.target, strict=False)]
+    assert np.mean(hits) > 0.5
+    assert all(abs(sum(p["probabilities"].values()) - 1) < 1e-3 for p in predictions)
+
+
+def test_the_same_sweep_again_does_nothing_and_more_trials_add_only_those(finished: Path):
+    before = leaderboard(finished)
+    again = run(finished)
+    assert again.returncode == 0, again.stderr
+    assert "0 new trials, 0 encoder passes" in again.stderr
+    assert {name: row["test_accuracy"] for name, row in leaderboard(finished).items()} == {
+        name: row["test_accuracy"] for name, row in before.items()
+    }
+    more = run(finished, "--set", "search.linear_probe.num_trials=24")
+    assert more.returncode == 0, more.stderr
+    assert "4 new trials, 0 encoder passes" in more.stderr
+    assert leaderboard(finished)["dinov2-linear_probe"]["num_trials"] == 24
+
+
+def test_a_killed_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path):
+    experiment = EXPERIMENT | {"encoders": EXPERIMENT["encoders"][:1]}
+    slow = ("--set", "search.from_scratch.space.epochs=40", "--set", "train.early_stopping_patience=40")
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(experiment))
+    process = subprocess.Popen(command(*slow), cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    checkpoints = tmp_path / "runs" / "digits" / "studies"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/*/trials/*/last.safetensors")):
+        assert time.monotonic() < deadline, "no epoch was finished in two minutes"
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run(tmp_path, *slow, experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    assert leaderboard(tmp_path)["stacked_cnn-from_scratch"]["num_trials"] == 2
+    levels = runs_by_level(tmp_path)
+    assert len(levels["sweep"]) == len(levels["study"]) == 1
+    statuses = [trial.info.status for trial in levels["trial"]]
+    assert statuses.count("FINISHED") == 2
+    assert "RUNNING" not in statuses
+
+
+def test_few_shot_studies_train_on_just_their_images(tmp_path: Path):
+    experiment = EXPERIMENT | {
+        "data": {"source": "sklearn://digits", "shots": [5, "all"]},
+        "encoders": [TINY_DINOV2],
+        "modes": ["linear_probe"],
+    }
+    done = run(tmp_path, "--set", "search.linear_probe.num_trials=8", experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    assert "16 new trials, 1 encoder passes" in done.stderr
+    rows = leaderboard(tmp_path)
+    assert rows["dinov2-linear_probe-5shot"]["test_accuracy"] < rows["dinov2-linear_probe"]["test_accuracy"]
+    (few,) = [s for s in runs_by_level(tmp_path)["study"] if s.data.params["shots"] == "5"]
+    assert few.data.params["num_train"] == "50"
+    assert few.data.params["num_test"] == "359"
+
+
+def test_two_workers_give_what_one_gives(tmp_path: Path):
+    experiment = EXPERIMENT | {"encoders": [TINY_DINOV2], "resources": {"num_workers": 1}}
+    small = ("--set", "search.linear_probe.num_trials=4", "--set", "search.fine_tune.num_trials=1")
+    scores = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        done = run(folder, *small, "--set", f"resources.num_workers={workers}", experiment=experiment)
+        assert done.returncode == 0, done.stderr
+        scores.append({name: row["val_accuracy"] for name, row in leaderboard(folder).items()})
+    for name, score in scores[0].items():
+        assert scores[1][name] == pytest.approx(score, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "trainble=false"), "unknown key"),
+        (("--set", "data.source=no_such_folder"), "no_such_folder"),
+        (("--set", "resources.num_workers=1000"), "1000 CPUs"),
+    ],
+)
+def test_errors_name_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], message: str):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
