@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
+import socket
 import sys
 import tempfile
 import warnings
@@ -34,7 +36,9 @@ def local_resources() -> Resources:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         num_gpus = min(num_gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-    return Resources(len(os.sched_getaffinity(0)), num_gpus)
+    # macOS has no such call.
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Resources(num_cpus, num_gpus)
 
 
 def uses_gpu(config: ResourcesConfig, present: Resources) -> bool:
@@ -66,7 +70,8 @@ def num_concurrent_trials(config: ResourcesConfig, present: Resources) -> int:
     """How many training runs go on side by side."""
     fitting = present.num_cpus // (config.num_workers * config.cpus_per_worker)
     if uses_gpu(config, present):
-        fitting = min(fitting, int(present.num_gpus // (config.num_workers * config.gpus_per_worker)))
+        # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
+        fitting = min(fitting, math.floor(present.num_gpus / (config.num_workers * config.gpus_per_worker) + 1e-6))
     limit = config.max_concurrent_trials
     return max(1, fitting if limit == "auto" else min(fitting, limit))
 
@@ -80,11 +85,16 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
 
     Yields:
         What the cluster has.
+
+    Raises:
+        ResourceError: nothing answers at RAY_ADDRESS.
     """
     # Ray reads these when it is imported or its processes start; anything the user set stays.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    # Tune would take an interrupt as "end this search", and the sweep would go on to the next study.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -96,8 +106,10 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
-    joins = bool(os.environ.get("RAY_ADDRESS"))
-    started = not ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS", "")
+    joins, started = bool(address), not ray.is_initialized()
+    if started:
+        _check_reachable(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if not verbose else "default")
         if started:
@@ -112,6 +124,17 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         finally:
             if started:
                 ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Knocks at `host:port` (or `ray://host:port`): Ray itself would try for two minutes, then end the process."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"RAY_ADDRESS: no Ray cluster answers at '{address}' ({error})") from error
 
 
 @contextmanager

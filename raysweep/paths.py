@@ -69,8 +69,14 @@ class SweepPaths:
     name: str
 
     def __post_init__(self) -> None:
-        if re.match(r"[a-z0-9]+://", str(self.storage)) or str(self.storage).startswith(("s3:/", "gs:/")):
+        # A Path has one slash where the URI had two.
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.storage)):
             raise ConfigError(f"storage: '{self.storage}' is a URI; accepted so far: a local or shared folder")
+        above = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not above.is_dir():
+            raise ConfigError(f"storage: '{self.storage}' cannot be a folder: {above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"storage: '{self.storage}' cannot be used: no permission to write to {above}")
 
     @property
     def root(self) -> Path:

@@ -50,12 +50,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, stamped with the seconds since the start."""
-        (self._bar.console if self._bar else self.console).print(f"[{self.elapsed:6.1f} s] {text}", markup=False)
+        (self._bar.console if self._bar else self.console).print(
+            f"[{self.elapsed:6.1f} s] {text}", markup=False, emoji=False
+        )
 
     def warn(self, text: str) -> None:
         """Prints a line that a person should not miss."""
         console = self._bar.console if self._bar else self.console
-        console.print(f"warning: {text}", style="yellow", markup=False)
+        console.print(f"warning: {text}", style="yellow", markup=False, emoji=False)
 
     @property
     def elapsed(self) -> float:
@@ -71,9 +73,9 @@ class Progress:
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Shows how far the stage is; as a line, at most every ten seconds, where there is no terminal."""
-        if self._bar:
+        if self._bar and self._task in self._bar.task_ids:
             self._bar.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < total:
+        elif not self._bar and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < total:
             self._last_line = time.monotonic()
             self.say(f"{self._label}: {done}/{total}{', ' + note if note else ''}")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 
-class PopulationSearcher(Searcher):
+class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
     """Asks a `Search` for as many settings as train together, and tells it and a listener what came of them.
 
     Args:
@@ -77,9 +77,8 @@ class PopulationSearcher(Searcher):
 
     def _error_of(self, trial_id: str) -> str:
         file = self.folder / trial_id / "error.txt"
-        if not file.exists():
-            return "the trial ended without a result"
-        return file.read_text().strip().splitlines()[-1]
+        lines = file.read_text().strip().splitlines() if file.exists() else []
+        return lines[-1] if lines else "the trial ended without a result"
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""

@@ -11,11 +11,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysweep.errors import ConfigError, TrialError, did_you_mean
 from raysweep.experiment.config import SearchBlock
-from raysweep.experiment.space import Choices, Dimension, FloatRange, Setting, fit_to_space, grid, recommended
+from raysweep.experiment.space import (
+    Choices,
+    Dimension,
+    FloatRange,
+    Setting,
+    fit_to_space,
+    grid,
+    num_grid_points,
+    recommended,
+)
 from raysweep.trial import run_population, trial_resources
 
 if TYPE_CHECKING:
@@ -64,8 +73,8 @@ def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -
     assert isinstance(wanted, Choices)
     offered = tuple(source for source in wanted.choices if source in sources)
     if not offered:
-        hint = did_you_mean(str(wanted.choices[0]), sources)
-        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has none of {wanted.choices}; {hint}")
+        asked, hint = ", ".join(map(str, wanted.choices)), did_you_mean(str(wanted.choices[0]), sources)
+        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has no {asked}; {hint}")
     return space | {"features": Choices(choices=offered)}
 
 
@@ -99,7 +108,7 @@ class Search:
         block: SearchBlock,
         space: Mapping[str, Dimension],
         metric: str,
-        direction: str,
+        direction: Literal["maximize", "minimize"],
         seed: int,
     ) -> None:
         import optuna
@@ -108,6 +117,8 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal.parent.mkdir(parents=True, exist_ok=True)
+        if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
+            block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
         self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
         self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
         with warnings.catch_warnings():
@@ -122,22 +133,29 @@ class Search:
         past = self.optuna_study.get_trials(deepcopy=False)
         # A resumed sampler must not draw again what it drew before.
         self.optuna_study.sampler = _sampler(block.sampler, seed + len(past))
-        if not past:
-            self._enqueue_first()
+        self._enqueue_first(past)
         self._continue_interrupted()
 
-    def _enqueue_first(self) -> None:
+    def _enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
+        """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
+        known = [trial.system_attrs.get("fixed_params", trial.params) for trial in past]
         if self.block.sampler == "grid":
             first = grid(self.space)[: self.block.num_trials]
         else:
             first = [fit_to_space(setting, self.space) for setting in recommended(self.block.mode)]
+        seen = {_key(setting) for setting in known}
         for setting in first:
-            self.optuna_study.enqueue_trial(setting, skip_if_exists=True)
+            if _key(setting) not in seen:
+                seen.add(_key(setting))
+                self.optuna_study.enqueue_trial(setting)
 
     def _continue_interrupted(self) -> None:
         from optuna.trial import TrialState
 
         for trial in self.optuna_study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if "record" in trial.user_attrs:  # it was over; what was cut short is telling so
+                self._tell(trial.number, TrialRecord(**trial.user_attrs["record"]))
+                continue
             self.optuna_study.tell(trial.number, state=TrialState.FAIL)
             first = trial.user_attrs.get("continues", trial.number)
             self.optuna_study.enqueue_trial(trial.params, user_attrs={"continues": first})
@@ -159,14 +177,19 @@ class Search:
 
     def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
         """Records a trial's end; one without a finite value failed, and is never left running."""
+        trial.set_user_attr("record", vars(record))
+        self._tell(trial.number, record)
+
+    def _tell(self, number: int, record: TrialRecord) -> None:
         from optuna.trial import TrialState
 
-        trial.set_user_attr("record", vars(record))
-        value = record.final.get(self.metric, math.nan)
-        if record.error is None and math.isfinite(value):
-            self.optuna_study.tell(trial, value)
+        if self._is_usable(record):
+            self.optuna_study.tell(number, record.final[self.metric])
         else:
-            self.optuna_study.tell(trial, state=TrialState.FAIL)
+            self.optuna_study.tell(number, state=TrialState.FAIL)
+
+    def _is_usable(self, record: TrialRecord) -> bool:
+        return record.error is None and math.isfinite(record.final.get(self.metric, math.nan))
 
     def best(self) -> TrialRecord:
         """The trial with the best value; among equals the one with the lowest validation loss, then the first.
@@ -175,12 +198,22 @@ class Search:
             TrialError: every trial failed.
         """
         records = self.records
-        usable = [r for r in records if r.error is None and math.isfinite(r.final.get(self.metric, math.nan))]
+        usable = [record for record in records if self._is_usable(record)]
         if not usable:
-            reasons = sorted({record.error or "the metric was not a finite number" for record in records})
-            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {'; '.join(reasons[:3])}")
+            reasons = sorted({record.error or f"{self.metric} was not a finite number" for record in records})
+            why = "; ".join(reasons[:3]) or "none was run"
+            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {why}")
         sign = 1 if self.direction == "maximize" else -1
-        return max(usable, key=lambda r: (sign * r.final[self.metric], -r.final["val/loss"], -r.number))
+
+        def rank(record: TrialRecord) -> tuple[float, float, int]:
+            loss = record.final["val/loss"]
+            return sign * record.final[self.metric], -loss if math.isfinite(loss) else -math.inf, -record.number
+
+        return max(usable, key=rank)
+
+
+def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(setting.items()))
 
 
 def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:

@@ -28,14 +28,14 @@ from raysweep.images.sources import BadRow, ImageIndex, load_index
 from raysweep.images.splits import SPLITS, few_shot
 from raysweep.paths import SweepPaths, read_json, signature, write_atomically, write_json
 from raysweep.progress import Progress
-from raysweep.results.leaderboard import describe_seconds, describe_setting, rank_rows, write_leaderboard
+from raysweep.results.leaderboard import describe_setting, rank_rows, write_leaderboard
 from raysweep.results.model import export_model
 from raysweep.results.selection import evaluate_test
 from raysweep.results.tracking import Tracker, environment_tags
-from raysweep.study import Listener, Search, TrialRecord, population_size, run_study, study_space
-from raysweep.training.checkpoint import load_checkpoint
+from raysweep.study import Listener, Search, TrialRecord, run_study, study_space
+from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.trial import run_test
-from raysweep.worker import load_head
+from raysweep.worker import build_classifier, load_head
 
 MIN_FEW_SHOT_VALIDATION = 16
 
@@ -119,7 +119,7 @@ def select_rows(
     ids, labels = (index.table[name].to_numpy().astype(np.int64) for name in ("row_id", "label"))
     splits = np.array(index.table["split"].to_pylist())
     usable = ~np.isin(ids, [row.row_id for row in bad_rows])
-    rows = {}
+    rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for split in SPLITS:
         chosen = np.flatnonzero((splits == split) & usable)
         if shots != "all" and split != "test":
@@ -168,6 +168,11 @@ class _Sweep:
         present = self.stack.enter_context(ray_session(self.verbose))
         check_resources(self.experiment.resources, present)
         return present
+
+    @property
+    def present(self) -> Resources:
+        """What there is to run on; found without starting Ray where that is this machine."""
+        return self.resources if os.environ.get("RAY_ADDRESS") else local_resources()
 
     @cached_property
     def run_id(self) -> str:
@@ -293,7 +298,7 @@ class _Study:
             sweep.experiment.direction,
             sweep.experiment.seed,
         )
-        run_id = self._start_run(key, used, block.num_trials, rows)
+        run_id = self._start_run(key, used, rows)
         past = self._catch_up(run_id, search, key)
         job: dict[str, Any] = {}
         if search.num_remaining:
@@ -308,6 +313,7 @@ class _Study:
             earlier = read_json(result)["row"]["study_seconds"] if result.exists() else 0.0
             outcome["row"]["study_seconds"] = earlier + time.perf_counter() - started
             write_json(result, outcome)
+            _drop_other_checkpoints(records=search.records, best=best)
         else:
             sweep.progress.say(f"{self.config.name}: all {past} trials are there, nothing left to do")
             outcome["row"]["encoder_passes"] = int(cache.made_now and self.config.mode == "linear_probe")
@@ -315,14 +321,15 @@ class _Study:
         return outcome
 
     def _precision(self) -> str:
-        """bf16 where `auto` finds GPUs that have it, fp32 elsewhere."""
+        """For `auto`: bf16 where training runs on GPUs (that have it, as far as this machine can tell), else fp32."""
         wanted = self.sweep.experiment.train.precision
         if wanted != "auto":
             return wanted
         import torch
 
-        gpu = self.sweep.experiment.resources.use_gpu is not False and torch.cuda.is_available()
-        return "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+        on_gpu = uses_gpu(self.sweep.experiment.resources, self.sweep.present)
+        lacks_it = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+        return "bf16" if on_gpu and not lacks_it else "fp32"
 
     def _probe_head(self) -> Path | None:
         """The best head of the probe study of the same encoder and shots, which fine-tuning starts from (LP-FT)."""
@@ -347,7 +354,7 @@ class _Study:
             ]
         )
 
-    def _start_run(self, key: str, used: _EncoderInUse, num_trials: int, rows: dict[str, Any]) -> str:
+    def _start_run(self, key: str, used: _EncoderInUse, rows: dict[str, Any]) -> str:
         sweep, config = self.sweep, self.config
         run_id, created = sweep.tracker.start_run(key, config.name, "study", parent=sweep.run_id)
         if created:
@@ -512,6 +519,8 @@ class _Study:
             "mlflow_run_id": run_id,
             "model_path": str(model_path),
         }
+        if is_probe and config.encoder.saved_weights_in_checkpoint:
+            self._add_encoder_weights(Path(best.checkpoint))
         model_uri = self._log_result(run_id, row, best, test)
         write_json(sweep.paths.study(config.name) / "best.json", {"checkpoint": best.checkpoint, "number": best.number})
         interval = f"[{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"
@@ -532,11 +541,14 @@ class _Study:
         if self.config.mode == "linear_probe":
             head, source, _ = load_head(Path(checkpoint))
             return Classifier(encoder, head, source)
-        from raysweep.worker import build_classifier
-
         model = build_classifier(job)
         model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
         return model
+
+    def _add_encoder_weights(self, checkpoint: Path) -> None:
+        tensors, metadata = load_checkpoint(checkpoint)
+        weights = self.sweep.encoder(self.config).encoder.state_dict()
+        save_checkpoint(checkpoint, tensors | {f"encoder.{name}": t for name, t in weights.items()}, metadata)
 
     def _log_result(self, run_id: str, row: dict[str, Any], best: TrialRecord, test: dict[str, Any]) -> str:
         tracker = self.sweep.tracker
@@ -560,6 +572,13 @@ class _Study:
         tracker.log_once(run_id, {}, {"raysweep.best_trial": str(best.number)} | _as_tags(best.setting))
         tracker.log_file(run_id, Path(str(best.checkpoint)), "checkpoint")
         return tracker.log_model(run_id, Path(row["model_path"]), self.sweep.index.classes)
+
+
+def _drop_other_checkpoints(records: Sequence[TrialRecord], best: TrialRecord) -> None:
+    """Deletes the weights of trials that were not chosen: eight fine-tunes of a large encoder would keep 10 GB."""
+    for record in records:
+        if record.checkpoint and record.checkpoint != best.checkpoint:
+            Path(record.checkpoint).unlink(missing_ok=True)
 
 
 def _as_tags(setting: dict[str, Any]) -> dict[str, str]:

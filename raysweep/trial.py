@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import traceback
+from pathlib import Path
 from typing import Any
 
+from raysweep.paths import write_atomically
 from raysweep.worker import test_logits, train_worker
 
 
 def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """Tune's trainable: runs one Population through Ray Train and reports every trial's result.
+    """Tune's trainable: trains one Population and reports every trial's `results`, or the `error` that ended it.
+
+    An error is reported rather than raised, so that the study's journal can say what went wrong, and a reused actor
+    lives on.
+    """
+    from ray import tune
+
+    try:
+        tune.report({"results": json.dumps(_train(config["trials"], job))})
+    except Exception as error:
+        folder = Path(job["folder"]) / "trials" / str(config["trials"][0]["number"])
+        write_atomically(folder / "error.txt", traceback.format_exc())
+        reason = " ".join(str(error).split()) or "no message"
+        tune.report({"error": f"{type(error).__name__}: {reason[:500]} (see {folder / 'error.txt'})"})
+
+
+def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a Population through Ray Train.
 
     One worker runs in Train's local mode, inside the Tune trial, whose actor is reused: a Train run of its own costs
     seconds to start. Several workers get a full TorchTrainer, whose reports are passed on.
@@ -18,7 +38,6 @@ def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    trials = config["trials"]
     loop_config: dict[str, Any] = {"job": job, "trials": trials}
     if job["num_workers"] == 1:
         trainer = TorchTrainer(
@@ -39,7 +58,8 @@ def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
             ),
             run_config=RunConfig(name=name, storage_path=f"{job['folder']}/train", callbacks=[TuneReportCallback()]),
         )
-    tune.report({"results": json.dumps(trainer.fit().return_value)})
+    results: list[dict[str, Any]] = trainer.fit().return_value
+    return results
 
 
 def worker_resources(job: dict[str, Any]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         report = config["report"]
     torch.set_num_threads(job["num_threads"])
-    device = torch.device("cuda", torch.cuda.current_device()) if job["use_gpu"] else torch.device("cpu")
+    device = _device(job["use_gpu"], local)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if job["mode"] == "linear_probe":
@@ -70,6 +70,17 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": gpu_memory}
     return [result | memory for result in results]
+
+
+def _device(use_gpu: bool, local: bool) -> torch.device:
+    if not use_gpu:
+        return torch.device("cpu")
+    if local:
+        return torch.device("cuda", torch.cuda.current_device())
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    return device
 
 
 def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
@@ -112,7 +123,7 @@ def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torc
 def _train_classifier(
     job: dict[str, Any], trial: dict[str, Any], device: torch.device, local: bool, report: Report
 ) -> dict[str, Any]:
-    model = build_classifier(job).to(device, memory_format=torch.channels_last)
+    model = build_classifier(job).to(device)
     freeze_unused_parameters(model)
     parallel: nn.Module = model
     if not local:

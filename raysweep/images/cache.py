@@ -6,9 +6,12 @@ never finished and is written again. Labels and splits are not in it, so relabel
 
 from __future__ import annotations
 
+import fcntl
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +75,7 @@ def write_cache(
     attach: Callable[[ray.data.Dataset, str], ray.data.Dataset],
     on_progress: Progress,
 ) -> Cache:
-    """Makes one pass over the images of an index and writes the cache.
+    """Makes one pass over the images of an index and writes the cache, unless another sweep is writing it already.
 
     Args:
         folder: where to.
@@ -81,8 +84,34 @@ def write_cache(
         attach: adds the stages that turn blocks of pixels into files and yield a `receipt` for every row.
         on_progress: called with (images done, images in all).
     """
-    started = time.perf_counter()
+    with _only_writer(folder):
+        if cache := open_cache(folder):
+            return cache
+        for leftover in folder.glob("rows-*.parquet"):  # of a pass that was cut short, perhaps into other blocks
+            leftover.unlink()
+        _make_pass(folder, index, preprocess, attach, on_progress)
+    cache = open_cache(folder)
+    assert cache is not None
+    return Cache(**{**vars(cache), "made_now": True})
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Waits until no other sweep of the same storage writes this cache."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_pass(
+    folder: Path,
+    index: ImageIndex,
+    preprocess: Mapping[str, Any],
+    attach: Callable[[ray.data.Dataset, str], ray.data.Dataset],
+    on_progress: Progress,
+) -> None:
+    started = time.perf_counter()
     dataset = attach(load_dataset(index).map_batches(_decode, fn_kwargs=dict(preprocess), **BLOCKS), str(folder))
     paths = dict(zip(index.table["row_id"].to_pylist(), index.table["path"].to_pylist(), strict=True))
     bad_rows: list[BadRow] = []
@@ -104,9 +133,6 @@ def write_cache(
     if num_done != len(index.table):
         raise DataError(f"{folder}: the pass saw {num_done} of {len(index.table)} images; start the sweep again")
     write_json(folder / "manifest.json", manifest)
-    cache = open_cache(folder)
-    assert cache is not None
-    return Cache(**{**vars(cache), "made_now": True})
 
 
 BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
@@ -127,9 +153,10 @@ def _decode(rows: pa.Table, preprocessing: dict[str, Any], for_training: bool) -
     """Reads and decodes a block: `row_id`, `pixels` (uint8 bytes of one geometry, null where bad), `error`."""
     geometry = Preprocessing.from_dict(preprocessing)
     resize = geometry.resize_for_training if for_training else geometry.resize_and_crop
-    columns = [rows[name].to_pylist() for name in ("path", "position", "image")]
-    pixels, errors = [], []
-    for content in read_image_bytes(*columns, image_column=rows["image_column"][0].as_py()):
+    paths, positions, inline = (rows[name].to_pylist() for name in ("path", "position", "image"))
+    pixels: list[bytes | None] = []
+    errors: list[str | None] = []
+    for content in read_image_bytes(paths, positions, inline, rows["image_column"][0].as_py()):
         try:
             if isinstance(content, DataError):
                 raise content
@@ -178,12 +205,16 @@ def read_blocks(folder: str, row_ids: np.ndarray) -> Iterator[tuple[np.ndarray, 
     """Yields (places in `row_ids`, rows of one file in that order) for every file that holds wanted rows.
 
     Raises:
-        DataError: a wanted row is not in the cache.
+        DataError: a wanted row is not in the cache, or a file is damaged.
     """
     order = np.argsort(row_ids)
     wanted, num_found = row_ids[order], 0
     for path in sorted(Path(folder).glob("rows-*.parquet")):
-        table = pq.read_table(path)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path}: damaged ({reason}); delete the folder to have it rebuilt") from error
         ids = table["row_id"].to_numpy()
         places = np.searchsorted(wanted, ids)
         hits = places < len(wanted)
@@ -197,4 +228,5 @@ def read_blocks(folder: str, row_ids: np.ndarray) -> Iterator[tuple[np.ndarray, 
 
 def peak_memory_bytes() -> int:
     """Returns the largest resident set that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024  # Linux counts in KiB

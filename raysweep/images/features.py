@@ -102,7 +102,7 @@ class _Encode:
         self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)
-        self.encoder.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.encoder.to(self.device).requires_grad_(False)
         self.precision, self.folder = precision, folder
 
     def __call__(self, decoded: pa.Table) -> pa.Table:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raysweep.encoders import encoder_from_spec
@@ -54,6 +53,8 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
+        # Both are made for their owner alone, and a model is there to be served by others.
+        (temporary / WEIGHTS).chmod(0o644)
         temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -99,29 +100,28 @@ def load_model(folder: Path) -> Model:
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         tensors = load_file(folder / WEIGHTS)
-        assert_known_format(folder, description)
+        _check_format(description)
         head = Head(**description["head"])
         classifier = Classifier(encoder_from_spec(description["encoder"]), head, description["features"])
         classifier.load_state_dict(tensors)
-    except FileNotFoundError as error:
+        labels = tuple(description["labels"])
+        if len(labels) != len(head.bias):
+            raise ValueError(f"{len(labels)} labels, {len(head.bias)} logits")
+    except (FileNotFoundError, NotADirectoryError) as error:
         wanted = f"{DESCRIPTION} and {WEIGHTS}"
         raise RaysweepError(f"{folder}: not an exported model; expected a folder with {wanted} ({error})") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise RaysweepError(f"{folder}: the exported model is damaged ({error})") from error
-    return Model(classifier.eval().requires_grad_(False), tuple(description["labels"]))
+    except RaysweepError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:  # whatever a part that is missing or altered makes json, safetensors or torch raise
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise RaysweepError(f"{folder}: the exported model is damaged ({reason})") from error
+    return Model(classifier.eval().requires_grad_(False), labels)
 
 
-def assert_known_format(folder: Path, description: dict[str, Any]) -> None:
-    """Refuses models of a format that this version does not read.
-
-    Raises:
-        RaysweepError: the format is another one.
-    """
-    if description.get("format") != FORMAT:
-        found = description.get("format")
-        raise RaysweepError(
-            f"{folder / DESCRIPTION}: format {found!r} is not one this raysweep reads; accepted: {FORMAT}"
-        )
+def _check_format(description: dict[str, Any]) -> None:
+    if description["format"] != FORMAT:
+        found = description["format"]
+        raise RaysweepError(f"{DESCRIPTION}: format {found!r} is not one this raysweep reads; accepted: {FORMAT}")
 
 
 class PyfuncModel:

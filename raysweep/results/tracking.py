@@ -11,7 +11,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 METRICS_PER_BATCH = 1_000  # the server's limit
+MAX_TAG_LENGTH = 5_000  # likewise
 KEY, LEVEL, PARENT = "raysweep.key", "raysweep.level", "mlflow.parentRunId"
 
 
@@ -32,6 +34,9 @@ class Tracker:
     Args:
         uri: MLflow tracking URI.
         experiment: name of the MLflow experiment; created when missing.
+
+    Raises:
+        RaysweepError: there is no such store, or it cannot be reached.
     """
 
     def __init__(self, uri: str, experiment: str) -> None:
@@ -43,13 +48,16 @@ class Tracker:
         # The model flavours know no other way of being told.
         mlflow.set_tracking_uri(uri)
         self.uri = uri
-        self.client = mlflow.MlflowClient(tracking_uri=uri)
+        # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
         try:
+            with _impatient():
+                self.client = mlflow.MlflowClient(tracking_uri=uri)
+                self.client.get_experiment_by_name(experiment)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
             if found is not None and found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
-        except mlflow.MlflowException as error:
+        except Exception as error:
             raise RaysweepError(f"tracking.uri: '{uri}' cannot be used as an MLflow store ({error})") from error
         self._children: dict[str, dict[str, Run]] = {}
         self._open: set[str] = set()
@@ -92,7 +100,8 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
-        self.client.log_batch(run_id, params=entries, tags=[RunTag(n, v) for n, v in (tags or {}).items()])
+        run_tags = [RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in (tags or {}).items()]
+        self.client.log_batch(run_id, params=entries, tags=run_tags)
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], first_epoch: int = 0) -> None:
         """Logs one dict of metrics per epoch; the step is the number of epochs done."""
@@ -138,9 +147,9 @@ class Tracker:
         from mlflow.pyfunc import log_model  # noqa: F401  # registers the flavour
         from mlflow.types import ColSpec, DataType, Schema
 
-        outputs = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]
-        outputs += [ColSpec(DataType.double, f"probability_{name}") for name in classes]
-        signature = ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(outputs))
+        numbers = ["probability", *(f"probability_{name}" for name in classes)]
+        outputs = Schema([ColSpec(DataType.string, "label"), *(ColSpec(DataType.double, name) for name in numbers)])
+        signature = ModelSignature(Schema([ColSpec(DataType.binary, "image")]), outputs)
         info = Model.log(
             artifact_path=None,
             name="model",
@@ -166,23 +175,49 @@ class Tracker:
 
     def fail_left_running(self, parent: str) -> None:
         """Ends runs under `parent` that an earlier, killed invocation left running."""
+        self._children.pop(parent, None)  # what is known of a run is its state when it was found
         for run in self._runs_under(parent).values():
             if run.info.status == "RUNNING" and run.info.run_id not in self._open:
                 self.finish(run.info.run_id, failed=True)
 
     def close(self) -> None:
         """Ends every run that is still open as FAILED; called on the way out of a sweep, however it went."""
+        from mlflow import MlflowException
+
         for run_id in list(self._open):
-            self.finish(run_id, failed=True)
+            try:
+                self.finish(run_id, failed=True)
+            except MlflowException:  # a store that has gone away must not hide why the sweep ends, nor hold it up
+                return
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Lets MLflow's HTTP client try once: by default it goes on for minutes before it says that there is no server."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ[name] = before or "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def environment_tags() -> dict[str, str]:
     """Versions of what results depend on, and the git commit of the working directory."""
     tags = {f"version.{name}": _version(name) for name in PACKAGES}
     tags["version.python"] = platform.python_version()
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _git_commit() -> str:
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit in it
+        return ""
 
 
 def _version(name: str) -> str:

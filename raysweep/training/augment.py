@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from raysweep.training.distributed import seeded_generator
 
 NUM_DRAWS = 5  # area, aspect ratio, horizontal place, vertical place, flip
-ASPECT_RATIOS = (3 / 4, 4 / 3)
+MAX_ASPECT_RATIO = 4 / 3  # and its inverse at the other end
 
 
 def augmentation_draws(num_rows: int, seed: int, epoch: int) -> Tensor:
@@ -40,9 +40,9 @@ def random_resized_crop(
         uint8 `(batch, size[0], size[1], 3)`.
     """
     area = min_scale + draws[:, 0] * (1 - min_scale)
-    # Width sqrt(area * ratio) is within the image up to a ratio of 1 / area, height sqrt(area / ratio) from area on.
-    low, high = (area.log().neg().clamp(max=abs(math.log(ratio))) for ratio in ASPECT_RATIOS)
-    stretch = torch.exp(0.5 * (draws[:, 1] * (low + high) - low))
+    # Width sqrt(area * ratio) and height sqrt(area / ratio) both fit where ratio lies in [area, 1 / area].
+    limit = area.log().neg().clamp(max=math.log(MAX_ASPECT_RATIO))
+    stretch = torch.exp((draws[:, 1] - 0.5) * limit)
     width = (area.sqrt() * stretch).clamp(max=1)  # against rounding
     height = (area.sqrt() / stretch).clamp(max=1)
     # Centres in [-1, 1] coordinates, such that the box lies within the image.

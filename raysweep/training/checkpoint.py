@@ -37,7 +37,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["raysweep"])
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["raysweep"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise TrialError(f"{path}: not a readable raysweep checkpoint ({error})") from error
 

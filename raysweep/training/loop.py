@@ -115,7 +115,7 @@ def train_classifier(
             break
         started = time.perf_counter()
         # Dropout and the like draw from the global state: a function of epoch and rank, so a resumed trial agrees.
-        torch.manual_seed((options.seed * 1_000_003 + epoch * 1_009 + rank()) % 2**63)
+        torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
         model.train()
         order = torch.randperm(num_rows, generator=seeded_generator(options.seed, epoch))
         draws = augmentation_draws(num_rows, options.seed, epoch)

@@ -1,0 +1,221 @@
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from raysweep.encoders import build_encoder, encoder_from_spec
+from raysweep.encoders.head import Classifier, Head
+from raysweep.errors import DataError, EncoderError, RaysweepError
+from raysweep.images.decode import decode_image
+from raysweep.results.model import PyfuncModel, export_model, load_model
+from raysweep.training.loop import predict_logits
+
+MOBILENET = Path(__file__).resolve().parents[2].parent / "shared" / "weights" / "mobilenet_v2"
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+BLOCKS = {
+    "stacked_cnn": {"type": "stacked_cnn", "config": {"channels": [8, 12]}, "image_size": 32},
+    "dinov2": {"type": "dinov2", "use_pretrained": False, "config": TINY, "image_size": 32},
+    "clip": {"type": "clip", "use_pretrained": False, "config": {**TINY, "intermediate_size": 32}, "image_size": 32},
+    "siglip": {"type": "siglip", "use_pretrained": False, "config": {**TINY, "intermediate_size": 32},
+               "image_size": 32},
+    "mobilenet_v2": {"type": "auto", "pretrained_model_name_or_path": str(MOBILENET)},
+}  # fmt: skip
+CLASSES = ("angular leaf spot", "bean/rust", "healthy: ü")
+
+
+def make_classifier(kind="stacked_cnn", source=None, normalize="standardize", num_classes=3):
+    """A classifier whose every tensor, of the head and its normalisation too, is unlike its initial value."""
+    encoder = build_encoder(BLOCKS[kind], seed=0)
+    source = source or next(iter(encoder.sources))
+    head = Head(encoder.num_features(source), num_classes, normalize)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in head.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return Classifier(encoder, head, source).eval()
+
+
+def image_bytes(number=0, size=(61, 47), kind="PNG"):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    export_model(tmp_path / "model", make_classifier(), CLASSES, {"study": "s"})
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_loaded_model_gives_exactly_the_logits_it_gave_before(kind, tmp_path):
+    if kind == "mobilenet_v2" and not MOBILENET.exists():
+        pytest.skip(f"no weights at {MOBILENET}")
+    classifier = make_classifier(kind)
+    export_model(tmp_path / kind, classifier, CLASSES, {})
+    model = load_model(tmp_path / kind)
+    preprocessing = classifier.encoder.preprocessing
+    images = [image_bytes(number, kind="JPEG") for number in range(2)]
+    pixels = [preprocessing.resize_for_training(decode_image(image, preprocessing.min_side)) for image in images]
+    expected = predict_logits(classifier, torch.from_numpy(np.stack(pixels)))
+    assert torch.equal(model.logits([model.preprocess(image) for image in images]), expected)
+    assert expected.std() > 0
+    assert model.labels == CLASSES
+    assert not model.classifier.training
+    assert not any(parameter.requires_grad for parameter in model.classifier.parameters())
+
+
+@pytest.mark.parametrize("normalize", ["none", "l2"])
+def test_the_feature_source_and_normalisation_are_kept(normalize, tmp_path):
+    classifier = make_classifier("dinov2", "cls+mean", normalize)
+    export_model(tmp_path / "model", classifier, CLASSES, {})
+    model = load_model(tmp_path / "model")
+    assert (model.classifier.source, model.classifier.head.normalize) == ("cls+mean", normalize)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model.classifier(images), classifier(images))
+
+
+def test_a_moved_model_loads_in_a_process_of_its_own_with_no_hub(tmp_path):
+    export_model(tmp_path / "model", make_classifier("dinov2"), CLASSES, {})
+    moved = shutil.move(tmp_path / "model", tmp_path / "elsewhere")
+    code = (
+        "import socket, sys; socket.socket.connect = None\n"
+        "from pathlib import Path; from raysweep.results.model import load_model\n"
+        "model = load_model(Path(sys.argv[1]))\n"
+        "image = model.preprocess(Path(sys.argv[2]).read_bytes())\n"
+        "print(model.logits([image]).tolist(), 'ray' in sys.modules)"
+    )
+    (tmp_path / "image.png").write_bytes(image_bytes())
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    command = [sys.executable, "-c", code, str(moved), str(tmp_path / "image.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    model = load_model(moved)
+    logits = model.logits([model.preprocess(image_bytes())]).tolist()
+    assert done.stdout.split("\n")[0] == f"{logits} False"
+
+
+def test_many_images_are_predicted_in_order(exported):
+    model = load_model(exported)
+    pixels = [model.preprocess(image_bytes(number)) for number in range(35)]  # more than a batch
+    probabilities = model.probabilities(pixels)
+    assert probabilities.shape == (35, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    for number in (0, 31, 32, 34):
+        np.testing.assert_allclose(model.probabilities([pixels[number]])[0], probabilities[number], atol=1e-5)
+    assert model.probabilities([]).shape == (0, 3)
+
+
+def test_an_export_replaces_an_older_one_whole(exported):
+    (exported / "leftover.txt").write_text("of the older one")
+    export_model(exported, make_classifier("dinov2"), CLASSES, {})
+    assert sorted(path.name for path in exported.iterdir()) == ["model.json", "model.safetensors"]
+    assert load_model(exported).classifier.encoder.family == "dinov2"
+    assert [path.name for path in exported.parent.iterdir()] == ["model"]
+
+
+def test_an_export_that_fails_leaves_the_older_one(exported):
+    before = (exported / "model.safetensors").read_bytes()
+    with pytest.raises(TypeError):
+        export_model(exported, make_classifier("dinov2"), CLASSES, {"not JSON": object()})
+    assert (exported / "model.safetensors").read_bytes() == before
+    assert [path.name for path in exported.parent.iterdir()] == ["model"]
+
+
+def test_others_may_read_an_export(exported):
+    assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in (exported, *exported.iterdir()))
+
+
+def test_an_export_says_where_it_comes_from(exported):
+    description = json.loads((exported / "model.json").read_text())
+    assert description["about"] == {"study": "s"}
+    assert description["labels"] == list(CLASSES)
+    assert description["encoder"] == make_classifier().encoder.spec()
+    encoder_from_spec(description["encoder"])
+
+
+# Folders that are no models
+
+
+def edit(folder, **changes):
+    file = folder / "model.json"
+    description = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in description.items() if value is not None}))
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_missing_file_is_named(exported, name):
+    (exported / name).unlink()
+    with pytest.raises(RaysweepError, match=r"not an exported model; expected a folder with model\.json and .*" + name):
+        load_model(exported)
+
+
+def test_neither_a_missing_folder_nor_a_file_is_a_model(exported):
+    for path in (exported.parent / "nothing", exported / "model.safetensors"):
+        with pytest.raises(RaysweepError, match=f"{path}: not an exported model"):
+            load_model(path)
+
+
+DAMAGE = {
+    "truncated weights": lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0"),
+    "half of the weights": lambda folder: os.truncate(folder / "model.safetensors", 4000),
+    "no JSON": lambda folder: (folder / "model.json").write_text("{"),
+    "a list": lambda folder: (folder / "model.json").write_text("[]"),
+    "no labels": lambda folder: edit(folder, labels=None),
+    "fewer labels": lambda folder: edit(folder, labels=["one"]),
+    "no head": lambda folder: edit(folder, head=None),
+    "another head": lambda folder: edit(folder, head={"num_features": 5, "num_classes": 3}),
+    "no such normalisation": lambda folder: edit(
+        folder, head={"num_features": 12, "num_classes": 3, "normalize": "odd"}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_model_is_named(exported, kind):
+    DAMAGE[kind](exported)
+    with pytest.raises(RaysweepError, match=f"{exported}: the exported model is damaged"):
+        load_model(exported)
+
+
+def test_another_format_is_refused(exported):
+    edit(exported, format=99)
+    with pytest.raises(RaysweepError, match=r"model\.json: format 99 is not one this raysweep reads; accepted: 1"):
+        load_model(exported)
+
+
+def test_an_encoder_of_another_transformers_is_refused_by_its_own_error(exported):
+    spec = make_classifier("dinov2").encoder.spec()
+    edit(exported, encoder={**spec, "config": {**spec["config"], "model_type": "dinov9"}})
+    with pytest.raises(EncoderError, match=f"{exported}: .*dinov9"):
+        load_model(exported)
+
+
+# The pyfunc
+
+
+def test_a_frame_of_bytes_becomes_a_frame_of_labels(exported):
+    model = load_model(exported)
+    frame = PyfuncModel(model).predict(pd.DataFrame({"image": [image_bytes(0), image_bytes(1)]}))
+    names = [f"probability_{name}" for name in CLASSES]
+    assert list(frame.columns) == ["label", "probability", *names]
+    expected = model.probabilities([model.preprocess(image_bytes(number)) for number in (0, 1)])
+    np.testing.assert_array_equal(frame[names].to_numpy(), expected.astype(float))
+    assert frame["label"].tolist() == [CLASSES[number] for number in expected.argmax(1)]
+    assert frame["probability"].tolist() == expected.max(1).astype(float).tolist()
+    assert len(PyfuncModel(model).predict(pd.DataFrame({"image": []}))) == 0
+
+
+def test_an_undecodable_row_is_named(exported):
+    with pytest.raises(DataError, match="row 1: not an image"):
+        PyfuncModel(load_model(exported)).predict(pd.DataFrame({"image": [image_bytes(0), b"text"]}))

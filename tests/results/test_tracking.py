@@ -1,0 +1,302 @@
+import io
+import os
+import subprocess
+import time
+
+import mlflow
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from raysweep.encoders import build_encoder
+from raysweep.encoders.head import Classifier, Head
+from raysweep.errors import RaysweepError
+from raysweep.results import tracking
+from raysweep.results.model import export_model, load_model
+from raysweep.results.tracking import Tracker, environment_tags
+
+ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """One store for the module, since making its tables takes seconds; every test has its own experiment in it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def open_tracker(uri, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)  # artifacts of a local store go below the working directory
+    before = mlflow.get_tracking_uri()
+    yield lambda: Tracker(uri, request.node.name)
+    mlflow.set_tracking_uri(before)
+
+
+def runs_of(tracker, **where):
+    filters = " and ".join(f"tags.`{name}` = '{value}'" for name, value in where.items())
+    return list(tracker.client.search_runs([tracker.experiment_id], filters))
+
+
+def status(tracker, run_id):
+    return tracker.client.get_run(run_id).info.status
+
+
+def start_tree(tracker):
+    """A sweep run with two studies of two trials each; returns run ids by key."""
+    runs = {"sweep": tracker.start_run("sweep", "beans", "sweep")[0]}
+    for study in ("probe", "tune"):
+        runs[study] = tracker.start_run(study, study, "study", parent=runs["sweep"])[0]
+        for number in range(2):
+            key = f"{study}/{number}"
+            runs[key] = tracker.start_run(key, f"{study}-{number}", "trial", parent=runs[study])[0]
+    return runs
+
+
+def test_runs_form_a_tree(open_tracker):
+    tracker = open_tracker()
+    runs = start_tree(tracker)
+    assert len(set(runs.values())) == 7
+    found = {run.info.run_id: run for run in runs_of(tracker)}
+    assert found.keys() == set(runs.values())
+    for key, parent in [("probe", "sweep"), ("tune", "sweep"), ("probe/0", "probe"), ("tune/1", "tune")]:
+        assert found[runs[key]].data.tags["mlflow.parentRunId"] == runs[parent]
+    assert "mlflow.parentRunId" not in found[runs["sweep"]].data.tags
+    levels = [run.data.tags["raysweep.level"] for run in found.values()]
+    assert sorted(levels) == ["study"] * 2 + ["sweep"] + ["trial"] * 4
+    assert found[runs["probe/1"]].info.run_name == "probe-1"
+
+
+def test_a_resumed_sweep_goes_on_in_the_runs_it_had(open_tracker):
+    first = open_tracker()
+    runs = start_tree(first)
+    for run_id in runs.values():
+        first.finish(run_id)
+    again = open_tracker()
+    assert start_tree(again) == runs
+    assert len(runs_of(again)) == 7
+    assert {status(again, run_id) for run_id in runs.values()} == {"RUNNING"}
+    assert again.start_run("sweep", "beans", "sweep") == (runs["sweep"], False)
+    assert again.start_run("probe/2", "probe-2", "trial", parent=runs["probe"])[1]
+
+
+def test_the_same_key_under_another_parent_is_another_run(open_tracker):
+    tracker = open_tracker()
+    sweeps = [tracker.start_run(key, key, "sweep")[0] for key in ("a", "b")]
+    studies = [tracker.start_run("study", "study", "study", parent=parent) for parent in sweeps]
+    assert studies[0][0] != studies[1][0]
+    assert all(created for _, created in studies)
+
+
+def test_more_runs_than_a_page_are_all_found(open_tracker, monkeypatch):
+    first = open_tracker()
+    sweep = first.start_run("sweep", "sweep", "sweep")[0]
+    runs = [first.start_run(f"s/{number}", "t", "trial", parent=sweep)[0] for number in range(5)]
+    again = open_tracker()
+    search = again.client.search_runs
+    monkeypatch.setattr(
+        again.client, "search_runs", lambda *where, **more: search(*where, **{**more, "max_results": 2})
+    )
+    assert [again.start_run(f"s/{number}", "t", "trial", parent=sweep) for number in range(5)] == [
+        (run_id, False) for run_id in runs
+    ]
+
+
+def test_histories_params_and_metrics(open_tracker):
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep", tags={"version.x": "1"})
+    tracker.log_once(run_id, {"learning_rate": 0.003, "features": "cls+mean"}, {"raysweep.error": "long " * 9_000})
+    tracker.log_once(run_id, {"learning_rate": 0.003})
+    tracker.log_history(run_id, ROWS)
+    tracker.log_history(run_id, [{"train/loss": float("nan"), "val/accuracy": 0.8}], first_epoch=2)
+    tracker.log_metrics(run_id, {"test/accuracy": 0.7, "memory": None, "count": 3})
+    run = tracker.client.get_run(run_id)
+    assert run.data.params == {"learning_rate": "0.003", "features": "cls+mean"}
+    assert run.data.tags["version.x"] == "1"
+    assert run.data.tags["raysweep.error"].startswith("long long")
+    curve = [(point.step, point.value) for point in tracker.client.get_metric_history(run_id, "val/accuracy")]
+    assert curve == [(1, 0.5), (2, 0.75), (3, 0.8)]
+    assert np.isnan(tracker.client.get_metric_history(run_id, "train/loss")[-1].value)
+    assert (run.data.metrics["test/accuracy"], run.data.metrics["count"]) == (0.7, 3.0)
+    assert "memory" not in run.data.metrics
+
+
+def test_a_parameter_keeps_its_value(open_tracker):
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    tracker.log_once(run_id, {"epochs": 5})
+    with pytest.raises(MlflowException, match="epochs"):
+        tracker.log_once(run_id, {"epochs": 6})
+
+
+def test_long_histories_go_in_several_calls(open_tracker, monkeypatch):
+    monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    tracker.log_history(run_id, [{"a": float(epoch), "b": 0.0} for epoch in range(4)])
+    steps = [point.step for point in tracker.client.get_metric_history(run_id, "a")]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_the_dataset_is_an_input(open_tracker):
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    tracker.log_dataset(run_id, "beans " * 100, "0123456789abcdef", "hf://datasets/x/beans", "{'train': 3}")
+    (entry,) = tracker.client.get_run(run_id).inputs.dataset_inputs
+    assert (entry.dataset.digest, entry.dataset.source) == ("0123456789abcdef", "hf://datasets/x/beans")
+    assert entry.dataset.profile == "{'train': 3}"
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+
+
+def test_files_folders_and_dicts_become_artifacts(open_tracker, tmp_path):
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    tracker.log_file(run_id, tmp_path / "folder" / "a.txt")
+    tracker.log_file(run_id, tmp_path / "folder", "copies")
+    tracker.log_dict(run_id, {"labels": ["a b", "c/d"]}, "matrix.json")
+    paths = {item.path for item in tracker.client.list_artifacts(run_id)}
+    assert paths == {"a.txt", "copies", "matrix.json"}
+    assert [item.path for item in tracker.client.list_artifacts(run_id, "copies")] == ["copies/a.txt"]
+
+
+# How runs end
+
+
+def test_runs_left_running_by_a_killed_sweep_end_failed(open_tracker):
+    killed = open_tracker()
+    runs = start_tree(killed)
+    killed.finish(runs["probe/0"])
+    again = open_tracker()
+    study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
+    going_on = again.start_run("probe/1", "probe-1", "trial", parent=study)[0]
+    again.fail_left_running(runs["sweep"])
+    again.fail_left_running(study)
+    assert status(again, study) == status(again, going_on) == "RUNNING"
+    assert status(again, runs["tune"]) == "FAILED"
+    assert status(again, runs["probe/0"]) == "FINISHED"
+
+
+def test_a_run_that_went_on_and_finished_stays_finished(open_tracker):
+    runs = start_tree(open_tracker())
+    again = open_tracker()
+    study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
+    again.finish(study)
+    again.fail_left_running(runs["sweep"])
+    assert status(again, study) == "FINISHED"
+
+
+def test_close_fails_what_is_still_open(open_tracker):
+    tracker = open_tracker()
+    runs = start_tree(tracker)
+    tracker.finish(runs["probe/0"])
+    tracker.finish(runs["probe/1"], failed=True)
+    tracker.close()
+    assert status(tracker, runs["probe/0"]) == "FINISHED"
+    others = [run_id for key, run_id in runs.items() if key != "probe/0"]
+    assert {status(tracker, run_id) for run_id in others} == {"FAILED"}
+    tracker.close()
+
+
+def test_a_store_that_has_gone_away_does_not_hide_why_a_sweep_ends(open_tracker, monkeypatch):
+    tracker = open_tracker()
+    start_tree(tracker)
+    calls = []
+
+    def gone(run_id, status):
+        calls.append(run_id)
+        raise MlflowException("no answer")
+
+    monkeypatch.setattr(tracker.client, "set_terminated", gone)
+    tracker.close()
+    assert len(calls) == 1
+
+
+# Stores
+
+
+@pytest.fixture
+def own_uri(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize(
+    "bad", ["http://127.0.0.1:9", "mongodb://127.0.0.1/x", "sqlite:////dev/null/no/mlflow.db", "postgresql://h/x"]
+)
+def test_a_store_that_cannot_be_used_is_named_at_once(bad, own_uri, monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    started = time.monotonic()
+    with pytest.raises(RaysweepError, match=f"^tracking.uri: '{bad}' cannot be used as an MLflow store"):
+        Tracker(bad, "x")
+    assert time.monotonic() - started < 30
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_what_the_user_set_for_retries_stays(own_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(RaysweepError):
+        Tracker("http://127.0.0.1:9", "x")
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+def test_a_deleted_experiment_is_taken_back(open_tracker):
+    first = open_tracker()
+    first.client.delete_experiment(first.experiment_id)
+    again = open_tracker()
+    assert again.experiment_id == first.experiment_id
+    assert again.start_run("key", "name", "sweep")[1]
+
+
+# Models
+
+
+def test_a_logged_model_predicts_on_bytes(open_tracker, tmp_path):
+    classes = ("angular leaf spot", "bean/rust", 'healthy: "ü"')
+    encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
+    head = Head(4, 3)
+    head.bias.data[1] = 1.0
+    export_model(tmp_path / "model", Classifier(encoder, head, "pooled"), classes, {})
+    tracker = open_tracker()
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    model_uri = tracker.log_model(run_id, tmp_path / "model", classes)
+    loaded = mlflow.pyfunc.load_model(model_uri)
+    assert loaded.metadata.run_id == run_id
+    assert loaded.metadata.get_input_schema().input_names() == ["image"]
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 30), "green").save(buffer, "PNG")
+    frame = loaded.predict(pd.DataFrame({"image": [buffer.getvalue()] * 2}))
+    assert list(frame.columns) == loaded.metadata.get_output_schema().input_names()
+    assert frame["label"].tolist() == ["bean/rust"] * 2
+    model = load_model(tmp_path / "model")
+    expected = model.probabilities([model.preprocess(buffer.getvalue())])[0]
+    np.testing.assert_allclose(frame.iloc[0, 2:].to_numpy(float), expected, rtol=1e-6)
+    assert tracker.register(model_uri, "winner") == "1"
+    assert tracker.register(model_uri, "winner") == "2"
+
+
+# Tags
+
+
+def test_environment_tags_hold_versions_and_the_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    tags = environment_tags()
+    assert {"version.python", "version.torch", "version.raysweep"} <= tags.keys()
+    assert "mlflow.source.git.commit" not in tags
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert "mlflow.source.git.commit" not in environment_tags()
+    person = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *person, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert len(environment_tags()["mlflow.source.git.commit"]) == 40
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "mlflow.source.git.commit" not in environment_tags()

@@ -1,0 +1,123 @@
+import glob
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from raysweep import cluster
+from raysweep.cluster import Resources, check_resources, local_resources, num_concurrent_trials, ray_session, uses_gpu
+from raysweep.errors import ResourceError
+from raysweep.experiment.config import ResourcesConfig
+
+
+def resources(**keys):
+    return ResourcesConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "num_gpus", "expected"), [("auto", 0, False), ("auto", 2, True), (False, 2, False), (True, 0, True)]
+)
+def test_auto_uses_what_gpus_there_are(use_gpu, num_gpus, expected):
+    assert uses_gpu(resources(use_gpu=use_gpu), Resources(4, num_gpus)) is expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "present"),
+    [
+        ({}, Resources(1, 0)),
+        ({"num_workers": 4}, Resources(4, 4)),
+        ({"cpus_per_worker": 4}, Resources(4, 1)),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, Resources(2, 1)),
+        ({"use_gpu": False, "gpus_per_worker": 8.0}, Resources(2, 1)),
+    ],
+)
+def test_what_fits_is_accepted(keys, present):
+    check_resources(resources(**keys), present)
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        ({"num_workers": 3, "cpus_per_worker": 2}, r"6 CPUs \(3 workers x 2 CPUs\), there are 4;"),
+        ({"use_gpu": True}, r"1 GPUs \(1 workers x 1 GPUs\), there are 0;"),
+        ({"use_gpu": True, "cpus_per_worker": 5, "gpus_per_worker": 0.5}, r"5 CPUs .* and 0\.5 GPUs .*there are 0;"),
+    ],
+)
+def test_what_can_never_be_scheduled_is_refused(keys, found):
+    with pytest.raises(ResourceError, match=found) as error:
+        check_resources(resources(**keys), Resources(4, 0))
+    assert "lower resources.num_workers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "present", "expected"),
+    [
+        ({}, Resources(4, 0), 4),
+        ({"cpus_per_worker": 3}, Resources(4, 0), 1),
+        ({"num_workers": 2}, Resources(5, 0), 2),
+        ({}, Resources(16, 2), 2),
+        ({"gpus_per_worker": 0.2}, Resources(16, 1), 5),
+        ({"gpus_per_worker": 0.3}, Resources(16, 1), 3),
+        ({"gpus_per_worker": 0.1, "use_gpu": False}, Resources(3, 1), 3),
+        ({"max_concurrent_trials": 2}, Resources(4, 0), 2),
+        ({"max_concurrent_trials": 9}, Resources(4, 0), 4),
+        ({"cpus_per_worker": 8}, Resources(4, 0), 1),
+    ],
+)
+def test_training_runs_side_by_side(keys, present, expected):
+    assert num_concurrent_trials(resources(**keys), present) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("GPU-1a, GPU-2b", 2), ("0,1,2,3,4", 3)]
+)
+def test_gpus_are_counted_as_cuda_would_see_them(monkeypatch, visible, expected):
+    monkeypatch.setattr(glob, "glob", lambda pattern: [f"/dev/nvidia{number}" for number in range(3)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local_resources().num_gpus == expected
+
+
+def test_cpus_are_those_this_process_may_use(monkeypatch):
+    assert local_resources().num_cpus == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert local_resources().num_cpus == os.cpu_count()
+
+
+def test_counting_resources_imports_neither_ray_nor_torch():
+    code = "import sys; from raysweep.cluster import local_resources; local_resources(); " \
+           "sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_cluster_that_does_not_answer_is_named_at_once(form, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can answer there
+        address = form.format(taken.getsockname()[1])
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: no Ray cluster answers at '{address}'"):
+            ray_session(verbose=False).__enter__()
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local"])
+def test_words_are_left_to_ray(address):
+    cluster._check_reachable(address)
+
+
+def fail_loudly():
+    with cluster._silent_stderr():
+        os.write(2, b"the reason\n")
+        raise ValueError("boom")
+
+
+def test_what_is_held_back_is_shown_when_the_block_fails(capfd):
+    with cluster._silent_stderr():
+        os.write(2, b"noise\n")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ValueError, match="boom"):
+        fail_loudly()
+    assert capfd.readouterr().err == "the reason\n"

@@ -1,0 +1,95 @@
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from raysweep.errors import ConfigError, DataError
+from raysweep.paths import SweepPaths, file_name, read_json, signature, write_atomically, write_json
+
+
+def test_a_signature_follows_the_value_and_not_the_order_of_keys():
+    first = signature({"a": [1, 2.5], "b": None})
+    assert first == signature({"b": None, "a": (1, 2.5)})
+    assert len(first) == 16
+    assert len({first, signature({"a": [2.5, 1], "b": None}), signature({"a": [1, 2.5], "b": 0})}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dinov2-base", "dinov2-base"),
+        ("a b/c", "a-b-c"),
+        ("..", "unnamed"),
+        (".hidden", "hidden"),
+        ("v1.2+x", "v1.2+x"),
+    ],
+)
+def test_file_names(name, expected):
+    assert file_name(name) == expected
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"x": float("nan")})
+    with pytest.raises(TypeError):
+        write_atomically(path, 5)
+    assert read_json(path) == {"x": 1}
+    assert [item.name for item in path.parent.iterdir()] == ["file.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_text_is_utf_8_and_bytes_stay(tmp_path):
+    write_atomically(tmp_path / "text", "größer\n")
+    assert (tmp_path / "text").read_bytes() == "größer\n".encode()
+    write_atomically(tmp_path / "text", b"\xff")
+    assert (tmp_path / "text").read_bytes() == b"\xff"
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}/none: no such file"):
+        read_json(tmp_path / "none")
+    (tmp_path / "half").write_text(json.dumps({"a": 1})[:-2])
+    with pytest.raises(DataError, match=f"{tmp_path}/half: not readable as JSON"):
+        read_json(tmp_path / "half")
+
+
+def test_everything_lies_below_the_storage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = SweepPaths(Path("runs"), "beans")
+    assert paths.root == tmp_path / "runs" / "beans"
+    assert paths.cache("features", "f00") == tmp_path / "runs" / ".cache" / "features-f00"
+    for path in (paths.optuna_journal, paths.tune, paths.study("s"), paths.model("s"), paths.leaderboard_json,
+                 paths.leaderboard_csv, paths.resolved_experiment, paths.quarantine):  # fmt: skip
+        assert path.is_relative_to(paths.root)
+    assert list(tmp_path.iterdir()) == []  # naming places makes none
+
+
+@pytest.mark.parametrize(
+    "storage", ["s3://bucket/x", "gs://bucket", "hf://datasets/x", "abfs://c@a/x", "file:///tmp/x"]
+)
+def test_a_uri_is_refused(storage):
+    with pytest.raises(ConfigError, match=r"storage: .* is a URI; accepted so far: a local or shared folder"):
+        SweepPaths(Path(storage), "x")
+
+
+def test_a_storage_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for storage in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(ConfigError, match=f"storage: '{storage}' cannot be a folder: {tmp_path}/file is a file"):
+            SweepPaths(storage, "x")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x").write_text("")
+    with pytest.raises(ConfigError, match="runs/x is a file"):
+        SweepPaths(tmp_path / "runs", "x")
+
+
+def test_a_storage_without_permission_is_refused(tmp_path, monkeypatch):
+    # By a stand-in, because root may write wherever it likes.
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: bool(asked.append(path)))
+    with pytest.raises(ConfigError, match=f"storage: '{tmp_path}/a/b' cannot be used: no permission to write to"):
+        SweepPaths(tmp_path / "a" / "b", "x")
+    assert asked == [tmp_path]

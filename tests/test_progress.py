@@ -1,0 +1,96 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from raysweep import progress as module
+from raysweep.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def plain():
+    return Progress(Console(file=io.StringIO(), width=60, highlight=False, soft_wrap=True))
+
+
+def text_of(progress):
+    return progress.console.file.getvalue()
+
+
+def test_lines_are_stamped_and_never_wrapped_or_interpreted(clock):
+    progress = plain()
+    clock.now += 12.34
+    with progress:
+        progress.say("/data/:smile:/[red]/" + 80 * "x")
+        progress.warn("class [bold] :boom: of /a")
+    first, second = text_of(progress).splitlines()
+    assert first == "[  12.3 s] /data/:smile:/[red]/" + 80 * "x"
+    assert second == "warning: class [bold] :boom: of /a"
+
+
+def test_without_a_terminal_a_stage_says_something_every_ten_seconds(clock):
+    with plain() as progress:
+        progress.start("decoding", 100)
+        for done in range(100):
+            clock.now += 0.25
+            progress.update(done, 100, "best 0.9" if done > 50 else "")
+        progress.update(100, 100)
+        progress.finish()
+    assert text_of(progress).splitlines() == ["[  10.2 s] decoding: 40/100", "[  20.5 s] decoding: 81/100, best 0.9"]
+
+
+def test_a_finished_stage_is_not_reported_again(clock):
+    with plain() as progress:
+        progress.start("decoding", 5)
+        clock.now += 60
+        progress.update(5, 5)
+    assert text_of(progress) == ""
+
+
+def on_terminal():
+    return Progress(Console(file=io.StringIO(), width=100, force_terminal=True, highlight=False))
+
+
+def test_a_terminal_gets_a_bar_that_is_taken_away():
+    with on_terminal() as progress:
+        progress.start("dinov2-linear_probe", 8)
+        progress.update(3, 8, "best 0.91")
+        progress._bar.refresh()
+        shown = text_of(progress)
+        assert all(part in shown for part in ("dinov2-linear_probe", "3/8", "best 0.91"))
+        progress.say("a line above the bar")
+        progress.finish()
+        assert progress._bar.task_ids == []
+    assert "a line above the bar" in text_of(progress)
+    assert progress._bar.live.is_started is False
+
+
+def test_a_new_stage_replaces_the_bar_and_late_news_is_ignored():
+    with on_terminal() as progress:
+        progress.update(1, 2)
+        progress.start("first", 2)
+        progress.start("second", 4)
+        assert [task.description for task in progress._bar.tasks] == ["second"]
+        progress.finish()
+        progress.update(2, 4, "late")
+        assert progress._bar.tasks == []
+
+
+def fail_within(progress):
+    with progress:
+        progress.start("first", 2)
+        raise ValueError("boom")
+
+
+def test_the_terminal_is_restored_when_a_stage_fails():
+    progress = on_terminal()
+    with pytest.raises(ValueError, match="boom"):
+        fail_within(progress)
+    assert progress._bar.live.is_started is False

@@ -1,0 +1,378 @@
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from raysweep import searcher as searchers
+from raysweep.errors import ConfigError, TrialError
+from raysweep.experiment.config import FineTuneSearch, FromScratchSearch, LinearProbeSearch
+from raysweep.experiment.space import recommended
+from raysweep.searcher import PopulationSearcher
+from raysweep.study import Listener, Search, TrialRecord, make_record, population_size, study_space
+
+SOURCES = ["cls", "cls+mean"]
+GRID = {"learning_rate": {"choices": [1e-3, 1e-2]}, "epochs": {"low": 5, "high": 7}}
+
+
+def probe(**keys):
+    return LinearProbeSearch.model_validate(keys)
+
+
+def fine_tune(**keys):
+    return FineTuneSearch.model_validate(keys)
+
+
+def open_search(folder, block=None, name="study", sources=SOURCES, metric="val/accuracy", direction="maximize", seed=1):
+    block = block or probe(num_trials=8)
+    space = study_space(block, sources, "dinov2")
+    return Search(folder / "new" / "optuna.journal", name, block, space, metric, direction, seed)
+
+
+def record(number, accuracy=0.5, loss=1.0, setting=None, error=None):
+    final = {} if error else {"val/accuracy": accuracy, "val/loss": loss}
+    return TrialRecord(number, setting or {}, final, [final], f"/trials/{number}", {"train_seconds": 1.0}, error)
+
+
+def play(search, rounds, size):
+    """Asks and tells Populations by a rule; returns the settings in order."""
+    settings = []
+    for _ in range(rounds):
+        trials = search.ask(size)
+        settings += [dict(trial.params) for trial in trials]
+        for trial in trials:
+            score = 1 - abs(trial.params["learning_rate"] - 0.01) - 0.001 * trial.params["epochs"]
+            search.tell(trial, record(trial.number, score, setting=dict(trial.params)))
+    return settings
+
+
+# Settings
+
+
+def test_recommendations_come_first_then_settings_within_the_space(tmp_path):
+    settings = play(open_search(tmp_path), 1, 8)
+    for setting, expected in zip(settings, recommended("linear_probe"), strict=False):
+        assert expected.items() <= setting.items()
+    assert len({json.dumps(setting, sort_keys=True) for setting in settings}) == 8
+    for setting in settings:
+        assert set(setting) == {"learning_rate", "epochs", "weight_decay", "normalize", "features"}
+        assert 1e-4 <= setting["learning_rate"] <= 1e-1
+        assert 5 <= setting["epochs"] <= 50
+        assert isinstance(setting["epochs"], int)
+        assert setting["features"] in SOURCES
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_one_seed_gives_one_sequence(tmp_path, sampler):
+    block = probe(num_trials=24, sampler=sampler)
+    first, second, other = (
+        play(open_search(tmp_path / name, block, seed=seed), 3, 8) for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    )
+    assert first == second
+    assert first[2:] != other[2:]
+    assert first[:2] == other[:2]
+
+
+def test_a_resumed_search_draws_new_settings(tmp_path):
+    block = probe(num_trials=16, sampler="random")
+    first = play(open_search(tmp_path, block), 1, 8)
+    assert not {setting["learning_rate"] for setting in first} & {
+        setting["learning_rate"] for setting in play(open_search(tmp_path, block), 1, 8)
+    }
+
+
+def test_two_studies_share_a_journal(tmp_path):
+    play(open_search(tmp_path, name="one"), 1, 4)
+    assert open_search(tmp_path, name="two").records == []
+    assert len(open_search(tmp_path, name="one").records) == 4
+
+
+def points(settings):
+    return sorted((setting["learning_rate"], setting["epochs"], setting["normalize"]) for setting in settings)
+
+
+WHOLE_GRID = sorted(itertools.product([1e-3, 1e-2], [5, 6, 7], ["none", "standardize"]))
+
+
+def test_a_grid_is_covered_once(tmp_path):
+    block = probe(sampler="grid", space=GRID)
+    assert block.num_trials == 12
+    search = open_search(tmp_path, block)
+    assert points(play(search, 3, 4)) == WHOLE_GRID
+    assert search.num_remaining == 0
+
+
+def test_a_grid_begun_with_fewer_trials_is_completed_later(tmp_path):
+    first = play(open_search(tmp_path, probe(sampler="grid", space=GRID, num_trials=5)), 1, 5)
+    search = open_search(tmp_path, probe(sampler="grid", space=GRID))
+    assert search.num_remaining == 7
+    assert points(first + play(search, 1, 7)) == WHOLE_GRID
+
+
+def test_a_grid_over_sources_that_the_encoder_lacks_is_smaller(tmp_path):
+    block = probe(sampler="grid", space={**GRID, "features": {"choices": ["cls", "pooler"]}})
+    assert block.num_trials == 24
+    search = open_search(tmp_path, block)
+    assert search.num_remaining == search.block.num_trials == 12
+    settings = play(search, 1, 12)
+    assert points(settings) == WHOLE_GRID
+    assert {setting["features"] for setting in settings} == {"cls"}
+
+
+# Results
+
+
+def test_records_survive_reopening(tmp_path):
+    search = open_search(tmp_path)
+    good, bad = search.ask(2)
+    search.tell(good, record(good.number, 0.75, setting=dict(good.params)))
+    search.tell(bad, record(bad.number, error="out of memory"))
+    again = open_search(tmp_path)
+    assert (
+        again.records
+        == search.records
+        == [
+            record(0, 0.75, setting=dict(good.params)),
+            record(1, error="out of memory"),
+        ]
+    )
+    assert again.num_remaining == 6
+    assert again.best().number == 0
+
+
+def states(search):
+    return [trial.state.name for trial in search.optuna_study.get_trials() if trial.state.name != "WAITING"]
+
+
+def test_a_trial_without_a_finite_metric_failed(tmp_path):
+    search = open_search(tmp_path)
+    trials = search.ask(4)
+    results = [record(0, float("nan")), record(1, float("inf")), record(2, error="lost"), record(3, 0.1, float("nan"))]
+    for trial, result in zip(trials, results, strict=True):
+        search.tell(trial, result)
+    assert states(search) == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
+    assert search.best().number == 3
+    assert search.num_remaining == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction", "results", "expected"),
+    [
+        ("val/accuracy", "maximize", [(0.5, 0.1), (0.9, 3.0), (0.7, 0.2)], 1),
+        ("val/loss", "minimize", [(0.5, 0.3), (0.9, 3.0), (0.4, 0.2)], 2),
+        ("val/accuracy", "maximize", [(0.9, 0.5), (0.9, 0.4), (0.9, 0.6)], 1),
+        ("val/accuracy", "maximize", [(0.8, 0.4), (0.9, 0.4), (0.9, 0.4)], 1),
+        ("val/accuracy", "maximize", [(0.9, float("nan")), (0.9, 0.4), (0.9, 9.0)], 1),
+        ("val/accuracy", "maximize", [(0.9, 0.4), (0.9, float("nan")), (0.9, 9.0)], 0),
+    ],
+)
+def test_the_best_among_equals_has_the_lowest_loss_then_the_lowest_number(
+    tmp_path, metric, direction, results, expected
+):
+    search = open_search(tmp_path, metric=metric, direction=direction)
+    for trial, (accuracy, loss) in zip(search.ask(3), results, strict=True):
+        search.tell(trial, record(trial.number, accuracy, loss))
+    assert search.best().number == expected
+
+
+def test_a_study_without_a_success_says_why(tmp_path):
+    search = open_search(tmp_path, name="dinov2-linear_probe-f00")
+    with pytest.raises(TrialError, match="dinov2-linear_probe-f00: no trial succeeded; none was run"):
+        search.best()
+    for trial, result in zip(
+        search.ask(2), [record(0, error="CUDA out of memory"), record(1, float("nan"))], strict=True
+    ):
+        search.tell(trial, result)
+    with pytest.raises(TrialError, match="CUDA out of memory; val/accuracy was not a finite number"):
+        search.best()
+
+
+# Resuming
+
+
+def test_interrupted_trials_are_failed_and_go_on_as_new_ones(tmp_path):
+    block = fine_tune(num_trials=4)
+    killed = open_search(tmp_path, block)
+    done, lost = killed.ask(2)
+    killed.tell(done, record(done.number))
+    search = open_search(tmp_path, block)
+    assert states(search) == ["COMPLETE", "FAIL"]
+    assert [one.number for one in search.records] == [0]
+    assert search.num_remaining == 3
+    (again,) = search.ask(1)
+    assert again.params == lost.params
+    assert again.user_attrs["continues"] == lost.number
+    # Killed once more, it still continues the first attempt, whose checkpoint is the one there is.
+    (third,) = open_search(tmp_path, block).ask(1)
+    assert third.params == lost.params
+    assert third.user_attrs["continues"] == lost.number
+    assert third.number not in (lost.number, again.number)
+
+
+def test_a_trial_killed_between_its_record_and_its_end_is_not_run_again(tmp_path, monkeypatch):
+    killed = open_search(tmp_path)
+    (trial,) = killed.ask(1)
+    monkeypatch.setattr(killed, "_tell", lambda *result: None)
+    killed.tell(trial, record(trial.number, 0.9))
+    search = open_search(tmp_path)
+    assert states(search) == ["COMPLETE"]
+    assert (len(search.records), search.best().number) == (1, 0)
+    assert all("continues" not in waiting.user_attrs for waiting in search.optuna_study.get_trials())
+
+
+def test_recommendations_are_not_tried_again_when_the_budget_grows(tmp_path):
+    first = play(open_search(tmp_path, probe(num_trials=1)), 1, 1)
+    second = play(open_search(tmp_path, probe(num_trials=3)), 1, 2)
+    assert first[0]["learning_rate"] == recommended("linear_probe")[0]["learning_rate"]
+    assert second[0]["learning_rate"] == recommended("linear_probe")[1]["learning_rate"]
+    assert second[1]["learning_rate"] not in (first[0]["learning_rate"], second[0]["learning_rate"])
+
+
+# Sizes and spaces
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (probe(num_trials=64), 16),
+        (probe(num_trials=16), 8),
+        (probe(num_trials=5), 5),
+        (probe(num_trials=1000), 64),
+        (probe(num_trials=64, population=3), 3),
+        (probe(num_trials=2, population=3), 2),
+        (fine_tune(num_trials=8, population=4), 1),
+        (FromScratchSearch(), 1),
+    ],
+)
+def test_population_sizes(block, expected):
+    assert population_size(block) == expected
+
+
+def test_features_are_those_that_the_encoder_has():
+    assert study_space(probe(), SOURCES, "dinov2")["features"].choices == ("cls", "cls+mean")
+    grid = probe(sampler="grid", space={"learning_rate": 0.1})
+    assert study_space(grid, SOURCES, "dinov2")["features"].choices == ("cls",)
+    asked = probe(space={"features": {"choices": ["pooler", "cls+mean"]}})
+    assert study_space(asked, SOURCES, "dinov2")["features"].choices == ("cls+mean",)
+    assert "features" not in study_space(fine_tune(), SOURCES, "dinov2")
+
+
+def test_features_that_the_encoder_lacks_are_refused():
+    asked = probe(space={"features": {"choices": ["pooler", "projected"]}})
+    with pytest.raises(ConfigError) as error:
+        study_space(asked, SOURCES, "dinov2-small")
+    assert str(error.value) == (
+        "search.linear_probe.space.features: dinov2-small has no pooler, projected; accepted: cls, cls+mean"
+    )
+
+
+def test_a_result_becomes_a_record():
+    result = {"number": 3, "final": {"val/loss": 1.0}, "history": [{"val/loss": 1.0}], "checkpoint": None,
+              "best_epoch": 0, "train_seconds": 2.0, "images_per_second": 9.0, "peak_memory_bytes": 5,
+              "peak_gpu_memory_bytes": 0}  # fmt: skip
+    made = make_record(3, {"epochs": 1}, result, "unused")
+    assert (made.final, made.checkpoint, made.error) == ({"val/loss": 1.0}, None, None)
+    assert made.details["train_seconds"] == 2.0
+    lost = make_record(3, {"epochs": 1}, None, "why")
+    assert (lost.final, lost.history, lost.error) == ({}, [], "why")
+
+
+# The searcher that Tune asks
+
+
+class Heard:
+    def __init__(self):
+        self.epochs, self.trials = [], []
+        self.listener = Listener(lambda *news: self.epochs.append(news), self.trials.append)
+
+
+@pytest.fixture
+def heard():
+    return Heard()
+
+
+def results_of(suggestion, accuracy=0.5):
+    details = {"best_epoch": 0, "train_seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1,
+               "peak_gpu_memory_bytes": 0}  # fmt: skip
+    final = {"val/accuracy": accuracy, "val/loss": 1.0}
+    each = [{"number": trial["number"], "final": final, "history": [final], "checkpoint": None, **details}
+            for trial in suggestion["trials"]]  # fmt: skip
+    return {"results": json.dumps(each)}
+
+
+def test_suggestions_are_populations_until_the_budget_is_spent(tmp_path, heard):
+    search = open_search(tmp_path, probe(num_trials=8, population=3))
+    searcher = PopulationSearcher(search, heard.listener, tmp_path)
+    sizes = []
+    while isinstance(suggestion := searcher.suggest(f"t{len(sizes)}"), dict):
+        sizes.append(len(suggestion["trials"]))
+        searcher.on_trial_complete(f"t{len(sizes) - 1}", results_of(suggestion))
+    assert sizes == [3, 3, 2]
+    assert suggestion == PopulationSearcher.FINISHED
+    assert [one.number for one in heard.trials] == list(range(8))
+    assert search.num_remaining == 0
+    assert all(one.setting["learning_rate"] > 0 for one in heard.trials)
+
+
+def test_a_resumed_budget_is_what_is_left(tmp_path, heard):
+    play(open_search(tmp_path, probe(num_trials=8)), 1, 6)
+    searcher = PopulationSearcher(open_search(tmp_path, probe(num_trials=8)), heard.listener, tmp_path)
+    assert len(searcher.suggest("a")["trials"]) == 2
+    assert searcher.suggest("b") == PopulationSearcher.FINISHED
+
+
+def test_no_population_starts_after_the_time_budget(tmp_path, heard, monkeypatch):
+    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(searchers, "time", clock)
+    search = open_search(tmp_path, probe(num_trials=30, population=2, time_budget_s=60))
+    searcher = PopulationSearcher(search, heard.listener, tmp_path)
+    clock.now += 59
+    assert len(searcher.suggest("a")["trials"]) == 2
+    clock.now += 2
+    assert searcher.suggest("b") == PopulationSearcher.FINISHED
+
+
+def test_a_continued_trial_says_which_it_continues(tmp_path, heard):
+    block = fine_tune(num_trials=2)
+    open_search(tmp_path, block).ask(1)
+    searcher = PopulationSearcher(open_search(tmp_path, block), heard.listener, tmp_path)
+    suggested = [searcher.suggest(name)["trials"][0]["continues"] for name in "ab"]
+    assert sorted(suggested, key=str) == [0, None]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("Traceback\n  line\nValueError: boom\n", "ValueError: boom"),
+        ("", "the trial ended without a result"),
+        (None, "the trial ended without a result"),
+    ],
+)
+def test_a_lost_population_fails_with_its_reason(tmp_path, heard, error, expected):
+    search = open_search(tmp_path, probe(num_trials=4, population=2))
+    searcher = PopulationSearcher(search, heard.listener, tmp_path)
+    searcher.suggest("t0")
+    if error is not None:
+        (tmp_path / "t0").mkdir()
+        (tmp_path / "t0" / "error.txt").write_text(error)
+    searcher.on_trial_complete("t0", None, error=True)
+    assert [one.error for one in heard.trials] == [expected] * 2
+    assert states(search) == ["FAIL"] * 2
+    searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
+    assert len(heard.trials) == 2
+
+
+def test_a_trial_missing_from_the_results_fails_alone(tmp_path, heard):
+    searcher = PopulationSearcher(open_search(tmp_path, probe(num_trials=2)), heard.listener, tmp_path)
+    suggestion = searcher.suggest("t0")
+    searcher.on_trial_complete("t0", results_of({"trials": suggestion["trials"][1:]}))
+    assert [one.error is None for one in heard.trials] == [False, True]
+
+
+def test_epochs_are_passed_on(tmp_path, heard):
+    searcher = PopulationSearcher(open_search(tmp_path, fine_tune(num_trials=1)), heard.listener, tmp_path)
+    (trial,) = searcher.suggest("t0")["trials"]
+    news = {"number": trial["number"], "epoch": 4, "metrics": {"val/loss": 0.5}}
+    searcher.on_trial_result("t0", {"epoch": json.dumps(news)})
+    searcher.on_trial_result("t0", results_of({"trials": [trial]}))
+    assert heard.epochs == [(trial["number"], trial["setting"], 4, {"val/loss": 0.5})]

@@ -1,0 +1,431 @@
+import copy
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from raysweep.encoders import build_encoder
+from raysweep.encoders.head import Classifier, Head
+from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
+from raysweep.training.distributed import seeded_generator
+from raysweep.training.loop import (
+    LoopOptions,
+    PixelSet,
+    build_optimizer,
+    evaluate_classifier,
+    freeze_unused_parameters,
+    predict_logits,
+    ranking_key,
+    train_classifier,
+    warmup_cosine,
+)
+
+NUM_CLASSES = 3
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "dinov2": TINY,
+    "clip": TINY | {"intermediate_size": 32, "patch_size": 14},
+    "siglip": TINY | {"intermediate_size": 32},
+    "stacked_cnn": {"channels": [4, 8]},
+}
+SETTING = {"learning_rate": 3e-3, "epochs": 4, "weight_decay": 0.05, "layer_decay": 0.75}
+AUGMENTATION = {"min_crop_scale": 0.5, "horizontal_flip": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So small are the tensors that sharing them among threads takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def classifier(kind="dinov2", source=None, seed=0, **config):
+    block = {"type": kind, "use_pretrained": False, "image_size": 28, "config": CONFIGS[kind] | config}
+    encoder = build_encoder(block, seed=seed)
+    source = source or next(iter(encoder.sources))
+    model = Classifier(encoder, Head(encoder.num_features(source), NUM_CLASSES), source)
+    freeze_unused_parameters(model)
+    return model
+
+
+def pixel_set(num_rows, seed, side=32):
+    """Noise that is brighter in one channel, which is its class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, NUM_CLASSES, (num_rows,), generator=generator)
+    pixels = torch.randint(0, 180, (num_rows, side, side, 3), generator=generator)
+    pixels += 50 * F.one_hot(labels, NUM_CLASSES)[:, None, None]
+    return PixelSet(pixels.to(torch.uint8), labels)
+
+
+def options(**more):
+    defaults = {"batch_size": 8, "seed": 7, "metric": "val/accuracy", "direction": "maximize", "patience": 100}
+    return LoopOptions(**(defaults | more))
+
+
+def train(model, folder, setting=None, on_epoch=lambda metrics: None, parallel=None, **more):
+    train_set = pixel_set(21, 1, model.encoder.preprocessing.training_size[0])
+    validation = pixel_set(13, 2, model.encoder.preprocessing.training_size[0])
+    setting = SETTING | (setting or {})
+    return train_classifier(model, parallel or model, train_set, validation, setting, options(**more), folder, on_epoch)
+
+
+def timeless(history):
+    return [
+        {n: v for n, v in epoch.items() if n not in ("time/epoch_s", "train/images_per_second")} for epoch in history
+    ]
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def plain_rate(name, setting):
+    """Learning rate and weight decay of a dinov2 parameter, by its name alone."""
+    layer = re.search(r"encoder\.layer\.(\d+)|layers?\.(\d+)\.", name)
+    depth = (
+        3
+        if name.startswith("head.")
+        else 0
+        if "embeddings" in name
+        else 2
+        if layer is None
+        else 1 + int(layer.group(1) or layer.group(2))
+    )
+    rate = setting["learning_rate"] * setting["layer_decay"] ** (3 - depth)
+    # By kind of module, where the code under test goes by the number of dimensions and by parts of names.
+    decays = name.endswith("weight") and "norm" not in name
+    return {"lr": rate, "weight_decay": setting["weight_decay"] if decays else 0.0}
+
+
+def test_equals_a_plain_loop(tmp_path):
+    model = classifier()
+    plain, images, held_out = copy.deepcopy(model).train(), pixel_set(21, 1), pixel_set(13, 2)
+    trained = [(name, p) for name, p in plain.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p], **plain_rate(name, SETTING)} for name, p in trained])
+    num_steps = SETTING["epochs"] * 3
+    num_warmup = num_steps // 4
+
+    def factor(step):
+        if step < num_warmup:
+            return (step + 1) / (num_warmup + 1)
+        return (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def logits(pixels):
+        crops = pixels[:, 2:30, 2:30].permute(0, 3, 1, 2) / 255
+        mean, std = (
+            torch.tensor(x).view(3, 1, 1) for x in (model.encoder.preprocessing.mean, model.encoder.preprocessing.std)
+        )
+        return plain((crops - mean) / std)
+
+    history = []
+    for epoch in range(SETTING["epochs"]):
+        order, losses = torch.randperm(21, generator=seeded_generator(7, epoch)), []
+        for rows in (order[:8], order[8:16], order[16:]):
+            loss = F.cross_entropy(logits(images.pixels[rows]), images.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            losses += [loss.item()] * len(rows)
+        with torch.no_grad():
+            outputs = logits(held_out.pixels)
+        history.append([sum(losses) / 21, F.cross_entropy(outputs, held_out.labels).item()])
+    result = train(model, tmp_path, warmup_fraction=0.25, gradient_clip=0.5)
+    found = [[epoch["train/loss"], epoch["val/loss"]] for epoch in result.history]
+    assert torch.tensor(found) == pytest.approx(torch.tensor(history), abs=1e-4)
+    assert history[-1][0] < 0.9 * history[0][0]
+
+
+@pytest.mark.parametrize("augmentation", [None, AUGMENTATION])
+def test_learns(tmp_path, augmentation):
+    result = train(
+        classifier("stacked_cnn"), tmp_path, {"epochs": 12, "learning_rate": 0.03}, augmentation=augmentation
+    )
+    assert result.best["val/accuracy"] > 0.85
+    assert result.best_epoch == max(
+        range(12), key=lambda e: (result.history[e]["val/accuracy"], -result.history[e]["val/loss"])
+    )
+
+
+def test_history_has_the_agreed_keys(tmp_path):
+    told = []
+    result = train(classifier(), tmp_path, {"epochs": 2}, on_epoch=told.append)
+    assert told == result.history
+    assert set(told[0]) == {
+        "train/loss", "train/images_per_second", "train/learning_rate",
+        "val/loss", "val/accuracy", "val/macro_f1", "time/epoch_s",
+    }  # fmt: skip
+    assert told[0]["train/loss"] == pytest.approx(math.log(3), abs=0.3)
+    assert 0 < told[1]["train/learning_rate"] < told[0]["train/learning_rate"] <= SETTING["learning_rate"]
+
+
+@pytest.mark.parametrize(("direction", "choose"), [("minimize", min), ("maximize", max)])
+def test_the_best_epochs_weights_are_kept(tmp_path, direction, choose):
+    result = train(classifier(), tmp_path, metric="val/loss", direction=direction)
+    losses = [epoch["val/loss"] for epoch in result.history]
+    assert losses[0] != losses[-1]
+    assert result.best_epoch == losses.index(choose(losses))
+    tensors, metadata = load_checkpoint(result.checkpoint)
+    assert metadata == {"epoch": result.best_epoch, "metrics": result.best}
+    best = classifier(seed=5)
+    best.load_state_dict(tensors)
+    again = evaluate_classifier(best, pixel_set(13, 2), options())
+    assert again == {name: value for name, value in result.best.items() if name in again}
+
+
+def test_ties_go_to_the_lower_loss_then_the_earlier_epoch():
+    first, lower = {"val/accuracy": 0.5, "val/loss": 2.0}, {"val/accuracy": 0.5, "val/loss": 1.0}
+    assert ranking_key(lower, options()) > ranking_key(first, options())
+    higher = {"val/accuracy": 0.6, "val/loss": 9.0}
+    assert ranking_key(higher, options()) > ranking_key(lower, options())
+    assert ranking_key(lower, options(direction="minimize")) > ranking_key(higher, options(direction="minimize"))
+    for broken in ({"val/accuracy": math.nan, "val/loss": 0.1}, {"val/accuracy": 0.5, "val/loss": math.nan}):
+        for direction in ("minimize", "maximize"):
+            assert ranking_key(broken, options(direction=direction)) < ranking_key(first, options(direction=direction))
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_stops_early(tmp_path, patience):
+    # Nothing moves at a rate of zero, so the first epoch stays the best.
+    result = train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=patience)
+    assert len(result.history) == 1 + patience
+    assert result.best_epoch == 0
+
+
+class Interrupted(Exception):
+    pass
+
+
+class FailsAtStep(nn.Module):
+    """Forwards to the model, and is killed at one step."""
+
+    def __init__(self, model, step):
+        super().__init__()
+        self.model, self.left = model, step
+
+    def forward(self, pixel_values):
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupted
+        return self.model(pixel_values)
+
+
+def interrupted_at_epoch(model, folder, epoch, **more):
+    done = []
+
+    def on_epoch(metrics):
+        done.append(metrics)
+        if len(done) == epoch + 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(model, folder, on_epoch=on_epoch, **more)
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 3])
+@pytest.mark.parametrize("kind", ["dinov2", "stacked_cnn"])
+def test_an_interrupted_trial_goes_on_as_if_nothing_had_happened(tmp_path, kind, epoch):
+    # Dropout, augmentation and batch-norm statistics must all come back.
+    config = {"hidden_dropout_prob": 0.1} if kind == "dinov2" else {}
+    uninterrupted = classifier(kind, **config)
+    expected = train(uninterrupted, tmp_path / "a", augmentation=AUGMENTATION)
+    interrupted_at_epoch(classifier(kind, **config), tmp_path / "b", epoch, augmentation=AUGMENTATION)
+    torch.rand(17)
+    told, resumed = [], classifier(kind, seed=9, **config)
+    result = train(resumed, tmp_path / "b", on_epoch=told.append, augmentation=AUGMENTATION)
+    assert_equal_weights(resumed.state_dict(), uninterrupted.state_dict())
+    assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
+    assert timeless(result.history) == timeless(expected.history) == timeless(told)
+    assert result.best_epoch == expected.best_epoch
+
+
+@pytest.mark.parametrize("step", [0, 2, 7])
+def test_a_kill_within_an_epoch_costs_that_epoch_alone(tmp_path, step):
+    uninterrupted, killed, resumed = classifier(), classifier(), classifier()
+    train(uninterrupted, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        train(killed, tmp_path / "b", parallel=FailsAtStep(killed, step))
+    train(resumed, tmp_path / "b", parallel=FailsAtStep(resumed, 12 - step // 3 * 3))
+    assert_equal_weights(resumed.state_dict(), uninterrupted.state_dict())
+
+
+def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
+    uninterrupted = classifier()
+    expected = train(uninterrupted, tmp_path / "a", metric="val/loss", direction="minimize")
+    saved = []
+
+    def save(path, *arguments):
+        if len(saved) == 3:
+            raise Interrupted
+        saved.append(path.name)
+        save_checkpoint(path, *arguments)
+
+    monkeypatch.setattr("raysweep.training.loop.save_checkpoint", save)
+    with pytest.raises(Interrupted):
+        train(classifier(), tmp_path / "b", metric="val/loss", direction="minimize")
+    monkeypatch.undo()
+    assert saved == ["best.safetensors", "last.safetensors", "best.safetensors"]
+    result = train(classifier(), tmp_path / "b", metric="val/loss", direction="minimize")
+    assert timeless(result.history) == timeless(expected.history)
+    assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
+
+
+def test_a_finished_trial_is_not_trained_again(tmp_path):
+    first = train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=2)
+    model = classifier()
+    again = train(model, tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=2, parallel=FailsAtStep(model, 0))
+    assert again == first
+
+
+def test_a_trial_that_diverges_at_once_ends_without_a_value(tmp_path):
+    result = train(classifier(), tmp_path, {"learning_rate": 1e30, "epochs": 6})
+    assert len(result.history) < 6
+    assert math.isnan(result.history[-1]["train/loss"])
+    assert math.isnan(result.history[-1]["val/accuracy"])
+
+
+def test_a_trial_that_diverges_later_keeps_its_best_epoch(tmp_path):
+    class Diverges(FailsAtStep):
+        def forward(self, pixel_values):
+            self.left -= 1
+            return self.model(pixel_values) * (math.nan if self.left < 0 else 1.0)
+
+    model = classifier()
+    result = train(model, tmp_path, {"epochs": 9}, parallel=Diverges(model, 7))
+    assert [math.isfinite(epoch["train/loss"]) for epoch in result.history] == [True, True, False]
+    assert result.best_epoch < 2
+    assert math.isfinite(result.best["val/accuracy"])
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(result.checkpoint)[0].values())
+
+
+def test_bfloat16_trains_in_mixed_precision(tmp_path):
+    model, other = classifier(), classifier()
+    mixed, full = train(model, tmp_path / "a", precision="bf16"), train(other, tmp_path / "b")
+    assert mixed.history[-1]["val/loss"] == pytest.approx(full.history[-1]["val/loss"], abs=0.05)
+    assert mixed.history[-1]["val/loss"] != full.history[-1]["val/loss"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert predict_logits(model, pixel_set(3, 0).pixels, "bf16").dtype == torch.float32
+
+
+def test_evaluation_is_the_plain_mean_over_all_rows(monkeypatch):
+    monkeypatch.setattr("raysweep.training.loop.EVALUATION_ROWS", 5)
+    model, rows = classifier("stacked_cnn").train(), pixel_set(13, 2)
+    nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(model.state_dict())
+    metrics = evaluate_classifier(model, rows, options())
+    logits = predict_logits(model, rows.pixels)
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, rows.labels).item(), rel=1e-5)
+    assert metrics["val/accuracy"] == pytest.approx((logits.argmax(1) == rows.labels).float().mean().item())
+    assert_equal_weights(model.state_dict(), before)
+
+
+def test_warm_up_then_cosine():
+    factor = warmup_cosine(100, 0.1)
+    assert [factor(step) for step in (0, 4, 9)] == pytest.approx([1 / 11, 5 / 11, 10 / 11])
+    assert factor(10) == 1
+    assert factor(55) == pytest.approx(0.5)
+    assert factor(100) == pytest.approx(0)
+    values = [factor(step) for step in range(100)]
+    assert values[:11] == sorted(values[:11])
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert min(values) > 0
+
+
+@pytest.mark.parametrize(("num_steps", "fraction"), [(1, 0.05), (1, 1.0), (10, 0.0), (3, 0.3)])
+def test_short_schedules_start_at_the_peak_or_warm_up(num_steps, fraction):
+    values = [warmup_cosine(num_steps, fraction)(step) for step in range(num_steps)]
+    assert all(0 < value <= 1 for value in values)
+    assert values[0] == (1 if int(num_steps * fraction) == 0 else 0.5)
+
+
+DECAY = 0.05
+
+
+def groups_by_name(model, setting=SETTING):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, setting).param_groups
+    return [(names[id(p)], group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_trainable_parameter_is_in_exactly_one_group(kind):
+    model = classifier(kind)
+    found = groups_by_name(model)
+    assert sorted(name for name, _, _ in found) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    decayed = {name for name, _, decay in found if decay == DECAY}
+    assert {name for name, _, decay in found if decay == 0.0} == {name for name, _, _ in found} - decayed
+    expected = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    } | {n for n, _ in model.named_parameters() if n == "head.weight" or n.endswith("in_proj_weight")}
+    assert decayed == {name for name, p in model.named_parameters() if name in expected and p.requires_grad}
+
+
+def test_named_parameters_that_take_no_weight_decay():
+    without = {name.split(".", 2)[-1] for kind in ("dinov2", "clip", "siglip") for name, _, decay in
+               groups_by_name(classifier(kind)) if decay == 0.0}  # fmt: skip
+    for name in (
+        "embeddings.cls_token",
+        "embeddings.position_embeddings",
+        "layernorm.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.position_embedding.weight",
+        "head.probe",
+    ):
+        assert any(found.endswith(name) for found in without), name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_learning_rates_decay_block_by_block(kind):
+    rates = {name: rate for name, rate, _ in groups_by_name(classifier(kind))}
+    num_blocks = 2 if kind == "stacked_cnn" else 3
+    peak, decay = SETTING["learning_rate"], SETTING["layer_decay"]
+    assert sorted(set(rates.values())) == pytest.approx([peak * decay**k for k in range(num_blocks, -1, -1)])
+    assert {name for name, rate in rates.items() if rate == peak} == {"head.weight", "head.bias"}
+    lowest = min(rates.values())
+    first = "stages.0." if kind == "stacked_cnn" else "embeddings"
+    assert all(rate == lowest for name, rate in rates.items() if first in name)
+    flat = {rate for _, rate, _ in groups_by_name(classifier(kind), {"learning_rate": 0.1, "weight_decay": 0})}
+    assert flat == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "frozen"),
+    [
+        ("dinov2", "cls", {"embeddings.mask_token"}),
+        ("dinov2", "cls+mean", {"embeddings.mask_token"}),
+        ("clip", "cls", {"visual_projection.weight"}),
+        ("clip", "projected", set()),
+        ("siglip", "pooler", set()),
+        ("siglip", "mean", {"head."}),
+        ("stacked_cnn", "pooled", set()),
+    ],
+)
+def test_what_a_source_does_not_reach_is_frozen_and_nothing_else(kind, source, frozen):
+    model = classifier(kind, source)
+    found = {name for name, p in model.named_parameters() if not p.requires_grad}
+    expected = {n for n, _ in model.named_parameters() if any(n.startswith(f"encoder.model.{part}") for part in frozen)}
+    assert found == expected
+    assert len(found) >= len(frozen)
+    nn.init.ones_(model.head.weight[0].data)
+    model.train()(torch.rand(2, 3, 28, 28))[:, 0].square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad != (p.grad is not None)] == []
+
+
+def test_freezing_keeps_what_was_frozen_and_leaves_batch_norm_alone():
+    encoder = build_encoder({"type": "stacked_cnn", "image_size": 16, "config": {"channels": [4]}}, seed=0)
+    model = Classifier(encoder, Head(4, NUM_CLASSES), "pooled").train()
+    model.head.bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    freeze_unused_parameters(model)
+    assert_equal_weights(model.state_dict(), before)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
+from torch.nn import functional as F
+
+from raysweep.training.distributed import seeded_generator
+from raysweep.training.metrics import MetricSums
+from raysweep.training.population import FeatureSet, feature_statistics, train_population
+
+NUM_CLASSES, BATCH_SIZE, SEED = 4, 16, 11
+SOURCES = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
+SETTINGS = [
+    {"learning_rate": 1e-2, "weight_decay": 1e-4, "epochs": 3, "features": "cls", "normalize": "none"},
+    {"learning_rate": 3e-2, "weight_decay": 1e-1, "epochs": 7, "features": "cls", "normalize": "standardize"},
+    {"learning_rate": 1e-3, "weight_decay": 1e-2, "epochs": 5, "features": "cls+mean", "normalize": "l2"},
+    {"learning_rate": 1e-1, "weight_decay": 0.0, "epochs": 1, "features": "cls", "normalize": "none"},
+    {"learning_rate": 5e-3, "weight_decay": 5.0, "epochs": 9, "features": "cls", "normalize": "none"},
+    {"learning_rate": 1e-2, "weight_decay": 1e-6, "epochs": 9, "features": "cls+mean", "normalize": "standardize"},
+    {"learning_rate": 1e-1, "weight_decay": 1e-3, "epochs": 4, "features": "cls+mean", "normalize": "l2"},
+    {"learning_rate": 2e-2, "weight_decay": 1e-1, "epochs": 7, "features": "cls", "normalize": "standardize"},
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So small are the tensors that sharing them among threads takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def features(num_rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Every class occurs: the gradient of an absent one may cancel to rounding errors, and Adam would step along these.
+    labels = torch.randperm(num_rows, generator=generator) % NUM_CLASSES
+    centres = torch.randn(2, NUM_CLASSES, 12, generator=torch.Generator().manual_seed(0))
+    cls = centres[0][labels] + torch.randn(num_rows, 12, generator=generator)
+    mean = 5 + 3 * centres[1][labels, :7] + torch.randn(num_rows, 7, generator=generator)
+    return FeatureSet({"cls": cls, "mean": mean}, labels)
+
+
+def train(settings, num_rows=53, **more):
+    arguments = {"sources": SOURCES, "num_classes": NUM_CLASSES, "batch_size": BATCH_SIZE, "seed": SEED} | more
+    return train_population(features(num_rows, 1), features(29, 2), settings, **arguments)
+
+
+def inputs_alone(train, rows, setting):
+    """Normalised inputs, written out again so that nothing of the population's is relied on."""
+    cls_only = setting["features"] == "cls"
+    train, rows = (
+        s.parts["cls"] if cls_only else torch.cat([s.parts["cls"], s.parts["mean"]], 1) for s in (train, rows)
+    )
+    if setting["normalize"] == "l2":
+        return rows / rows.norm(dim=1, keepdim=True)
+    if setting["normalize"] == "standardize":
+        return (rows - train.mean(0)) / train.std(0, correction=0)
+    return rows
+
+
+def train_alone(setting, num_rows):
+    """One head by torch's own layer, optimiser and schedule; the bias takes no weight decay."""
+    train, validation = features(num_rows, 1), features(29, 2)
+    inputs, held_out = (inputs_alone(train, rows, setting) for rows in (train, validation))
+    layer = nn.Linear(inputs.shape[1], NUM_CLASSES)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=setting["learning_rate"], weight_decay=setting["weight_decay"])
+    num_steps = setting["epochs"] * math.ceil(num_rows / BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (1 + math.cos(math.pi * s / num_steps)) / 2)
+    history = []
+    for epoch in range(setting["epochs"]):
+        losses = []
+        order = torch.randperm(num_rows, generator=seeded_generator(SEED, epoch))
+        for start in range(0, num_rows, BATCH_SIZE):
+            rows = order[start : start + BATCH_SIZE]
+            loss = F.cross_entropy(layer(inputs[rows]), train.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses += [loss.item()] * len(rows)
+        with torch.no_grad():
+            logits = layer(held_out)
+        predicted = logits.argmax(1)
+        history.append(
+            {
+                "train/loss": sum(losses) / num_rows,
+                "val/loss": F.cross_entropy(logits, validation.labels).item(),
+                "val/accuracy": accuracy_score(validation.labels, predicted),
+                "val/macro_f1": f1_score(validation.labels, predicted, average="macro"),
+            }
+        )
+    return layer, history
+
+
+def metrics_of(history):
+    return [{name: value for name, value in epoch.items() if not name.startswith("time/")} for epoch in history]
+
+
+def assert_same_history(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(metrics_of(found), metrics_of(expected), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [53, 48, 14])
+def test_a_population_equals_each_head_trained_alone(num_rows):
+    for result, setting in zip(train(SETTINGS, num_rows), SETTINGS, strict=True):
+        layer, history = train_alone(setting, num_rows)
+        assert result.setting == setting
+        torch.testing.assert_close(result.head.weight.data, layer.weight.data, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.head.bias.data, layer.bias.data, rtol=1e-4, atol=1e-4)
+        assert_same_history(result.history, history)
+
+
+def test_the_order_of_the_settings_does_not_matter():
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    shuffled = train([SETTINGS[index] for index in order])
+    for position, expected in zip(order, shuffled, strict=True):
+        alone = train(SETTINGS)[position] if position == order[0] else train([SETTINGS[position]])[0]
+        assert alone.setting == expected.setting
+        torch.testing.assert_close(alone.head.weight.data, expected.head.weight.data, rtol=1e-5, atol=1e-5)
+        assert_same_history(alone.history, expected.history)
+
+
+def test_a_head_over_raw_features_gives_the_last_epoch_again():
+    validation = features(29, 2)
+    for result in train(SETTINGS):
+        parts = SOURCES[result.setting["features"]]
+        logits = result.head(torch.cat([validation.parts[part] for part in parts], dim=1))
+        sums = MetricSums(1, NUM_CLASSES)
+        sums.add(logits.detach()[:, None], validation.labels)
+        again = {f"val/{name}": values.item() for name, values in sums.compute().items()}
+        assert {name: again[name] for name in result.history[-1] if name in again} == pytest.approx(
+            {name: value for name, value in result.history[-1].items() if name in again}, abs=1e-5
+        )
+
+
+def test_heads_learn():
+    settings = [{**SETTINGS[5], "epochs": 20}]
+    (result,) = train(settings)
+    assert result.history[-1]["val/accuracy"] > 0.9
+    assert result.history[-1]["train/loss"] < 0.3 * result.history[0]["train/loss"]
+
+
+def test_a_diverging_head_leaves_its_neighbours_alone():
+    wild = {**SETTINGS[4], "learning_rate": 1e38, "weight_decay": 10.0}
+    lone, (kept, lost) = train([SETTINGS[4]])[0], train([SETTINGS[4], wild])
+    torch.testing.assert_close(kept.head.weight.data, lone.head.weight.data, rtol=1e-5, atol=1e-5)
+    assert_same_history(kept.history, lone.history)
+    assert len(lost.history) == wild["epochs"]
+    # Not the share of class 0, which is what argmax makes of NaN.
+    assert math.isnan(lost.history[-1]["val/accuracy"])
+    assert math.isnan(lost.history[-1]["val/macro_f1"])
+
+
+def test_epochs_are_told_as_they_pass():
+    told = []
+    train(SETTINGS[:3], on_epoch=lambda done, total: told.append((done, total)))
+    assert told == [(epoch, 7) for epoch in range(1, 8)]
+
+
+def test_the_seed_decides_the_batches():
+    first, again, other = (train(SETTINGS[:1], seed=seed)[0].head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_half_precision_features_are_trained_on_in_single():
+    half = [FeatureSet({n: p.half() for n, p in s.parts.items()}, s.labels) for s in (features(53, 1), features(29, 2))]
+    whole = [FeatureSet({n: p.float() for n, p in s.parts.items()}, s.labels) for s in half]
+    arguments = {"sources": SOURCES, "num_classes": NUM_CLASSES, "batch_size": BATCH_SIZE, "seed": SEED}
+    for low, high in zip(*(train_population(*sets, SETTINGS, **arguments) for sets in (half, whole)), strict=True):
+        assert low.head.weight.dtype == torch.float32
+        assert torch.equal(low.head.weight, high.head.weight)
+
+
+def test_statistics_are_those_of_the_train_rows():
+    train = features(9000, 1)
+    inputs = torch.cat([train.parts["cls"], train.parts["mean"]], dim=1)
+    mean, scale = feature_statistics(train, ("cls", "mean"))
+    torch.testing.assert_close(mean, inputs.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale, inputs.std(0, correction=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3, -700.1, 1e6 + 0.1])
+def test_a_constant_feature_keeps_a_scale_of_one(constant):
+    train = FeatureSet({"cls": torch.full((5001, 1), constant)}, torch.zeros(5001, dtype=torch.long))
+    _, scale = feature_statistics(train, ("cls",))
+    assert scale.tolist() == [1.0]
