@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from raysweep.cluster import Resources, check_resources, num_concurrent_trials, uses_gpu
 from raysweep.experiment.config import Experiment
 from raysweep.results.leaderboard import describe_seconds
-from raysweep.study import population_size
+from raysweep.search import population_size
 
 if TYPE_CHECKING:
     from raysweep.images.sources import ImageIndex

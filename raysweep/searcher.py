@@ -7,13 +7,16 @@ one (docs/decisions/0003). Apart from `study`, because it needs Ray's class when
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import tune
 from ray.tune.search import Searcher
 
-from raysweep.study import Listener, Search, make_record, population_size
+from raysweep.search import Listener, Search, make_record, population_size
+from raysweep.trial import run_population, trial_resources
 
 if TYPE_CHECKING:
     import optuna
@@ -25,12 +28,11 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
     Args:
         search: the Optuna study.
         listener: told of epochs and finished trials.
-        folder: where Tune writes; a failed trial's error is read from there.
     """
 
-    def __init__(self, search: Search, listener: Listener, folder: Path) -> None:
+    def __init__(self, search: Search, listener: Listener) -> None:
         super().__init__()
-        self.search, self.listener, self.folder = search, listener, folder
+        self.search, self.listener = search, listener
         self.num_left = search.num_remaining
         self.started = time.monotonic()
         self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
@@ -69,19 +71,50 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
         error: bool = False,  # noqa: ARG002
     ) -> None:
         """Tells every trial of a Population its result, or that it failed and why."""
+        reason = (result or {}).get("error", "the worker process died")
         results = {one["number"]: one for one in json.loads((result or {}).get("results", "[]"))}
         for number, trial in self.waiting.pop(trial_id, {}).items():
-            record = make_record(number, dict(trial.params), results.get(number), self._error_of(trial_id))
+            record = make_record(number, dict(trial.params), results.get(number), reason)
             self.search.tell(trial, record)
             self.listener.on_trial(record)
-
-    def _error_of(self, trial_id: str) -> str:
-        file = self.folder / trial_id / "error.txt"
-        lines = file.read_text().strip().splitlines() if file.exists() else []
-        return lines[-1] if lines else "the trial ended without a result"
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""
+
+
+def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> int:
+    """Works through what is left of a study's budget with Ray Tune.
+
+    Args:
+        search: the study.
+        job: what its trials share; see `worker.train_worker`.
+        listener: told of epochs and finished trials, in this process.
+        tune_folder: where Tune may write.
+        num_concurrent: Populations at a time.
+
+    Returns:
+        The number of trials run.
+    """
+    if search.num_remaining == 0:
+        return 0
+    name = search.optuna_study.study_name
+    searcher = PopulationSearcher(search, listener)
+    num_populations = math.ceil(search.num_remaining / population_size(search.block))
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_population, job=job), trial_resources(job)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=num_populations,
+            max_concurrent_trials=num_concurrent,
+            reuse_actors=job["num_workers"] == 1,
+            # Without it Tune writes the whole population into a folder's name.
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(name=name, storage_path=str(tune_folder), verbose=0),
+    )
+    before = len(search.records)
+    tuner.fit()
+    return len(search.records) - before

@@ -1,291 +1,345 @@
-"""The search for one encoder and mode: an Optuna study that Ray Tune works through, Population by Population.
-
-The only importer of optuna. The study in its journal is the truth: every trial told is there, a resumed sweep opens
-it again and goes on, and Tune is started afresh for what is left of the budget.
-"""
+"""One study of a sweep: an encoder in a mode, from its cache to its row of the leaderboard."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from raysweep.errors import ConfigError, TrialError, did_you_mean
-from raysweep.experiment.config import SearchBlock
-from raysweep.experiment.space import (
-    Choices,
-    Dimension,
-    FloatRange,
-    Setting,
-    fit_to_space,
-    grid,
-    num_grid_points,
-    recommended,
-)
-from raysweep.trial import run_population, trial_resources
-
-if TYPE_CHECKING:
-    import optuna
-
-MAX_POPULATION = 64
-MIN_POPULATION = 8
-POPULATIONS_PER_STUDY = 4
+from raysweep.cluster import num_concurrent_trials, uses_gpu
+from raysweep.context import EncoderInUse, SweepContext, select_rows
+from raysweep.encoders import encoder_from_spec, weights_signature
+from raysweep.encoders.head import Classifier
+from raysweep.errors import TrialError
+from raysweep.experiment.config import StudyConfig
+from raysweep.images.cache import Cache
+from raysweep.paths import read_json, signature, write_json
+from raysweep.results.leaderboard import describe_setting
+from raysweep.results.model import export_model
+from raysweep.results.selection import evaluate_test
+from raysweep.search import Listener, Search, TrialRecord, study_space
+from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
+from raysweep.trial import run_test
+from raysweep.worker import build_classifier, load_head
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none."""
+@dataclass
+class Study:
+    """One study of a sweep, from its cache to its row of the leaderboard."""
 
-    number: int
-    setting: Setting
-    final: dict[str, float]
-    history: list[dict[str, float]]
-    checkpoint: str | None
-    details: dict[str, float]
-    error: str | None = None
+    sweep: SweepContext
+    config: StudyConfig
 
+    def run(self) -> dict[str, Any]:
+        """Returns `row` (of the leaderboard), `correct` (per test row), `model_uri`."""
+        started, sweep = time.perf_counter(), self.sweep
+        used = sweep.encoder(self.config)
+        precision = self._precision()
+        cache = sweep.cache(self.config, precision)
+        rows = select_rows(sweep.index, list(sweep.bad_rows.values()), self.config.shots, sweep.experiment.seed)
+        block = sweep.experiment.search.block(self.config.mode)
+        space = study_space(block, list(used.encoder.sources), self.config.encoder_name)
+        head = self._probe_head()
+        key = self._signature(used, space, head)
+        folder = sweep.paths.study(self.config.name) / key
+        search = Search(
+            sweep.paths.optuna_journal,
+            f"{self.config.name}-{key}",
+            block,
+            space,
+            sweep.experiment.metric,
+            sweep.experiment.direction,
+            sweep.experiment.seed,
+        )
+        run_id = self._start_run(key, used, rows)
+        past = self._catch_up(run_id, search, key)
+        job: dict[str, Any] = {}
+        if search.num_remaining:
+            job = self._job(used, cache, rows, folder, key, head, precision)
+            self._search(search, job, run_id, key)
+        best = search.best()
+        result = folder / "result.json"
+        outcome = read_json(result) if result.exists() else None
+        if outcome is None or outcome["num_records"] != len(search.records):
+            job = job or self._job(used, cache, rows, folder, key, head, precision)
+            outcome = self._finalize(search, best, job, rows, cache, run_id)
+            earlier = read_json(result)["row"]["study_seconds"] if result.exists() else 0.0
+            outcome["row"]["study_seconds"] = earlier + time.perf_counter() - started
+            write_json(result, outcome)
+            _drop_other_checkpoints(records=search.records, best=best)
+        else:
+            sweep.progress.say(f"{self.config.name}: all {past} trials are there, nothing left to do")
+            outcome["row"]["encoder_passes"] = int(cache.made_now and self.config.mode == "linear_probe")
+        sweep.tracker.finish(run_id)
+        return outcome
 
-@dataclass(frozen=True)
-class Listener:
-    """Who is told while a study runs: of every epoch of a lone trial, and of every finished trial."""
+    def _precision(self) -> str:
+        """For `auto`: bf16 where training runs on GPUs (that have it, as far as this machine can tell), else fp32."""
+        wanted = self.sweep.experiment.train.precision
+        if wanted != "auto":
+            return wanted
+        import torch
 
-    on_epoch: Callable[[int, Setting, int, dict[str, float]], None]
-    on_trial: Callable[[TrialRecord], None]
+        on_gpu = uses_gpu(self.sweep.experiment.resources, self.sweep.present)
+        lacks_it = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+        return "bf16" if on_gpu and not lacks_it else "fp32"
 
+    def _probe_head(self) -> Path | None:
+        """The best head of the probe study of the same encoder and shots, which fine-tuning starts from (LP-FT)."""
+        if self.config.mode != "fine_tune":
+            return None
+        name = self.config.name.replace("-fine_tune", "-linear_probe")
+        if name not in [study.name for study in self.sweep.experiment.studies()]:
+            return None
+        return Path(read_json(self.sweep.paths.study(name) / "best.json")["checkpoint"])
 
-def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
-    """The search space of a study: the block's, with `features` narrowed to what the encoder has.
+    def _signature(self, used: EncoderInUse, space: dict[str, Any], head: Path | None) -> str:
+        """Signature of all that a trial's result depends on; how many trials there are is not part of it."""
+        experiment = self.sweep.experiment
+        return signature(
+            [
+                [self.sweep.index.fingerprint, sorted(self.sweep.bad_rows)],
+                [used.encoder.spec(), used.weights, self.config.mode, self.config.shots],
+                [{name: dimension.model_dump() for name, dimension in space.items()}],
+                [experiment.search.block(self.config.mode).sampler, experiment.metric, experiment.seed],
+                experiment.train.model_dump(),
+                weights_signature(load_head(head)[0]) if head else None,
+            ]
+        )
 
-    Raises:
-        ConfigError: none of the feature sources asked for is one of the encoder's.
-    """
-    space = dict(block.space)
-    if block.mode != "linear_probe":
-        return space
-    if "features" not in space:
-        # A grid tries just the default source, so that its size is what the experiment file says.
-        space["features"] = Choices(choices=tuple(sources[:1] if block.sampler == "grid" else sources))
-        return space
-    wanted = space["features"]
-    assert isinstance(wanted, Choices)
-    offered = tuple(source for source in wanted.choices if source in sources)
-    if not offered:
-        asked, hint = ", ".join(map(str, wanted.choices)), did_you_mean(str(wanted.choices[0]), sources)
-        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has no {asked}; {hint}")
-    return space | {"features": Choices(choices=offered)}
+    def _start_run(self, key: str, used: EncoderInUse, rows: dict[str, Any]) -> str:
+        sweep, config = self.sweep, self.config
+        run_id, created = sweep.tracker.start_run(key, config.name, "study", parent=sweep.run_id)
+        if created:
+            origin = used.encoder.origin
+            params = {
+                "encoder": config.encoder_name,
+                "mode": config.mode,
+                "shots": config.shots,
+                "weights": origin["name"],
+                "revision": origin["revision"],
+                "image_size": used.encoder.preprocessing.output_size[0],
+                "metric": sweep.experiment.metric,
+                "seed": sweep.experiment.seed,
+                **{f"num_{split}": len(labels) for split, (_, labels) in rows.items()},
+            }
+            sweep.tracker.log_once(run_id, params)
+        return run_id
 
+    def _catch_up(self, run_id: str, search: Search, key: str) -> int:
+        """Logs trials that Optuna knows and MLflow does not: the sweep was killed in between, or has a new store."""
+        records = search.records
+        for record in records:
+            ended = "FINISHED" if record.error is None else "FAILED"
+            if self.sweep.tracker.status(f"{key}/{record.number}", run_id) != ended:
+                self._log_trial(run_id, key, record, 0)
+        return len(records)
 
-def population_size(block: SearchBlock) -> int:
-    """How many trials train together: for `auto`, enough rounds that later ones learn from earlier ones."""
-    if block.mode != "linear_probe":
-        return 1
-    if block.population != "auto":
-        return min(block.population, block.num_trials)
-    wanted = math.ceil(block.num_trials / POPULATIONS_PER_STUDY)
-    return min(max(wanted, MIN_POPULATION), MAX_POPULATION, block.num_trials)
+    def _log_trial(self, run_id: str, key: str, record: TrialRecord, num_logged: int) -> None:
+        tracker, name = self.sweep.tracker, f"{self.config.name}-{record.number}"
+        trial_run, created = tracker.start_run(f"{key}/{record.number}", name, "trial", parent=run_id)
+        if created or num_logged:
+            tracker.log_once(trial_run, record.setting, {"raysweep.error": record.error} if record.error else {})
+            tracker.log_history(trial_run, record.history[num_logged:], num_logged)
+            tracker.log_metrics(trial_run, {f"best/{k}": v for k, v in record.final.items() if k.startswith("val/")})
+        tracker.finish(trial_run, failed=record.error is not None or not record.final)
 
-
-class Search:
-    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
-
-    Args:
-        journal: file of the journal storage; holds the studies of all invocations.
-        name: of the study; made unique by the signature of all that its results depend on.
-        block: sampler and budget.
-        space: from `study_space`.
-        metric: key among a trial's final metrics that is optimised.
-        direction: `maximize` or `minimize`.
-        seed: of the sampler.
-    """
-
-    def __init__(
+    def _job(
         self,
-        journal: Path,
-        name: str,
-        block: SearchBlock,
-        space: Mapping[str, Dimension],
-        metric: str,
-        direction: Literal["maximize", "minimize"],
-        seed: int,
-    ) -> None:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        used: EncoderInUse,
+        cache: Cache,
+        rows: dict[str, Any],
+        folder: Path,
+        key: str,
+        head: Path | None,
+        precision: str,
+    ) -> dict[str, Any]:
+        """What all trials of the study share, as a plain dict; see `worker.train_worker`."""
+        experiment, present = self.sweep.experiment, self.sweep.resources
+        train, resources = experiment.train, experiment.resources
+        num_concurrent = self._num_concurrent()
+        return {
+            "mode": self.config.mode,
+            "cache": cache.folder,
+            "data_key": key,
+            "shape": list(used.encoder.preprocessing.training_size),
+            "rows": rows,
+            "num_classes": len(self.sweep.index.classes),
+            "encoder": used.encoder.spec(),
+            "weights": None if self.config.mode == "linear_probe" else used.put(),
+            "head": str(head) if head else None,
+            "source": next(iter(used.encoder.sources)),
+            "folder": str(folder),
+            "num_workers": resources.num_workers,
+            "use_gpu": uses_gpu(resources, present),
+            "cpus_per_worker": resources.cpus_per_worker,
+            "gpus_per_worker": resources.gpus_per_worker,
+            "num_threads": max(1, present.num_cpus // (num_concurrent * resources.num_workers)),
+            "loop": {
+                "batch_size": train.batch_size,
+                "seed": experiment.seed,
+                "metric": experiment.metric,
+                "direction": experiment.direction,
+                "patience": train.early_stopping_patience,
+                "precision": precision,
+                "augmentation": train.augmentation.model_dump() if train.augmentation else None,
+                "warmup_fraction": train.warmup_fraction,
+                "gradient_clip": train.gradient_clip,
+            },
+        }
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
-            block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
-        self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
-        self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.optuna_study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(journal))),
-                study_name=name,
-                direction=direction,
-                sampler=_sampler(block.sampler, seed),
-                load_if_exists=True,
+    def _num_concurrent(self) -> int:
+        """Training runs side by side. Probe Populations run one by one: each learns from those before it."""
+        if self.config.mode == "linear_probe":
+            return 1
+        num_trials = self.sweep.experiment.search.block(self.config.mode).num_trials
+        return min(num_trials, num_concurrent_trials(self.sweep.experiment.resources, self.sweep.resources))
+
+    def _search(self, search: Search, job: dict[str, Any], run_id: str, key: str) -> None:
+        from raysweep.searcher import run_study  # imports Ray Tune, which a finished sweep does not need
+
+        sweep, tracker = self.sweep, self.sweep.tracker
+        total, num_epochs_logged = search.block.num_trials, dict[int, int]()
+        num_done, errors = total - search.num_remaining, set[str]()
+        sweep.progress.start(self.config.name, total)
+
+        def on_epoch(number: int, setting: Any, epoch: int, metrics: dict[str, float]) -> None:
+            name = f"{self.config.name}-{number}"
+            trial_run, created = tracker.start_run(f"{key}/{number}", name, "trial", parent=run_id)
+            if created:
+                tracker.log_once(trial_run, setting)
+            tracker.log_history(trial_run, [metrics], epoch)
+            num_epochs_logged[number] = epoch + 1
+            score = (
+                f"trial {number} epoch {epoch + 1}: {sweep.experiment.metric} {metrics[sweep.experiment.metric]:.3f}"
             )
-        past = self.optuna_study.get_trials(deepcopy=False)
-        # A resumed sampler must not draw again what it drew before.
-        self.optuna_study.sampler = _sampler(block.sampler, seed + len(past))
-        self._enqueue_first(past)
-        self._continue_interrupted()
+            sweep.progress.update(num_done, total, score)
 
-    def _enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
-        """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
-        known = [trial.system_attrs.get("fixed_params", trial.params) for trial in past]
-        if self.block.sampler == "grid":
-            first = grid(self.space)[: self.block.num_trials]
-        else:
-            first = [fit_to_space(setting, self.space) for setting in recommended(self.block.mode)]
-        seen = {_key(setting) for setting in known}
-        for setting in first:
-            if _key(setting) not in seen:
-                seen.add(_key(setting))
-                self.optuna_study.enqueue_trial(setting)
+        def on_trial(record: TrialRecord) -> None:
+            nonlocal num_done
+            self._log_trial(run_id, key, record, num_epochs_logged.get(record.number, 0))
+            if record.error and record.error not in errors:
+                errors.add(record.error)
+                sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
+            num_done += 1
+            sweep.num_new_trials += 1
+            sweep.progress.update(num_done, total, self._best_so_far(search))
 
-    def _continue_interrupted(self) -> None:
-        from optuna.trial import TrialState
+        run_study(search, job, Listener(on_epoch, on_trial), sweep.paths.tune, self._num_concurrent())
+        sweep.progress.finish()
 
-        for trial in self.optuna_study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if "record" in trial.user_attrs:  # it was over; what was cut short is telling so
-                self._tell(trial.number, TrialRecord(**trial.user_attrs["record"]))
-                continue
-            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
-            first = trial.user_attrs.get("continues", trial.number)
-            self.optuna_study.enqueue_trial(trial.params, user_attrs={"continues": first})
+    def _best_so_far(self, search: Search) -> str:
+        try:
+            return f"best {self.sweep.experiment.metric} {search.best().final[self.sweep.experiment.metric]:.3f}"
+        except TrialError:
+            return "no trial has succeeded yet"
 
-    @property
-    def records(self) -> list[TrialRecord]:
-        """Every trial that came to an end, failed ones included, interrupted ones not."""
-        trials = self.optuna_study.get_trials(deepcopy=False)
-        return [TrialRecord(**trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+    def _finalize(
+        self,
+        search: Search,
+        best: TrialRecord,
+        job: dict[str, Any],
+        rows: dict[str, Any],
+        cache: Cache,
+        run_id: str,
+    ) -> dict[str, Any]:
+        """Opens the test split once, for the chosen trial; exports its model; makes the row."""
+        sweep, config = self.sweep, self.config
+        assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
+        tested = run_test(job, best.checkpoint)
+        test = evaluate_test(tested["logits"], rows["test"][1], sweep.experiment.seed)
+        model_path = sweep.paths.model(config.name)
+        about = {"study": config.name, "trial": best.number, "setting": best.setting, "test_accuracy": test["accuracy"]}
+        export_model(model_path, self._classifier(job, best.checkpoint), sweep.index.classes, about)
+        records, is_probe = [r for r in search.records if r.error is None], config.mode == "linear_probe"
+        peak_memory = max(int(record.details.get("peak_memory_bytes", 0)) for record in records)
+        peak_gpu = max(int(record.details.get("peak_gpu_memory_bytes", 0)) for record in records)
+        row = {
+            "study": config.name,
+            "encoder": config.encoder_name,
+            "mode": config.mode,
+            "shots": config.shots,
+            "num_trials": len(records),
+            "best_params": best.setting,
+            "val_accuracy": best.final["val/accuracy"],
+            "test_accuracy": test["accuracy"],
+            "test_accuracy_low": test["accuracy_low"],
+            "test_accuracy_high": test["accuracy_high"],
+            "test_macro_f1": test["macro_f1"],
+            "num_test": test["num_rows"],
+            "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in records),
+            "train_seconds": best.details["train_seconds"] + (cache.seconds if is_probe else 0.0),
+            "study_seconds": 0.0,
+            "peak_memory_bytes": max(peak_memory, cache.peak_memory_bytes),
+            "peak_gpu_memory_bytes": max(peak_gpu, cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
+            "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
+            "mlflow_run_id": run_id,
+            "model_path": str(model_path),
+        }
+        if is_probe and config.encoder.saved_weights_in_checkpoint:
+            self._add_encoder_weights(Path(best.checkpoint))
+        model_uri = self._log_result(run_id, row, best, test)
+        write_json(sweep.paths.study(config.name) / "best.json", {"checkpoint": best.checkpoint, "number": best.number})
+        interval = f"[{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"
+        sweep.progress.say(
+            f"{config.name}: test accuracy {row['test_accuracy']:.3f} {interval} with {describe_setting(best.setting)}"
+        )
+        return {
+            "num_records": len(search.records),
+            "row": row,
+            "val_metric": best.final[sweep.experiment.metric],
+            "correct": test["correct"],
+            "confusion_matrix": test["confusion_matrix"],
+            "model_uri": model_uri,
+        }
 
-    @property
-    def num_remaining(self) -> int:
-        """Trials left of the budget."""
-        return max(0, self.block.num_trials - len(self.records))
+    def _classifier(self, job: dict[str, Any], checkpoint: str) -> Classifier:
+        encoder = encoder_from_spec(job["encoder"])
+        encoder.load_state_dict(self.sweep.encoder(self.config).encoder.state_dict())
+        if self.config.mode == "linear_probe":
+            head, source, _ = load_head(Path(checkpoint))
+            return Classifier(encoder, head, source)
+        model = build_classifier(job)
+        model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
+        return model
 
-    def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
-        """Draws settings for a Population."""
-        return [self.optuna_study.ask(self.distributions) for _ in range(num_trials)]
+    def _add_encoder_weights(self, checkpoint: Path) -> None:
+        tensors, metadata = load_checkpoint(checkpoint)
+        weights = self.sweep.encoder(self.config).encoder.state_dict()
+        save_checkpoint(checkpoint, tensors | {f"encoder.{name}": t for name, t in weights.items()}, metadata)
 
-    def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
-        """Records a trial's end; one without a finite value failed, and is never left running."""
-        trial.set_user_attr("record", vars(record))
-        self._tell(trial.number, record)
-
-    def _tell(self, number: int, record: TrialRecord) -> None:
-        from optuna.trial import TrialState
-
-        if self._is_usable(record):
-            self.optuna_study.tell(number, record.final[self.metric])
-        else:
-            self.optuna_study.tell(number, state=TrialState.FAIL)
-
-    def _is_usable(self, record: TrialRecord) -> bool:
-        return record.error is None and math.isfinite(record.final.get(self.metric, math.nan))
-
-    def best(self) -> TrialRecord:
-        """The trial with the best value; among equals the one with the lowest validation loss, then the first.
-
-        Raises:
-            TrialError: every trial failed.
-        """
-        records = self.records
-        usable = [record for record in records if self._is_usable(record)]
-        if not usable:
-            reasons = sorted({record.error or f"{self.metric} was not a finite number" for record in records})
-            why = "; ".join(reasons[:3]) or "none was run"
-            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {why}")
-        sign = 1 if self.direction == "maximize" else -1
-
-        def rank(record: TrialRecord) -> tuple[float, float, int]:
-            loss = record.final["val/loss"]
-            return sign * record.final[self.metric], -loss if math.isfinite(loss) else -math.inf, -record.number
-
-        return max(usable, key=rank)
-
-
-def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(setting.items()))
-
-
-def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if kind == "tpe":
-            # The constant liar keeps the settings of one Population, all asked for at once, apart.
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        return optuna.samplers.RandomSampler(seed=seed)  # a grid's settings are enqueued, none is drawn
-
-
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(dimension, Choices):
-        return CategoricalDistribution(dimension.choices)
-    if isinstance(dimension, FloatRange):
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> int:
-    """Works through what is left of a study's budget with Ray Tune.
-
-    Args:
-        search: the study.
-        job: what its trials share; see `worker.train_worker`.
-        listener: told of epochs and finished trials, in this process.
-        tune_folder: where Tune may write.
-        num_concurrent: Populations at a time.
-
-    Returns:
-        The number of trials run.
-    """
-    if search.num_remaining == 0:
-        return 0
-    from ray import tune
-
-    from raysweep.searcher import PopulationSearcher
-
-    name = search.optuna_study.study_name
-    searcher = PopulationSearcher(search, listener, tune_folder / name)
-    num_populations = math.ceil(search.num_remaining / population_size(search.block))
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_population, job=job), trial_resources(job)),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=num_populations,
-            max_concurrent_trials=num_concurrent,
-            reuse_actors=job["num_workers"] == 1,
-            # Without it Tune writes the whole population into a folder's name.
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(name=name, storage_path=str(tune_folder), verbose=0),
-    )
-    before = len(search.records)
-    tuner.fit()
-    return len(search.records) - before
+    def _log_result(self, run_id: str, row: dict[str, Any], best: TrialRecord, test: dict[str, Any]) -> str:
+        tracker = self.sweep.tracker
+        renamed = {
+            "val/accuracy": row["val_accuracy"],
+            "val/macro_f1": best.final["val/macro_f1"],
+            "val/loss": best.final["val/loss"],
+            "test/accuracy": row["test_accuracy"],
+            "test/accuracy_low": row["test_accuracy_low"],
+            "test/accuracy_high": row["test_accuracy_high"],
+            "test/macro_f1": row["test_macro_f1"],
+            "test/loss": test["loss"],
+            "time/train_s": row["train_seconds"],
+            "memory/peak_bytes": row["peak_memory_bytes"],
+            "gpu/peak_memory_bytes": row["peak_gpu_memory_bytes"],
+            "train/images_per_second": row["images_per_second"],
+        }
+        tracker.log_metrics(run_id, renamed)
+        matrix = {"labels": list(self.sweep.index.classes), "counts": test["confusion_matrix"]}
+        tracker.log_dict(run_id, matrix, "confusion_matrix.json")
+        tracker.log_once(run_id, {}, {"raysweep.best_trial": str(best.number)} | _as_tags(best.setting))
+        tracker.log_file(run_id, Path(str(best.checkpoint)), "checkpoint")
+        return tracker.log_model(run_id, Path(row["model_path"]), self.sweep.index.classes)
 
 
-def make_record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
-    """Turns what `worker.train_worker` returned for a trial, or why it returned nothing, into a record."""
-    if result is None:
-        return TrialRecord(number, setting, {}, [], None, {}, error)
-    details = ("best_epoch", "train_seconds", "images_per_second", "peak_memory_bytes", "peak_gpu_memory_bytes")
-    return TrialRecord(
-        number,
-        setting,
-        result["final"],
-        result["history"],
-        result["checkpoint"],
-        {key: result[key] for key in details},
-    )
+def _drop_other_checkpoints(records: Sequence[TrialRecord], best: TrialRecord) -> None:
+    """Deletes the weights of trials that were not chosen: eight fine-tunes of a large encoder would keep 10 GB."""
+    for record in records:
+        if record.checkpoint and record.checkpoint != best.checkpoint:
+            Path(record.checkpoint).unlink(missing_ok=True)
+
+
+def _as_tags(setting: dict[str, Any]) -> dict[str, str]:
+    return {f"raysweep.best.{name}": str(value) for name, value in setting.items()}

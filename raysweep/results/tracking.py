@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 METRICS_PER_BATCH = 1_000  # the server's limit
 MAX_TAG_LENGTH = 5_000  # likewise
+ROOT = "raysweep.root"
+# Without the kind, the UI opens on its pages for language models.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
 KEY, LEVEL, PARENT = "raysweep.key", "raysweep.level", "mlflow.parentRunId"
 
 
@@ -54,7 +58,9 @@ class Tracker:
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
                 self.client.get_experiment_by_name(experiment)
             found = self.client.get_experiment_by_name(experiment)
-            self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
+            self.experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
+            )
             if found is not None and found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
         except Exception as error:
@@ -67,18 +73,23 @@ class Tracker:
     ) -> tuple[str, bool]:
         """Returns the run that carries `key` under `parent`, and whether it had to be created."""
         known = self._runs_under(parent)
-        self_tags = {KEY: key, LEVEL: level, **(tags or {})}
+        own_tags = {KEY: key, LEVEL: level, **SOURCE_TAGS, **(tags or {})}
         if key in known:
             run_id = known[key].info.run_id
             self.client.update_run(run_id, status="RUNNING", name=name)
             self._open.add(run_id)
             return run_id, False
         if parent is not None:
-            self_tags[PARENT] = parent
-        run = self.client.create_run(self.experiment_id, tags=self_tags, run_name=name)
+            own_tags[PARENT] = parent
+        run = self.client.create_run(self.experiment_id, tags=own_tags, run_name=name)
         known[key] = run
         self._open.add(run.info.run_id)
         return run.info.run_id, True
+
+    def status(self, key: str, parent: str) -> str | None:
+        """Returns the status of the run that carries `key` under `parent`, as found; None where there is none."""
+        run = self._runs_under(parent).get(key)
+        return run.info.status if run else None
 
     def _runs_under(self, parent: str | None) -> dict[str, Run]:
         """Runs of ours by key; found once, then kept up to date by `start_run`."""
@@ -173,6 +184,20 @@ class Tracker:
         self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
         self._open.discard(run_id)
 
+    def fail_abandoned(self, root: str) -> None:
+        """Ends what killed invocations left running of every sweep kept in `root`, which the caller has locked."""
+        for run in self._runs_under(None).values():
+            if run.data.tags.get(ROOT) != root:
+                continue
+            run_id = run.info.run_id
+            if run_id in self._open or run.info.status == "RUNNING":
+                for study in self._runs_under(run_id).values():
+                    if study.info.status == "RUNNING":
+                        self.fail_left_running(study.info.run_id)
+                self.fail_left_running(run_id)
+            if run.info.status == "RUNNING" and run_id not in self._open:
+                self.finish(run_id, failed=True)
+
     def fail_left_running(self, parent: str) -> None:
         """Ends runs under `parent` that an earlier, killed invocation left running."""
         self._children.pop(parent, None)  # what is known of a run is its state when it was found
@@ -204,9 +229,26 @@ def _impatient() -> Iterator[None]:
             del os.environ[name]
 
 
-def environment_tags() -> dict[str, str]:
-    """Versions of what results depend on, and the git commit of the working directory."""
-    tags = {f"version.{name}": _version(name) for name in PACKAGES}
+@contextmanager
+def reported_as_ours(uri: str) -> Iterator[None]:
+    """Turns MLflow's own errors into a clear one: the store was fine when the sweep started.
+
+    Raises:
+        RaysweepError: MLflow raised.
+    """
+    from mlflow import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:500]
+        lost = "what is finished is kept, and the same command goes on from here"
+        raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {lost}") from error
+
+
+def environment_tags(root: str) -> dict[str, str]:
+    """Where a sweep keeps its results, versions of what they depend on, and the working directory's git commit."""
+    tags = {ROOT: root, **{f"version.{name}": _version(name) for name in PACKAGES}}
     tags["version.python"] = platform.python_version()
     commit = _git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})

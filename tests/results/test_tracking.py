@@ -16,7 +16,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import RaysweepError
 from raysweep.results import tracking
 from raysweep.results.model import export_model, load_model
-from raysweep.results.tracking import Tracker, environment_tags
+from raysweep.results.tracking import Tracker, environment_tags, reported_as_ours
 
 ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
 
@@ -287,16 +287,37 @@ def test_environment_tags_hold_versions_and_the_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    tags = environment_tags()
+    tags = environment_tags("/data/runs/beans")
     assert {"version.python", "version.torch", "version.raysweep"} <= tags.keys()
     assert "mlflow.source.git.commit" not in tags
     subprocess.run(["git", "init", "-q"], check=True)
-    assert "mlflow.source.git.commit" not in environment_tags()
+    assert "mlflow.source.git.commit" not in environment_tags("/data/runs/beans")
     person = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", *person, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    assert len(environment_tags()["mlflow.source.git.commit"]) == 40
+    assert len(environment_tags("/data/runs/beans")["mlflow.source.git.commit"]) == 40
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "mlflow.source.git.commit" not in environment_tags()
+    assert "mlflow.source.git.commit" not in environment_tags("/data/runs/beans")
+
+
+def test_abandoned_runs_of_the_same_root_are_ended_and_others_are_left_alone(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed = Tracker(uri, "beans")
+    runs = {}
+    for root in ("/data/runs/beans", "/data/runs/other"):
+        sweep, _ = killed.start_run(f"sweep {root}", "beans", "sweep", tags=environment_tags(root))
+        study, _ = killed.start_run("study", "probe", "study", parent=sweep)
+        trial, _ = killed.start_run("study/0", "probe-0", "trial", parent=study)
+        runs[root] = (sweep, study, trial)
+    later = Tracker(uri, "beans")
+    later.start_run("another sweep", "beans", "sweep", tags=environment_tags("/data/runs/beans"))
+    later.fail_abandoned("/data/runs/beans")
+    statuses = {root: [later.client.get_run(run).info.status for run in ids] for root, ids in runs.items()}
+    assert statuses == {"/data/runs/beans": ["FAILED"] * 3, "/data/runs/other": ["RUNNING"] * 3}
+
+
+def test_errors_of_the_store_in_mid_sweep_are_told_clearly():
+    with pytest.raises(RaysweepError, match="the same command goes on"), reported_as_ours("http://tracking"):
+        raise mlflow.MlflowException("the disk is full")

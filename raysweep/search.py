@@ -1,0 +1,251 @@
+"""The search for one encoder and mode: an Optuna study that Ray Tune works through, Population by Population.
+
+The only importer of optuna. The study in its journal is the truth: every trial told is there, a resumed sweep opens
+it again and goes on, and Tune is started afresh for what is left of the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raysweep.errors import ConfigError, TrialError, did_you_mean
+from raysweep.experiment.config import SearchBlock
+from raysweep.experiment.space import (
+    Choices,
+    Dimension,
+    FloatRange,
+    Setting,
+    fit_to_space,
+    grid,
+    num_grid_points,
+    recommended,
+)
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_POPULATION = 64
+MIN_POPULATION = 8
+POPULATIONS_PER_STUDY = 4
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none."""
+
+    number: int
+    setting: Setting
+    final: dict[str, float]
+    history: list[dict[str, float]]
+    checkpoint: str | None
+    details: dict[str, float]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told while a study runs: of every epoch of a lone trial, and of every finished trial."""
+
+    on_epoch: Callable[[int, Setting, int, dict[str, float]], None]
+    on_trial: Callable[[TrialRecord], None]
+
+
+def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
+    """The search space of a study: the block's, with `features` narrowed to what the encoder has.
+
+    Raises:
+        ConfigError: none of the feature sources asked for is one of the encoder's.
+    """
+    space = dict(block.space)
+    if block.mode != "linear_probe":
+        return space
+    if "features" not in space:
+        # A grid tries just the default source, so that its size is what the experiment file says.
+        space["features"] = Choices(choices=tuple(sources[:1] if block.sampler == "grid" else sources))
+        return space
+    wanted = space["features"]
+    assert isinstance(wanted, Choices)
+    offered = tuple(source for source in wanted.choices if source in sources)
+    if not offered:
+        asked, hint = ", ".join(map(str, wanted.choices)), did_you_mean(str(wanted.choices[0]), sources)
+        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has no {asked}; {hint}")
+    return space | {"features": Choices(choices=offered)}
+
+
+def population_size(block: SearchBlock) -> int:
+    """How many trials train together: for `auto`, enough rounds that later ones learn from earlier ones."""
+    if block.mode != "linear_probe":
+        return 1
+    if block.population != "auto":
+        return min(block.population, block.num_trials)
+    wanted = math.ceil(block.num_trials / POPULATIONS_PER_STUDY)
+    return min(max(wanted, MIN_POPULATION), MAX_POPULATION, block.num_trials)
+
+
+class Search:
+    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
+
+    Args:
+        journal: file of the journal storage; holds the studies of all invocations.
+        name: of the study; made unique by the signature of all that its results depend on.
+        block: sampler and budget.
+        space: from `study_space`.
+        metric: key among a trial's final metrics that is optimised.
+        direction: `maximize` or `minimize`.
+        seed: of the sampler.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        name: str,
+        block: SearchBlock,
+        space: Mapping[str, Dimension],
+        metric: str,
+        direction: Literal["maximize", "minimize"],
+        seed: int,
+    ) -> None:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
+            block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
+        self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
+        self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.optuna_study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+                study_name=name,
+                direction=direction,
+                sampler=_sampler(block.sampler, seed),
+                load_if_exists=True,
+            )
+        past = self.optuna_study.get_trials(deepcopy=False)
+        # A resumed sampler must not draw again what it drew before.
+        self.optuna_study.sampler = _sampler(block.sampler, seed + len(past))
+        self._enqueue_first(past)
+        self._continue_interrupted()
+
+    def _enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
+        """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
+        known = [trial.system_attrs.get("fixed_params", trial.params) for trial in past]
+        if self.block.sampler == "grid":
+            first = grid(self.space)[: self.block.num_trials]
+        else:
+            first = [fit_to_space(setting, self.space) for setting in recommended(self.block.mode)]
+        seen = {_key(setting) for setting in known}
+        for setting in first:
+            if _key(setting) not in seen:
+                seen.add(_key(setting))
+                self.optuna_study.enqueue_trial(setting)
+
+    def _continue_interrupted(self) -> None:
+        from optuna.trial import TrialState
+
+        for trial in self.optuna_study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if "record" in trial.user_attrs:  # it was over; what was cut short is telling so
+                self._tell(trial.number, TrialRecord(**trial.user_attrs["record"]))
+                continue
+            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
+            first = trial.user_attrs.get("continues", trial.number)
+            self.optuna_study.enqueue_trial(trial.params, user_attrs={"continues": first})
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Every trial that came to an end, failed ones included, interrupted ones not."""
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        return [TrialRecord(**trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+
+    @property
+    def num_remaining(self) -> int:
+        """Trials left of the budget; those that an error ended are tried again by the next invocation."""
+        return max(0, self.block.num_trials - sum(record.error is None for record in self.records))
+
+    def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
+        """Draws settings for a Population."""
+        return [self.optuna_study.ask(self.distributions) for _ in range(num_trials)]
+
+    def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
+        """Records a trial's end; one without a finite value failed, and is never left running."""
+        trial.set_user_attr("record", vars(record))
+        self._tell(trial.number, record)
+
+    def _tell(self, number: int, record: TrialRecord) -> None:
+        from optuna.trial import TrialState
+
+        if self._is_usable(record):
+            self.optuna_study.tell(number, record.final[self.metric])
+        else:
+            self.optuna_study.tell(number, state=TrialState.FAIL)
+
+    def _is_usable(self, record: TrialRecord) -> bool:
+        return record.error is None and math.isfinite(record.final.get(self.metric, math.nan))
+
+    def best(self) -> TrialRecord:
+        """The trial with the best value; among equals the one with the lowest validation loss, then the first.
+
+        Raises:
+            TrialError: every trial failed.
+        """
+        records = self.records
+        usable = [record for record in records if self._is_usable(record)]
+        if not usable:
+            reasons = sorted({record.error or f"{self.metric} was not a finite number" for record in records})
+            why = "; ".join(reasons[:3]) or "none was run"
+            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {why}")
+        sign = 1 if self.direction == "maximize" else -1
+
+        def rank(record: TrialRecord) -> tuple[float, float, int]:
+            loss = record.final["val/loss"]
+            return sign * record.final[self.metric], -loss if math.isfinite(loss) else -math.inf, -record.number
+
+        return max(usable, key=rank)
+
+
+def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(setting.items()))
+
+
+def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if kind == "tpe":
+            # The constant liar keeps the settings of one Population, all asked for at once, apart.
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return optuna.samplers.RandomSampler(seed=seed)  # a grid's settings are enqueued, none is drawn
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(dimension, Choices):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, FloatRange):
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def make_record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
+    """Turns what `worker.train_worker` returned for a trial, or why it returned nothing, into a record."""
+    if result is None:
+        return TrialRecord(number, setting, {}, [], None, {}, error)
+    details = ("best_epoch", "train_seconds", "images_per_second", "peak_memory_bytes", "peak_gpu_memory_bytes")
+    return TrialRecord(
+        number,
+        setting,
+        result["final"],
+        result["history"],
+        result["checkpoint"],
+        {key: result[key] for key in details},
+    )
