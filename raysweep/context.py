@@ -90,6 +90,7 @@ class SweepContext:
     stack: ExitStack
     encoders: dict[str, EncoderInUse] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
+    best_checkpoints: dict[str, Path] = field(default_factory=dict)
     num_new_trials: int = 0
     num_encoder_passes: int = 0
 

@@ -97,13 +97,13 @@ class SweepPaths:
         """What Ray Tune writes while it runs."""
         return self.root / "tune"
 
-    def study(self, study: str) -> Path:
-        """Checkpoints and the result of one study."""
-        return self.root / "studies" / study
+    def study(self, study: str, key: str) -> Path:
+        """Checkpoints and the result of one study; `key` is the signature of all that its results depend on."""
+        return self.root / "studies" / study / key
 
-    def study_result(self, study: str) -> Path:
-        """What a finished study found; the study is skipped while this stands for the same trials."""
-        return self.study(study) / "result.json"
+    def study_result(self, study: str, key: str) -> Path:
+        """What a finished study found; it is not evaluated again while this stands for the same trials."""
+        return self.study(study, key) / "result.json"
 
     def model(self, study: str) -> Path:
         """The exported model of one study."""

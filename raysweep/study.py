@@ -43,7 +43,7 @@ class Study:
         space = study_space(block, list(used.encoder.sources), self.config.encoder_name)
         head = self._probe_head()
         key = self._signature(used, space, head)
-        folder = sweep.paths.study(self.config.name) / key
+        folder = sweep.paths.study(self.config.name, key)
         search = Search(
             sweep.paths.optuna_journal,
             f"{self.config.name}-{key}",
@@ -60,20 +60,30 @@ class Study:
             job = self._job(used, cache, rows, folder, key, head, precision)
             self._search(search, job, run_id, key)
         best = search.best()
-        result = folder / "result.json"
+        sweep.best_checkpoints[self.config.name] = Path(str(best.checkpoint))
+        result = sweep.paths.study_result(self.config.name, key)
         outcome = read_json(result) if result.exists() else None
-        if outcome is None or outcome["num_records"] != len(search.records):
+        if outcome is None or outcome["num_records"] != len(search.records) or not self._has_model(key, best):
             job = job or self._job(used, cache, rows, folder, key, head, precision)
-            outcome = self._finalize(search, best, job, rows, cache, run_id)
-            earlier = read_json(result)["row"]["study_seconds"] if result.exists() else 0.0
+            earlier = outcome["row"]["study_seconds"] if outcome else 0.0
+            outcome = self._finalize(search, best, job, rows, cache, key)
             outcome["row"]["study_seconds"] = earlier + time.perf_counter() - started
-            write_json(result, outcome)
             _drop_other_checkpoints(records=search.records, best=best)
         else:
             sweep.progress.say(f"{self.config.name}: all {past} trials are there, nothing left to do")
             outcome["row"]["encoder_passes"] = int(cache.made_now and self.config.mode == "linear_probe")
+        if outcome["row"]["mlflow_run_id"] != run_id:
+            outcome["row"]["mlflow_run_id"] = run_id
+            outcome["model_uri"] = self._log_result(run_id, outcome["row"], best, outcome["test"])
+        write_json(result, outcome)
         sweep.tracker.finish(run_id)
         return outcome
+
+    def _has_model(self, key: str, best: TrialRecord) -> bool:
+        """Whether the exported model is that of this trial; a study of the same name may have been changed and back."""
+        description = self.sweep.paths.model(self.config.name) / "model.json"
+        about = read_json(description)["about"] if description.exists() else {}
+        return (about.get("key"), about.get("trial")) == (key, best.number)
 
     def _precision(self) -> str:
         """For `auto`: bf16 where training runs on GPUs (that have it, as far as this machine can tell), else fp32."""
@@ -93,7 +103,7 @@ class Study:
         name = self.config.name.replace("-fine_tune", "-linear_probe")
         if name not in [study.name for study in self.sweep.experiment.studies()]:
             return None
-        return Path(read_json(self.sweep.paths.study(name) / "best.json")["checkpoint"])
+        return self.sweep.best_checkpoints[name]
 
     def _signature(self, used: EncoderInUse, space: dict[str, Any], head: Path | None) -> str:
         """Signature of all that a trial's result depends on; how many trials there are is not part of it."""
@@ -243,7 +253,7 @@ class Study:
         job: dict[str, Any],
         rows: dict[str, Any],
         cache: Cache,
-        run_id: str,
+        key: str,
     ) -> dict[str, Any]:
         """Opens the test split once, for the chosen trial; exports its model; makes the row."""
         sweep, config = self.sweep, self.config
@@ -251,7 +261,13 @@ class Study:
         tested = run_test(job, best.checkpoint)
         test = evaluate_test(tested["logits"], rows["test"][1], sweep.experiment.seed)
         model_path = sweep.paths.model(config.name)
-        about = {"study": config.name, "trial": best.number, "setting": best.setting, "test_accuracy": test["accuracy"]}
+        about = {
+            "study": config.name,
+            "key": key,
+            "trial": best.number,
+            "setting": best.setting,
+            "test_accuracy": test["accuracy"],
+        }
         export_model(model_path, self._classifier(job, best.checkpoint), sweep.index.classes, about)
         records, is_probe = [r for r in search.records if r.error is None], config.mode == "linear_probe"
         peak_memory = max(int(record.details.get("peak_memory_bytes", 0)) for record in records)
@@ -275,13 +291,11 @@ class Study:
             "peak_memory_bytes": max(peak_memory, cache.peak_memory_bytes),
             "peak_gpu_memory_bytes": max(peak_gpu, cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
             "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
-            "mlflow_run_id": run_id,
+            "mlflow_run_id": None,
             "model_path": str(model_path),
         }
         if is_probe and config.encoder.saved_weights_in_checkpoint:
             self._add_encoder_weights(Path(best.checkpoint))
-        model_uri = self._log_result(run_id, row, best, test)
-        write_json(sweep.paths.study(config.name) / "best.json", {"checkpoint": best.checkpoint, "number": best.number})
         interval = f"[{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"
         sweep.progress.say(
             f"{config.name}: test accuracy {row['test_accuracy']:.3f} {interval} with {describe_setting(best.setting)}"
@@ -290,9 +304,8 @@ class Study:
             "num_records": len(search.records),
             "row": row,
             "val_metric": best.final[sweep.experiment.metric],
-            "correct": test["correct"],
-            "confusion_matrix": test["confusion_matrix"],
-            "model_uri": model_uri,
+            "correct": test.pop("correct"),
+            "test": test,
         }
 
     def _classifier(self, job: dict[str, Any], checkpoint: str) -> Classifier:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # on two cores: 77 images/s in batches of 4, 36 in batches of 64).
 ENCODER_BATCH = {"cuda": 128, "cpu": 8}
 STORED_DTYPE = "float16"
+LARGEST = float(np.finfo(STORED_DTYPE).max)  # an outlier beyond it would become infinite, and every logit NaN
 
 
 def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precision: str) -> str:
@@ -109,7 +110,7 @@ class _Encode:
         row_ids, pixels = good_pixels(decoded, self.encoder.preprocessing.output_size)
         columns: dict[str, Any] = {"row_id": row_ids}
         for part, features in encode(self.encoder, pixels, self.device, self.precision).items():
-            flat = pa.array(features.astype(STORED_DTYPE).reshape(-1))
+            flat = pa.array(np.clip(features, -LARGEST, LARGEST).astype(STORED_DTYPE).reshape(-1))
             columns[part] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.parts[part])
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return write_block(self.folder, pa.table(columns), decoded, gpu_memory)
