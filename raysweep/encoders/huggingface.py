@@ -23,6 +23,9 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import EncoderError, did_you_mean
 
 
+TORCH_MOMENTUM = 0.1
+
+
 class HuggingFaceEncoder(Encoder):
     """A transformers vision model and the parts that are taken from its output."""
 
@@ -36,6 +39,11 @@ class HuggingFaceEncoder(Encoder):
         if isinstance(mask_token, nn.Parameter):
             # Used in self-supervised pretraining only; DDP would wait for its gradient.
             mask_token.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.momentum or 0) > 0.5:
+                # TensorFlow's decay, .997 in MobileNet, handed to torch as its momentum: the running statistics
+                # would be those of the last batch alone, and a fine-tuned model's accuracy a matter of luck.
+                module.momentum = TORCH_MOMENTUM
         self.keep_parts(self.parts)
 
     def keep_parts(self, parts: Mapping[str, int]) -> None:

@@ -385,3 +385,13 @@ def test_variants_are_valid_configs_of_their_family():
         config = make_config(values)
         assert config.hidden_size % config.num_attention_heads == 0, name
     assert {family.default_name for family in FAMILIES.values()} - {None} <= set(VARIANTS)
+
+
+def test_batch_norm_keeps_a_running_mean_of_many_batches(tmp_path):
+    from transformers import MobileNetV2Config, MobileNetV2ImageProcessorPil, MobileNetV2Model
+
+    MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)).save_pretrained(tmp_path)
+    MobileNetV2ImageProcessorPil().save_pretrained(tmp_path)
+    encoder = build_encoder({"type": "auto", "pretrained_model_name_or_path": str(tmp_path)}, seed=0)
+    momenta = {m.momentum for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert momenta == {0.1}, "transformers hands TensorFlow's decay to torch as a momentum"
