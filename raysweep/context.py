@@ -161,7 +161,7 @@ class SweepContext:
         else:
             cache = build_pixel_cache(folder, self.index, used.encoder.preprocessing, self.progress.update)
         self._describe_cache(cache, label)
-        self._set_aside(cache.bad_rows)
+        self.set_aside(cache.bad_rows)
         return cache
 
     def _describe_cache(self, cache: Cache, label: str) -> None:
@@ -172,7 +172,7 @@ class SweepContext:
         else:
             self.progress.say(f"{label}: none needed, {cache.num_rows:,} images are cached")
 
-    def _set_aside(self, bad_rows: Sequence[BadRow]) -> None:
+    def set_aside(self, bad_rows: Sequence[BadRow]) -> None:
         """Adds rows that did not decode to the quarantine, and stops where there are too many."""
         self.bad_rows |= {row.row_id: row for row in bad_rows}
         if not self.bad_rows:

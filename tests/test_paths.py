@@ -61,7 +61,8 @@ def test_everything_lies_below_the_storage(tmp_path, monkeypatch):
     paths = SweepPaths(Path("runs"), "beans")
     assert paths.root == tmp_path / "runs" / "beans"
     assert paths.cache("features", "f00") == tmp_path / "runs" / ".cache" / "features-f00"
-    for path in (paths.optuna_journal, paths.tune, paths.study("s", "k"), paths.study_result("s", "k"), paths.model("s"), paths.leaderboard_json,
+    for path in (paths.optuna_journal, paths.tune, paths.study("s", "k"),
+                 paths.study_result("s", "k"), paths.model("s"), paths.leaderboard_json,
                  paths.leaderboard_csv, paths.resolved_experiment, paths.quarantine):  # fmt: skip
         assert path.is_relative_to(paths.root)
     assert list(tmp_path.iterdir()) == []  # naming places makes none

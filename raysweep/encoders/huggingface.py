@@ -22,7 +22,6 @@ from raysweep.encoders.families import (
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import EncoderError, did_you_mean
 
-
 TORCH_MOMENTUM = 0.1
 
 
