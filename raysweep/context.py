@@ -79,7 +79,10 @@ class EncoderInUse:
 
 @dataclass
 class SweepContext:
-    """The state that the studies of one sweep share."""
+    """The state that the studies of one sweep share.
+
+    `bad_rows` are those that a pass found, by row id; `best_checkpoints` those of the studies done, by study.
+    """
 
     experiment: Experiment
     paths: SweepPaths

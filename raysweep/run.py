@@ -79,7 +79,9 @@ def _run(experiment: Experiment, file: Path, verbose: bool) -> int:
     console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     console.print(render_leaderboard(result.rows))
     print("\n".join(_next_steps(experiment, file, result.rows[0])))
-    return 0
+    for failure in result.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if result.failures else 0
 
 
 def _next_steps(experiment: Experiment, file: Path, best: dict[str, object]) -> list[str]:

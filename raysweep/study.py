@@ -101,9 +101,7 @@ class Study:
         if self.config.mode != "fine_tune":
             return None
         name = self.config.name.replace("-fine_tune", "-linear_probe")
-        if name not in [study.name for study in self.sweep.experiment.studies()]:
-            return None
-        return self.sweep.best_checkpoints[name]
+        return self.sweep.best_checkpoints.get(name)
 
     def _signature(self, used: EncoderInUse, space: dict[str, Any], head: Path | None) -> str:
         """Signature of all that a trial's result depends on; how many trials there are is not part of it."""
@@ -233,6 +231,7 @@ class Study:
             if record.error and record.error not in errors:
                 errors.add(record.error)
                 sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
+                sweep.progress.say(f"its traceback is in {job['folder']}/trials/")
             num_done += 1
             sweep.num_new_trials += 1
             sweep.progress.update(num_done, total, self._best_so_far(search))

@@ -6,13 +6,13 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raysweep.cluster import check_resources, local_resources
 from raysweep.context import SweepContext, write_quarantine
-from raysweep.errors import ConfigError
+from raysweep.errors import ConfigError, TrialError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.sources import ImageIndex, load_index
 from raysweep.images.splits import SPLITS
@@ -30,6 +30,7 @@ class SweepResult:
     rows: list[dict[str, Any]]
     num_new_trials: int
     num_encoder_passes: int
+    failures: tuple[str, ...] = ()
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
@@ -52,8 +53,16 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
         stack.callback(tracker.close)
         context = SweepContext(experiment, paths, index, tracker, progress, verbose, stack)
-        outcomes = [Study(context, config).run() for config in experiment.studies()]
-        return conclude(context, outcomes)
+        outcomes, failures = [], []
+        for config in experiment.studies():
+            try:
+                outcomes.append(Study(context, config).run())
+            except TrialError as error:  # what is wrong with one study need not be wrong with the others
+                failures.append(str(error))
+                progress.warn(f"{config.name} has no result: {error}")
+        if not outcomes:
+            raise TrialError("; ".join(failures))
+        return replace(conclude(context, outcomes), failures=tuple(failures))
 
 
 def conclude(context: SweepContext, outcomes: list[dict[str, Any]]) -> SweepResult:

@@ -25,7 +25,7 @@ def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
         folder = Path(job["folder"]) / "trials" / str(config["trials"][0]["number"])
         write_atomically(folder / "error.txt", traceback.format_exc())
         reason = " ".join(str(error).split()) or "no message"
-        tune.report({"error": f"{type(error).__name__}: {reason[:500]} (see {folder / 'error.txt'})"})
+        tune.report({"error": f"{type(error).__name__}: {reason[:500]}"})
 
 
 def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
