@@ -6,9 +6,11 @@ import glob
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -116,6 +118,9 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
             own: dict[str, Any] = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
             with nullcontext() if verbose else _silent_stderr():
                 ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
+        # Ray ends the process on SIGTERM where it stands; a sweep has runs to close.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         if not verbose:
             _quieten()
         try:

@@ -46,6 +46,9 @@ def select_rows(
 
     A few-shot study trains on `shots` rows per class; its validation split is capped at max(shots, 16) per class, as
     nobody with five images a class has a thousand to validate on, and never joins the training rows.
+
+    Raises:
+        DataError: a split has no usable image.
     """
     ids, labels = (index.table[name].to_numpy().astype(np.int64) for name in ("row_id", "label"))
     splits = np.array(index.table["split"].to_pylist())
@@ -56,6 +59,10 @@ def select_rows(
         if shots != "all" and split != "test":
             limit = int(shots) if split == "train" else max(int(shots), MIN_FEW_SHOT_VALIDATION)
             chosen = chosen[few_shot(labels[chosen], limit, seed)]
+        if len(chosen) == 0:
+            lost = f" left of {int((splits == split).sum())}: see quarantine.csv" if (splits == split).any() else ""
+            hint = "each split needs one; splits the source lacks are taken from train, where it has enough images"
+            raise DataError(f"data: no {split} images{lost}; {hint}")
         rows[split] = (ids[chosen], labels[chosen])
     return rows
 
@@ -81,7 +88,8 @@ class EncoderInUse:
 class SweepContext:
     """The state that the studies of one sweep share.
 
-    `bad_rows` are those that a pass found, by row id; `best_checkpoints` those of the studies done, by study.
+    `bad_rows` are those that a pass found, by row id; `best_heads` the checkpoints of the
+    probes done, by encoder and shots.
     """
 
     experiment: Experiment
@@ -93,7 +101,7 @@ class SweepContext:
     stack: ExitStack
     encoders: dict[str, EncoderInUse] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
-    best_checkpoints: dict[str, Path] = field(default_factory=dict)
+    best_heads: dict[tuple[str, int | str], Path] = field(default_factory=dict)
     num_new_trials: int = 0
     num_encoder_passes: int = 0
 
@@ -124,7 +132,7 @@ class SweepContext:
             profile = {split: sum(by_class.values()) for split, by_class in counts.items()}
             name, source = self.experiment.data.source.rstrip("/").split("/")[-1], self.experiment.data.source
             self.tracker.log_dataset(run_id, name, self.index.fingerprint, source, str(profile))
-            self.tracker.log_file(run_id, self.paths.resolved_experiment)
+        self.tracker.log_file(run_id, self.paths.resolved_experiment)
         self.tracker.fail_abandoned(root)
         return run_id
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from raysweep.experiment.config import load_experiment
 
         experiment = load_experiment(options.experiment, options.overrides)
-        return _plan(experiment) if options.dry_run else _run(experiment, options.experiment, options.verbose)
+        return _plan(experiment) if options.dry_run else _run(experiment, options.verbose)
     except RaysweepError as error:
         if options.verbose:
             raise
@@ -65,7 +65,7 @@ def _plan(experiment: Experiment) -> int:
     return 0
 
 
-def _run(experiment: Experiment, file: Path, verbose: bool) -> int:
+def _run(experiment: Experiment, verbose: bool) -> int:
     from rich.console import Console
 
     from raysweep.progress import Progress
@@ -78,13 +78,13 @@ def _run(experiment: Experiment, file: Path, verbose: bool) -> int:
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
     console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     console.print(render_leaderboard(result.rows))
-    print("\n".join(_next_steps(experiment, file, result.rows[0])))
+    print("\n".join(_next_steps(experiment, result.rows[0])))
     for failure in result.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result.failures else 0
 
 
-def _next_steps(experiment: Experiment, file: Path, best: dict[str, object]) -> list[str]:
+def _next_steps(experiment: Experiment, best: dict[str, object]) -> list[str]:
     model = Path(str(best["model_path"]))
     shown = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
     return [
@@ -92,7 +92,7 @@ def _next_steps(experiment: Experiment, file: Path, best: dict[str, object]) -> 
         f"results    {shown.parent.parent}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         f"predict    raysweep predict {shown} IMAGE [IMAGE ...]",
         f"compare    mlflow ui --backend-store-uri {experiment.tracking.uri}",
-        f"go on      raysweep run {file} --set search.linear_probe.num_trials=128   (finished trials are kept)",
+        "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
 
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,7 +138,8 @@ class Search:
 
     def _enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
         """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
-        known = [trial.system_attrs.get("fixed_params", trial.params) for trial in past]
+        failed = {record.number for record in self.records if record.error is not None}
+        known = [t.system_attrs.get("fixed_params", t.params) for t in past if t.number not in failed]
         if self.block.sampler == "grid":
             first = grid(self.space)[: self.block.num_trials]
         else:
@@ -167,8 +169,28 @@ class Search:
 
     @property
     def num_remaining(self) -> int:
-        """Trials left of the budget; those that an error ended are tried again by the next invocation."""
-        return max(0, self.block.num_trials - sum(record.error is None for record in self.records))
+        """Trials left of the budget; those that an error ended are tried again by the next invocation.
+
+        None are left when the time budget is spent, whatever invocation spent it, unless nothing succeeded so far.
+        """
+        num_done = sum(record.error is None for record in self.records)
+        budget = self.block.time_budget_s
+        if num_done and budget is not None and self.seconds_spent >= budget:
+            return 0
+        return max(0, self.block.num_trials - num_done)
+
+    @property
+    def seconds_spent(self) -> float:
+        """Wall time in which trials of this study ran, over all invocations; trials side by side count once."""
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        spans = sorted(
+            (t.datetime_start, t.datetime_complete) for t in trials if t.datetime_start and t.datetime_complete
+        )
+        seconds, until = 0.0, datetime.min
+        for start, end in spans:
+            seconds += max(0.0, (end - max(start, until)).total_seconds())
+            until = max(until, end)
+        return seconds
 
     def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
         """Draws settings for a Population."""

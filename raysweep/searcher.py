@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
         super().__init__()
         self.search, self.listener = search, listener
         self.num_left = search.num_remaining
-        self.started = time.monotonic()
+        self.seconds_before, self.started = search.seconds_spent, 0.0
+        self.waited = False
         self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,10 +45,13 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
 
     def suggest(self, trial_id: str) -> Any:
         """Returns the settings of the next Population, or that there is none: budget spent or time over."""
-        budget = self.search.block.time_budget_s
-        over = budget is not None and time.monotonic() - self.started > budget
+        self.started = self.started or time.monotonic()
+        budget, spent = self.search.block.time_budget_s, self.seconds_before + time.monotonic() - self.started
+        # The first Population always runs: a study without a trial has no answer.
+        over = budget is not None and self.waited and spent > budget
         if over or self.num_left == 0:
             return Searcher.FINISHED
+        self.waited = True
         trials = self.search.ask(min(population_size(self.search.block), self.num_left))
         self.num_left -= len(trials)
         self.waiting[trial_id] = {trial.number: trial for trial in trials}
@@ -85,7 +90,7 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
         """Does nothing: see `__getstate__`."""
 
 
-def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> int:
+def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> None:
     """Works through what is left of a study's budget with Ray Tune.
 
     Args:
@@ -94,12 +99,7 @@ def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_fold
         listener: told of epochs and finished trials, in this process.
         tune_folder: where Tune may write.
         num_concurrent: Populations at a time.
-
-    Returns:
-        The number of trials run.
     """
-    if search.num_remaining == 0:
-        return 0
     name = search.optuna_study.study_name
     searcher = PopulationSearcher(search, listener)
     num_populations = math.ceil(search.num_remaining / population_size(search.block))
@@ -115,6 +115,5 @@ def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_fold
         ),
         run_config=tune.RunConfig(name=name, storage_path=str(tune_folder), verbose=0),
     )
-    before = len(search.records)
     tuner.fit()
-    return len(search.records) - before
+    shutil.rmtree(tune_folder / name, ignore_errors=True)  # what matters is in the study's journal and folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Study:
             job = self._job(used, cache, rows, folder, key, head, precision)
             self._search(search, job, run_id, key)
         best = search.best()
-        sweep.best_checkpoints[self.config.name] = Path(str(best.checkpoint))
+        if self.config.mode == "linear_probe":
+            sweep.best_heads[self.config.encoder_name, self.config.shots] = Path(str(best.checkpoint))
         result = sweep.paths.study_result(self.config.name, key)
         outcome = read_json(result) if result.exists() else None
         if outcome is None or outcome["num_records"] != len(search.records) or not self._has_model(key, best):
@@ -100,8 +102,7 @@ class Study:
         """The best head of the probe study of the same encoder and shots, which fine-tuning starts from (LP-FT)."""
         if self.config.mode != "fine_tune":
             return None
-        name = self.config.name.replace("-fine_tune", "-linear_probe")
-        return self.sweep.best_checkpoints.get(name)
+        return self.sweep.best_heads.get((self.config.encoder_name, self.config.shots))
 
     def _signature(self, used: EncoderInUse, space: dict[str, Any], head: Path | None) -> str:
         """Signature of all that a trial's result depends on; how many trials there are is not part of it."""
@@ -140,8 +141,8 @@ class Study:
         """Logs trials that Optuna knows and MLflow does not: the sweep was killed in between, or has a new store."""
         records = search.records
         for record in records:
-            ended = "FINISHED" if record.error is None else "FAILED"
-            if self.sweep.tracker.status(f"{key}/{record.number}", run_id) != ended:
+            status = self.sweep.tracker.status(f"{key}/{record.number}", run_id)
+            if status is None or (status != "FINISHED" and record.error is None):
                 self._log_trial(run_id, key, record, 0)
         return len(records)
 
@@ -152,7 +153,8 @@ class Study:
             tracker.log_once(trial_run, record.setting, {"raysweep.error": record.error} if record.error else {})
             tracker.log_history(trial_run, record.history[num_logged:], num_logged)
             tracker.log_metrics(trial_run, {f"best/{k}": v for k, v in record.final.items() if k.startswith("val/")})
-        tracker.finish(trial_run, failed=record.error is not None or not record.final)
+        value = record.final.get(self.sweep.experiment.metric, math.nan)
+        tracker.finish(trial_run, failed=record.error is not None or not math.isfinite(value))
 
     def _job(
         self,
@@ -285,7 +287,7 @@ class Study:
             "test_macro_f1": test["macro_f1"],
             "num_test": test["num_rows"],
             "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in records),
-            "train_seconds": best.details["train_seconds"] + (cache.seconds if is_probe else 0.0),
+            "train_seconds": best.details["train_seconds"] + cache.seconds,
             "study_seconds": 0.0,
             "peak_memory_bytes": max(peak_memory, cache.peak_memory_bytes),
             "peak_gpu_memory_bytes": max(peak_gpu, cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),

@@ -20,6 +20,7 @@ from raysweep.paths import SweepPaths, write_atomically
 from raysweep.progress import Progress
 from raysweep.results.leaderboard import rank_rows, write_leaderboard
 from raysweep.results.tracking import Tracker, reported_as_ours
+from raysweep.search import study_space
 from raysweep.study import Study
 
 
@@ -53,6 +54,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
         stack.callback(tracker.close)
         context = SweepContext(experiment, paths, index, tracker, progress, verbose, stack)
+        check_studies(context)
         outcomes, failures = [], []
         for config in experiment.studies():
             try:
@@ -63,6 +65,19 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         if not outcomes:
             raise TrialError("; ".join(failures))
         return replace(conclude(context, outcomes), failures=tuple(failures))
+
+
+def check_studies(context: SweepContext) -> None:
+    """Loads every encoder and settles every search space, so that what is wrong with the last study shows at once.
+
+    Raises:
+        EncoderError: weights cannot be loaded.
+        ConfigError: an encoder has none of the feature sources asked for.
+    """
+    experiment = context.experiment
+    for config in experiment.studies():
+        encoder = context.encoder(config).encoder
+        study_space(experiment.search.block(config.mode), list(encoder.sources), config.encoder_name)
 
 
 def conclude(context: SweepContext, outcomes: list[dict[str, Any]]) -> SweepResult:

@@ -42,7 +42,7 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Trains one Population.
 
     Args:
-        config: `job`, what all trials of the study share (`study.make_job`); `trials`, a dict each with `number`,
+        config: `job`, what all trials of the study share (`Study._job`); `trials`, a dict each with `number`,
             `setting` and `continues` (the number of an interrupted trial of the same setting, or None); `report`,
             called with each epoch's metrics when this runs inside the Tune trial itself, None in a worker process.
 
@@ -159,7 +159,8 @@ def _train_classifier(
         "final": result.best or result.history[-1],
         "best_epoch": result.best_epoch,
         "checkpoint": str(result.checkpoint),
-        "train_seconds": time.perf_counter() - started,
+        # A continued trial has epochs from before.
+        "train_seconds": max(time.perf_counter() - started, sum(epoch["time/epoch_s"] for epoch in result.history)),
         "images_per_second": float(np.median(speeds)),
     }
 

@@ -240,7 +240,7 @@ def test_recommendations_are_not_tried_again_when_the_budget_grows(tmp_path):
         (probe(num_trials=1000), 64),
         (probe(num_trials=64, population=3), 3),
         (probe(num_trials=2, population=3), 2),
-        (fine_tune(num_trials=8, population=4), 1),
+        (fine_tune(num_trials=8), 1),
         (FromScratchSearch(), 1),
     ],
 )
@@ -326,8 +326,9 @@ def test_no_population_starts_after_the_time_budget(tmp_path, heard, monkeypatch
     monkeypatch.setattr(searchers, "time", clock)
     search = open_search(tmp_path, probe(num_trials=30, population=2, time_budget_s=60))
     searcher = PopulationSearcher(search, heard.listener)
-    clock.now += 59
     assert len(searcher.suggest("a")["trials"]) == 2
+    clock.now += 59
+    assert len(searcher.suggest("b")["trials"]) == 2
     clock.now += 2
     assert searcher.suggest("b") == PopulationSearcher.FINISHED
 
@@ -370,3 +371,33 @@ def test_epochs_are_passed_on(tmp_path, heard):
     searcher.on_trial_result("t0", {"epoch": json.dumps(news)})
     searcher.on_trial_result("t0", results_of({"trials": [trial]}))
     assert heard.epochs == [(trial["number"], trial["setting"], 4, {"val/loss": 0.5})]
+
+
+def test_the_first_population_runs_whatever_the_budget(tmp_path, heard, monkeypatch):
+    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(searchers, "time", clock)
+    searcher = PopulationSearcher(open_search(tmp_path, probe(population=2, time_budget_s=0.001)), heard.listener)
+    clock.now += 1
+    assert len(searcher.suggest("a")["trials"]) == 2
+    clock.now += 1
+    assert searcher.suggest("b") == PopulationSearcher.FINISHED
+
+
+def test_a_time_budget_that_is_spent_stays_spent(tmp_path, heard):
+    search = open_search(tmp_path, probe(num_trials=30, time_budget_s=1e-9))
+    (trial,) = search.ask(1)
+    search.tell(trial, record(trial.number, 0.5, setting=dict(trial.params)))
+    assert search.seconds_spent > 0
+    assert open_search(tmp_path, probe(num_trials=30, time_budget_s=1e-9)).num_remaining == 0
+    assert open_search(tmp_path, probe(num_trials=30)).num_remaining == 29
+
+
+def test_a_grid_tries_failed_points_again(tmp_path):
+    block = probe(sampler="grid", space={"epochs": {"choices": (1, 2, 3)}, "normalize": "none"})
+    search = open_search(tmp_path, block)
+    trials = search.ask(search.num_remaining)
+    for trial in trials:
+        search.tell(trial, record(trial.number, 0.5, error="lost" if trial.params["epochs"] == 2 else None))
+    again = open_search(tmp_path, block)
+    assert again.num_remaining == 1
+    assert again.ask(1)[0].params["epochs"] == 2

@@ -135,6 +135,12 @@ class SearchBlock(Section):
         return size if value is None else min(value, size) if type(value) is int else value
 
 
+def _one_at_a_time(value: int | str) -> int | str:
+    if value not in ("auto", 1):
+        raise ValueError(f"only heads of linear_probe train together, found {value}; leave it out")
+    return value
+
+
 class LinearProbeSearch(SearchBlock):
     """The search of linear_probe: a head on frozen features."""
 
@@ -150,6 +156,7 @@ class FineTuneSearch(SearchBlock):
 
     mode = "fine_tune"
     default_num_trials = 8
+    _check_population = field_validator("population")(_one_at_a_time)
     space: Annotated[dict[str, Dimension], SpaceOf("fine_tune")] = Field(
         default={}, description="Dimensions searched; those not named keep their default."
     )
@@ -160,6 +167,7 @@ class FromScratchSearch(SearchBlock):
 
     mode = "from_scratch"
     default_num_trials = 12
+    _check_population = field_validator("population")(_one_at_a_time)
     space: Annotated[dict[str, Dimension], SpaceOf("from_scratch")] = Field(
         default={}, description="Dimensions searched; those not named keep their default."
     )
@@ -227,7 +235,16 @@ class TrackingConfig(Section):
 
     uri: Text = Field(default="sqlite:///mlflow.db", description="MLflow tracking URI.")
     experiment: Text | None = Field(default=None, description="MLflow experiment (default: the experiment's name).")
-    register_model: Text | None = Field(default=None, description="Name under which the winner is registered.")
+    register_model: Text | None = Field(
+        default=None, description="Name under which the best model by validation is registered."
+    )
+
+    @field_validator("register_model")
+    @classmethod
+    def _can_be_registered(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or set(value) & set("/:")):
+            raise ValueError(f"a registered model's name holds no '/' and no ':', found {value}")
+        return value
 
 
 class Experiment(Section):
@@ -235,7 +252,9 @@ class Experiment(Section):
 
     name: str = Field(max_length=100, description="Names the folder of results (default: the file's stem).")
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of splits, samplers, initial weights and shuffles.")
-    storage: Text = Field(default="runs", description="Local folder, or s3:// or gs:// URI, for results and caches.")
+    storage: Text = Field(
+        default="runs", description="Folder for results and caches; on a cluster one that every node sees."
+    )
     data: DataConfig = Field(description="The images.")
     modes: tuple[Mode, ...] | None = _list_of(None, description="Modes to study (default: what suits each encoder).")
     encoders: tuple[EncoderConfig, ...] = _list_of(description="The encoders to compare.")
@@ -248,6 +267,13 @@ class Experiment(Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
 
     _check_modes = field_validator("modes")(_without_repeats)
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"accepted: a local or shared folder; found the URI {value}")
+        return value
 
     @field_validator("name")
     @classmethod

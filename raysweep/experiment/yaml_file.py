@@ -68,7 +68,8 @@ class YamlFile:
             entry = _entry(node, step)
             node = entry[1] if entry else None
             value = child(value, step)
-        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | None):
+        overridden = any(path[: len(changed)] == changed for changed in self.overridden)
+        if not overridden and isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | None):
             return str(node.value)
         return _described(value)
 

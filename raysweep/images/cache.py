@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import ray.data
 
 ROWS_PER_FILE = 64
-MAX_FILES = 2_000
+MIN_FILES, MAX_FILES = 8, 2_000  # at the least, so that progress shows with few images too
 MAX_ROWS_PER_FILE = 512
 
 Progress = Callable[[int, int], None]
@@ -143,7 +143,7 @@ def load_dataset(index: ImageIndex) -> ray.data.Dataset:
     import ray.data
 
     num_rows = len(index.table)
-    size = min(max(ROWS_PER_FILE, -(-num_rows // MAX_FILES)), MAX_ROWS_PER_FILE)
+    size = min(max(ROWS_PER_FILE, -(-num_rows // MAX_FILES)), MAX_ROWS_PER_FILE, max(1, num_rows // MIN_FILES))
     columns = index.table.select(["row_id", "path", "position", "image"])
     columns = columns.append_column("image_column", pa.array([index.image_column] * num_rows, pa.string()))
     return ray.data.from_arrow([columns.slice(start, size).combine_chunks() for start in range(0, num_rows, size)])

@@ -157,8 +157,9 @@ def settle_splits(
         mask = stratified_split(labels[train], [hashes[row] for row in train.tolist()], fractions[split] / left, seed)
         splits[train[mask]] = split
         left -= fractions[split]
-    if "validation" not in splits:
-        raise DataError("no validation images to rank trials on, and none could be taken from train")
+    for split, purpose in (("validation", "to rank trials on"), ("test", "to report on")):
+        if split not in splits:
+            raise DataError(f"no {split} images {purpose}, and none could be taken from train: add images")
     return splits.tolist(), tuple(split for split in derived if split in splits)
 
 

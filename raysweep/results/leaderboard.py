@@ -79,7 +79,7 @@ def render_leaderboard(rows: Sequence[dict[str, Any]]) -> Table:
     for name in ("", "encoder", "mode", *(["shots"] if several_shots else [])):
         table.add_column(name)
     for name in (r"accuracy \[95 % interval]", "trials", "train time", "peak GPU memory" if on_gpu else "peak memory"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name.startswith("accuracy"))
     for place, row in enumerate(rows, start=1):
         mark = "=" if row["tied_with_best"] and place > 1 else str(place)
         interval = f"{row['test_accuracy']:.3f} [{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"

@@ -6,13 +6,15 @@ so that a resumed sweep goes on in the runs it had.
 
 from __future__ import annotations
 
+import fcntl
+import io
 import logging
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 METRICS_PER_BATCH = 1_000  # the server's limit
 MAX_TAG_LENGTH = 5_000  # likewise
-ROOT = "raysweep.root"
+ROOT, MODEL_URI = "raysweep.root", "raysweep.model_uri"
 # Without the kind, the UI opens on its pages for language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
@@ -49,12 +51,13 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         import mlflow
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         # The model flavours know no other way of being told.
         mlflow.set_tracking_uri(uri)
         self.uri = uri
         # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
         try:
-            with _impatient():
+            with _impatient(), _alone(uri):
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
                 self.client.get_experiment_by_name(experiment)
             found = self.client.get_experiment_by_name(experiment)
@@ -174,10 +177,14 @@ class Tracker:
         return str(info.model_uri)
 
     def register(self, model_uri: str, name: str) -> str:
-        """Registers a logged model; returns its version."""
+        """Registers a logged model, unless it already is a version of that name; returns the version."""
         import mlflow
 
-        return str(mlflow.register_model(model_uri, name).version)
+        for known in self.client.search_model_versions(f"name = '{name}'"):
+            if known.tags.get(MODEL_URI) == model_uri:
+                return str(known.version)
+        with redirect_stderr(io.StringIO()):  # it prints what the caller is about to say
+            return str(mlflow.register_model(model_uri, name, tags={MODEL_URI: model_uri}).version)
 
     def finish(self, run_id: str, failed: bool = False) -> None:
         """Ends a run as FINISHED or FAILED."""
@@ -244,6 +251,18 @@ def reported_as_ours(uri: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:500]
         lost = "what is finished is kept, and the same command goes on from here"
         raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {lost}") from error
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Lets one process at a time make or migrate a SQLite store's schema: two at once leave it broken for good."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def environment_tags(root: str) -> dict[str, str]:

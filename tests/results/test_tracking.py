@@ -277,7 +277,8 @@ def test_a_logged_model_predicts_on_bytes(open_tracker, tmp_path):
     expected = model.probabilities([model.preprocess(buffer.getvalue())])[0]
     np.testing.assert_allclose(frame.iloc[0, 2:].to_numpy(float), expected, rtol=1e-6)
     assert tracker.register(model_uri, "winner") == "1"
-    assert tracker.register(model_uri, "winner") == "2"
+    assert tracker.register(model_uri, "winner") == "1", "the same model is registered once"
+    assert tracker.register(tracker.log_model(run_id, tmp_path / "model", classes), "winner") == "2"
 
 
 # Tags
