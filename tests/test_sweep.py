@@ -148,7 +148,37 @@ def test_the_same_sweep_again_does_nothing_and_more_trials_add_only_those(finish
     assert leaderboard(finished)["dinov2-linear_probe"]["num_trials"] == 24
 
 
-def test_a_killed_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path):
+def test_going_back_to_an_earlier_experiment_brings_its_models_back(finished: Path):
+    weights = finished / "runs" / "digits" / "models" / "dinov2-linear_probe" / "model.safetensors"
+    all_trials = ("--set", "search.linear_probe.num_trials=24")
+    before, rows = weights.read_bytes(), leaderboard(finished)
+    other = run(
+        finished, "--set", "modes=[linear_probe]", "--set", "seed=7", "--set", "search.linear_probe.num_trials=4"
+    )
+    assert other.returncode == 0, other.stderr
+    assert weights.read_bytes() != before
+    back = run(finished, *all_trials)
+    assert back.returncode == 0, back.stderr
+    assert "0 new trials, 0 encoder passes" in back.stderr
+    assert weights.read_bytes() == before
+    assert {name: row["test_accuracy"] for name, row in leaderboard(finished).items()} == {
+        name: row["test_accuracy"] for name, row in rows.items()
+    }
+
+
+def test_a_new_store_is_told_everything_again(finished: Path):
+    done = run(finished, "--set", "search.linear_probe.num_trials=24", "--set", "tracking.uri=sqlite:///other.db")
+    assert done.returncode == 0, done.stderr
+    assert "0 new trials" in done.stderr
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/other.db")
+    runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id], max_results=1000)
+    assert sorted(run.data.tags["raysweep.level"] for run in runs) == ["study"] * 3 + ["sweep"] + ["trial"] * 28
+    for row in leaderboard(finished).values():
+        assert client.get_run(row["mlflow_run_id"]).data.metrics["test/accuracy"] == row["test_accuracy"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
+def test_a_stopped_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path, number: signal.Signals):
     experiment = EXPERIMENT | {"encoders": EXPERIMENT["encoders"][:1]}
     slow = ("--set", "search.from_scratch.space.epochs=40", "--set", "train.early_stopping_patience=40")
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(experiment))
@@ -159,8 +189,13 @@ def test_a_killed_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path):
         assert time.monotonic() < deadline, "no epoch was finished in two minutes"
         assert process.poll() is None, "the sweep ended before it could be killed"
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+        process.wait()
+    else:
+        process.send_signal(number)
+        assert process.wait(60) != 0
+        assert "RUNNING" not in {run.info.status for runs in runs_by_level(tmp_path).values() for run in runs}
     done = run(tmp_path, *slow, experiment=experiment)
     assert done.returncode == 0, done.stderr
     assert leaderboard(tmp_path)["stacked_cnn-from_scratch"]["num_trials"] == 2

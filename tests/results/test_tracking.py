@@ -1,6 +1,7 @@
 import io
 import os
 import subprocess
+import sys
 import time
 
 import mlflow
@@ -322,3 +323,12 @@ def test_abandoned_runs_of_the_same_root_are_ended_and_others_are_left_alone(tmp
 def test_errors_of_the_store_in_mid_sweep_are_told_clearly():
     with pytest.raises(RaysweepError, match="the same command goes on"), reported_as_ours("http://tracking"):
         raise mlflow.MlflowException("the disk is full")
+
+
+def test_two_sweeps_that_start_on_a_new_store_at_once_both_get_it(tmp_path):
+    code = "import sys; from raysweep.results.tracking import Tracker; Tracker(sys.argv[1], sys.argv[2])"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    started = [subprocess.Popen([sys.executable, "-c", code, uri, name]) for name in ("first", "second")]
+    assert [process.wait(120) for process in started] == [0, 0]
+    names = {experiment.name for experiment in mlflow.MlflowClient(uri).search_experiments()}
+    assert {"first", "second"} <= names
