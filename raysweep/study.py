@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import EncoderInUse, SweepContext, select_rows
-from raysweep.encoders import encoder_from_spec, weights_signature
-from raysweep.encoders.head import Classifier
+from raysweep.encoders import weights_signature
 from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
+from raysweep.finalize import drop_other_checkpoints, finalize, has_model, log_outcome
 from raysweep.images.cache import Cache
 from raysweep.paths import read_json, signature, write_json
-from raysweep.results.leaderboard import describe_setting
-from raysweep.results.model import export_model
-from raysweep.results.selection import evaluate_test
 from raysweep.search import Listener, Search, TrialRecord, study_space
-from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
-from raysweep.trial import run_test
-from raysweep.worker import build_classifier, load_head
+from raysweep.worker import load_head
 
 
 @dataclass
@@ -65,27 +59,25 @@ class Study:
             sweep.best_heads[self.config.encoder_name, self.config.shots] = Path(str(best.checkpoint))
         result = sweep.paths.study_result(self.config.name, key)
         outcome = read_json(result) if result.exists() else None
-        if outcome is None or outcome["num_records"] != len(search.records) or not self._has_model(key, best):
+        if (
+            outcome is None
+            or outcome["num_records"] != len(search.records)
+            or not has_model(sweep, self.config, key, best)
+        ):
             job = job or self._job(used, cache, rows, folder, key, head, precision)
             earlier = outcome["row"]["study_seconds"] if outcome else 0.0
-            outcome = self._finalize(search, best, job, rows, cache, key)
+            outcome = finalize(sweep, self.config, search, best, job=job, cache=cache, key=key)
             outcome["row"]["study_seconds"] = earlier + time.perf_counter() - started
-            _drop_other_checkpoints(records=search.records, best=best)
+            drop_other_checkpoints(search.records, best)
         else:
             sweep.progress.say(f"{self.config.name}: all {past} trials are there, nothing left to do")
             outcome["row"]["encoder_passes"] = int(cache.made_now and self.config.mode == "linear_probe")
         if outcome["row"]["mlflow_run_id"] != run_id:
             outcome["row"]["mlflow_run_id"] = run_id
-            outcome["model_uri"] = self._log_result(run_id, outcome["row"], best, outcome["test"])
+            outcome["model_uri"] = log_outcome(sweep, run_id, outcome, best)
         write_json(result, outcome)
         sweep.tracker.finish(run_id)
         return outcome
-
-    def _has_model(self, key: str, best: TrialRecord) -> bool:
-        """Whether the exported model is that of this trial; a study of the same name may have been changed and back."""
-        description = self.sweep.paths.model(self.config.name) / "model.json"
-        about = read_json(description)["about"] if description.exists() else {}
-        return (about.get("key"), about.get("trial")) == (key, best.number)
 
     def _precision(self) -> str:
         """For `auto`: bf16 where training runs on GPUs (that have it, as far as this machine can tell), else fp32."""
@@ -246,114 +238,3 @@ class Study:
             return f"best {self.sweep.experiment.metric} {search.best().final[self.sweep.experiment.metric]:.3f}"
         except TrialError:
             return "no trial has succeeded yet"
-
-    def _finalize(
-        self,
-        search: Search,
-        best: TrialRecord,
-        job: dict[str, Any],
-        rows: dict[str, Any],
-        cache: Cache,
-        key: str,
-    ) -> dict[str, Any]:
-        """Opens the test split once, for the chosen trial; exports its model; makes the row."""
-        sweep, config = self.sweep, self.config
-        assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
-        tested = run_test(job, best.checkpoint)
-        test = evaluate_test(tested["logits"], rows["test"][1], sweep.experiment.seed)
-        model_path = sweep.paths.model(config.name)
-        about = {
-            "study": config.name,
-            "key": key,
-            "trial": best.number,
-            "setting": best.setting,
-            "test_accuracy": test["accuracy"],
-        }
-        export_model(model_path, self._classifier(job, best.checkpoint), sweep.index.classes, about)
-        records, is_probe = [r for r in search.records if r.error is None], config.mode == "linear_probe"
-        peak_memory = max(int(record.details.get("peak_memory_bytes", 0)) for record in records)
-        peak_gpu = max(int(record.details.get("peak_gpu_memory_bytes", 0)) for record in records)
-        row = {
-            "study": config.name,
-            "encoder": config.encoder_name,
-            "mode": config.mode,
-            "shots": config.shots,
-            "num_trials": len(records),
-            "best_params": best.setting,
-            "val_accuracy": best.final["val/accuracy"],
-            "test_accuracy": test["accuracy"],
-            "test_accuracy_low": test["accuracy_low"],
-            "test_accuracy_high": test["accuracy_high"],
-            "test_macro_f1": test["macro_f1"],
-            "num_test": test["num_rows"],
-            "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in records),
-            "train_seconds": best.details["train_seconds"] + cache.seconds,
-            "study_seconds": 0.0,
-            "peak_memory_bytes": max(peak_memory, cache.peak_memory_bytes),
-            "peak_gpu_memory_bytes": max(peak_gpu, cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
-            "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
-            "mlflow_run_id": None,
-            "model_path": str(model_path),
-        }
-        if is_probe and config.encoder.saved_weights_in_checkpoint:
-            self._add_encoder_weights(Path(best.checkpoint))
-        interval = f"[{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"
-        sweep.progress.say(
-            f"{config.name}: test accuracy {row['test_accuracy']:.3f} {interval} with {describe_setting(best.setting)}"
-        )
-        return {
-            "num_records": len(search.records),
-            "row": row,
-            "val_metric": best.final[sweep.experiment.metric],
-            "correct": test.pop("correct"),
-            "test": test,
-        }
-
-    def _classifier(self, job: dict[str, Any], checkpoint: str) -> Classifier:
-        encoder = encoder_from_spec(job["encoder"])
-        encoder.load_state_dict(self.sweep.encoder(self.config).encoder.state_dict())
-        if self.config.mode == "linear_probe":
-            head, source, _ = load_head(Path(checkpoint))
-            return Classifier(encoder, head, source)
-        model = build_classifier(job)
-        model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-        return model
-
-    def _add_encoder_weights(self, checkpoint: Path) -> None:
-        tensors, metadata = load_checkpoint(checkpoint)
-        weights = self.sweep.encoder(self.config).encoder.state_dict()
-        save_checkpoint(checkpoint, tensors | {f"encoder.{name}": t for name, t in weights.items()}, metadata)
-
-    def _log_result(self, run_id: str, row: dict[str, Any], best: TrialRecord, test: dict[str, Any]) -> str:
-        tracker = self.sweep.tracker
-        renamed = {
-            "val/accuracy": row["val_accuracy"],
-            "val/macro_f1": best.final["val/macro_f1"],
-            "val/loss": best.final["val/loss"],
-            "test/accuracy": row["test_accuracy"],
-            "test/accuracy_low": row["test_accuracy_low"],
-            "test/accuracy_high": row["test_accuracy_high"],
-            "test/macro_f1": row["test_macro_f1"],
-            "test/loss": test["loss"],
-            "time/train_s": row["train_seconds"],
-            "memory/peak_bytes": row["peak_memory_bytes"],
-            "gpu/peak_memory_bytes": row["peak_gpu_memory_bytes"],
-            "train/images_per_second": row["images_per_second"],
-        }
-        tracker.log_metrics(run_id, renamed)
-        matrix = {"labels": list(self.sweep.index.classes), "counts": test["confusion_matrix"]}
-        tracker.log_dict(run_id, matrix, "confusion_matrix.json")
-        tracker.log_once(run_id, {}, {"raysweep.best_trial": str(best.number)} | _as_tags(best.setting))
-        tracker.log_file(run_id, Path(str(best.checkpoint)), "checkpoint")
-        return tracker.log_model(run_id, Path(row["model_path"]), self.sweep.index.classes)
-
-
-def _drop_other_checkpoints(records: Sequence[TrialRecord], best: TrialRecord) -> None:
-    """Deletes the weights of trials that were not chosen: eight fine-tunes of a large encoder would keep 10 GB."""
-    for record in records:
-        if record.checkpoint and record.checkpoint != best.checkpoint:
-            Path(record.checkpoint).unlink(missing_ok=True)
-
-
-def _as_tags(setting: dict[str, Any]) -> dict[str, str]:
-    return {f"raysweep.best.{name}": str(value) for name, value in setting.items()}
