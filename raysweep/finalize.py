@@ -78,9 +78,8 @@ def make_row(
     training. `encoder_passes` counts the passes over the images: of a probe the one that was made now, or none.
     """
     is_probe = config.mode == "linear_probe"
-    peaks = {
-        name: [int(r.details.get(name, 0)) for r in records] for name in ("peak_memory_bytes", "peak_gpu_memory_bytes")
-    }
+    memory, gpu_memory = "peak_memory_bytes", "peak_gpu_memory_bytes"
+    peaks = {name: max(int(record.details[name]) for record in records) for name in (memory, gpu_memory)}
     return {
         "study": config.name,
         "encoder": config.encoder_name,
