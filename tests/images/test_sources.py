@@ -265,10 +265,9 @@ def test_splits_taken_from_train_do_not_part_copies(tmp_path):
     assert index.counts()["test"] == {"cat": 8, "dog": 4}
 
 
-def test_without_a_test_fraction_there_is_no_test_split_and_a_warning(tmp_path):
-    index = load_index(config(class_folders(tmp_path), test_fraction=0.0), seed=0)
-    assert "no test images" in index.warnings
-    assert index.derived_splits == ("validation",)
+def test_without_test_images_nothing_starts(tmp_path):
+    with pytest.raises(DataError, match="no test images to report on"):
+        load_index(config(class_folders(tmp_path), test_fraction=0.0), seed=0)
 
 
 # Text tables
