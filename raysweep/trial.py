@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.paths import write_atomically
-from raysweep.worker import test_logits, train_worker
+from raysweep.worker import predict_test_rows, train_worker
 
 
 def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
@@ -80,10 +80,10 @@ def trial_resources(job: dict[str, Any]) -> dict[str, float]:
 def run_test(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """Evaluates the test rows once: probes in this process, from cached features; the rest on a worker's device."""
     if job["mode"] == "linear_probe":
-        return test_logits(job | {"use_gpu": False}, checkpoint)
+        return predict_test_rows(job | {"use_gpu": False}, checkpoint)
     import ray
 
     resources = worker_resources(job)
-    task = ray.remote(test_logits).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
+    task = ray.remote(predict_test_rows).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
     result: dict[str, Any] = ray.get(task.remote(job, checkpoint))
     return result

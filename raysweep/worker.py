@@ -193,7 +193,7 @@ def load_head(path: Path) -> tuple[Head, str, dict[str, Any]]:
     return head, metadata["source"], metadata
 
 
-def test_logits(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def predict_test_rows(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """Logits of the test rows, by a study's best checkpoint, on this worker's device.
 
     Returns:

@@ -1,7 +1,6 @@
 """Every kind of image source to one index of checked, hashed, labelled and split rows, and back to image bytes."""
 
 import hashlib
-import io
 import os
 import re
 import unicodedata
@@ -13,15 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
-from pyarrow import fs
 
-from raysweep.errors import DataError, did_you_mean
+from raysweep.errors import DataError
 from raysweep.images.decode import open_image
+from raysweep.images.listing import list_source
 from raysweep.images.splits import (
-    SPLIT_NAMES,
     SPLITS,
-    count_of,
     describe_copies,
     describe_thin_places,
     settle_splits,
@@ -29,13 +25,8 @@ from raysweep.images.splits import (
 from raysweep.images.tables import (
     Listing,
     Row,
-    absolute_source,
-    join_source,
-    open_filesystem,
     parquet_images,
     read_file,
-    read_parquet_files,
-    read_table,
     reading,
 )
 from raysweep.paths import signature
@@ -43,8 +34,6 @@ from raysweep.paths import signature
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SKLEARN_SOURCES = ("sklearn://digits",)
 ROWS_PER_JOB = 64
 
 
@@ -136,174 +125,6 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
         image_column=listing.image_column,
         derived_splits=derived,
     )
-
-
-def list_source(data: "DataConfig") -> Listing:
-    """Lists the rows of a source; no image is opened.
-
-    Raises:
-        DataError: there is no such source, or nothing in it that raysweep can read.
-    """
-    source = absolute_source(data.source)
-    if source.startswith("sklearn://"):
-        return _list_sklearn(source)
-    with reading(source):
-        filesystem, inner = open_filesystem(source)
-        kind = filesystem.get_file_info(inner).type
-        if kind == fs.FileType.NotFound:
-            raise DataError(f"data.source: {source}: no such file or folder")
-        if kind != fs.FileType.Directory:
-            return read_table(source, data)
-        files = sorted(_local_files(source) if "://" not in source else _remote_files(source))
-    images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    tables = [file for file in files if file.lower().endswith(".parquet")]
-    # Repositories of Parquet files often hold a picture or two for their README.
-    if tables and (not images or any(_split_of_file(table)[0] for table in tables)):
-        listing = _list_parquet_folder(source, tables, data)
-        used = set(tables)
-    else:
-        listing = _list_image_folder(source, images, files)
-        listing.warnings.extend(_unused_columns(source, data))
-        used = set(images)
-    left_out = [file for file in files if file not in used]
-    if left_out:
-        listing.warnings.append(f"{count_of(left_out, 'file')} left out: {_kinds(left_out)}")
-    return listing
-
-
-def _unused_columns(source: str, data: "DataConfig") -> list[str]:
-    named = [f"data.{key}" for key in ("image", "label", "split") if getattr(data, key) not in (None, "split")]
-    return [f"{', '.join(named)} not used: {source} is a folder of images, not a table"] if named else []
-
-
-def _list_sklearn(source: str) -> Listing:
-    if source not in SKLEARN_SOURCES:
-        raise DataError(f"data.source: no source '{source}'; {did_you_mean(source, SKLEARN_SOURCES)}")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    rows = []
-    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        buffer = io.BytesIO()
-        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(buffer, "PNG")
-        rows.append(Row(f"{source}/{number}", int(label), inline=buffer.getvalue()))
-    return Listing(rows)
-
-
-def _local_files(folder: str) -> list[str]:
-    """Paths relative to the folder, hidden ones left out; linked folders are followed, but not in circles."""
-
-    def walk(path: str, above: tuple[str, ...]) -> Iterator[str]:
-        real = os.path.realpath(path)
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    if os.path.realpath(entry.path) not in (*above, real):
-                        yield from walk(entry.path, (*above, real))
-                # A link to nothing is listed, and becomes a bad row; a pipe or socket would block whoever reads it.
-                elif entry.is_file() or not os.path.exists(entry.path):
-                    yield entry.path
-
-    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in walk(folder, ())]
-
-
-def _remote_files(source: str) -> list[str]:
-    filesystem, base = open_filesystem(source)
-    # Cut by depth, since file systems differ in whether they repeat a leading slash.
-    depth = len(base.strip("/").split("/"))
-    infos = filesystem.get_file_info(fs.FileSelector(base, recursive=True))
-    parts = [info.path.strip("/").split("/")[depth:] for info in infos if info.is_file]
-    return ["/".join(names) for names in parts if not any(name.startswith(".") for name in names)]
-
-
-def _list_image_folder(source: str, images: list[str], files: list[str]) -> Listing:
-    """Tells `class/*.jpg` from `split/class/*.jpg` and takes labels and splits from the folders' names."""
-    tables = [file for file in files if file.lower().endswith((".csv", ".tsv", ".jsonl"))]
-    hint = f"; to use its table, set data.source to {join_source(source, tables[0])}" if tables else ""
-    if not images:
-        found = f"{count_of(files, 'file')}: {_kinds(files)}" if files else "nothing"
-        raise DataError(
-            f"{source}: no images found; looked for {' '.join(IMAGE_SUFFIXES)} and .parquet; found {found}{hint}"
-        )
-    parts = [image.split("/") for image in images]
-    top = {names[0] for names in parts if len(names) > 1}
-    # Letters only: folders 0, 1, 2 are classes, whatever those numbers mean in a split column.
-    splits = {name for name in top if name.lower() in SPLIT_NAMES}
-    split_levels = int(bool(splits) and (splits == top or any(len(names) > 2 for names in parts if names[0] in splits)))
-    if split_levels and splits != top:
-        raise DataError(
-            f"{source}: split folders ({', '.join(sorted(splits))}) and others ({', '.join(sorted(top - splits))}) "
-            "side by side; accepted: split/class/*.jpg or class/*.jpg"
-        )
-    depth = split_levels + 2
-    if not any(len(names) >= depth for names in parts):
-        raise DataError(
-            f"{source}: no class folders; accepted: {'split/' * split_levels}class/*.jpg; found {images[0]}{hint}"
-        )
-    rows = []
-    for image, names in zip(images, parts, strict=True):
-        path = join_source(source, image)
-        if len(names) < depth:
-            rows.append(Row(path, None, problem="lies outside every class folder"))
-        else:
-            rows.append(Row(path, names[split_levels], names[0] if split_levels else None))
-    return Listing(_printable(rows), warnings=_nested_folders(source, parts, depth, top))
-
-
-def _printable(rows: list[Row]) -> list[Row]:
-    """Sets aside file names that are not UTF-8: no table can hold them."""
-    shown = [row.path.encode("utf-8", "backslashreplace").decode() for row in rows]
-    return [
-        row if row.path == path else Row(path, None, problem="file name is not UTF-8")
-        for row, path in zip(rows, shown, strict=True)
-    ]
-
-
-def _nested_folders(source: str, parts: list[list[str]], depth: int, top: set[str]) -> list[str]:
-    nested = [names for names in parts if len(names) > depth]
-    if not nested:
-        return []
-    example = "/".join(nested[0])
-    if len(nested) == sum(len(names) >= depth for names in parts):
-        hint = (
-            f" Did you mean data.source: {join_source(source, next(iter(top)))}?"
-            if len(top) == 1 and depth == 2
-            else ""
-        )
-        raise DataError(
-            f"{source}: every image lies in a folder within a class folder ({example}), so what is the class cannot be "
-            f"told; accepted: split/class/*.jpg or class/*.jpg.{hint}"
-        )
-    return [f"{count_of(nested, 'image')} in folders within class folders, counted for the outer class: {example}"]
-
-
-def _list_parquet_folder(source: str, files: list[str], data: "DataConfig") -> Listing:
-    """Takes splits from the files' names, as the Hugging Face hub lays them out."""
-    splits = {file: _split_of_file(file) for file in files}
-    known = [file for file in files if splits[file][0]] or files
-    configurations = sorted({splits[file][1] for file in known})
-    if len(configurations) > 1:
-        raise DataError(
-            f"{source}: Parquet files in several folders ({', '.join(name or '.' for name in configurations)}); "
-            f"name one, as in data.source: {join_source(source, configurations[-1])}"
-        )
-    listing = read_parquet_files([(join_source(source, file), splits[file][0]) for file in known], data)
-    other = sorted(set(files) - set(known))
-    if other:
-        listing.warnings.append(f"{count_of(other, 'Parquet file')} of no known split left out: {', '.join(other[:3])}")
-    return listing
-
-
-def _split_of_file(file: str) -> tuple[str | None, str]:
-    """Split and configuration folder: `en/train-00000-of-00002.parquet`, `en/train/0000.parquet` -> train, en."""
-    folder, _, name = file.rpartition("/")
-    above, _, last = folder.rpartition("/")
-    match = re.match(r"[a-z]+", name.lower())
-    if match and match.group() in SPLIT_NAMES:
-        return SPLIT_NAMES[match.group()], folder
-    return (SPLIT_NAMES[last.lower()], above) if last.lower() in SPLIT_NAMES else (None, folder)
 
 
 def read_image_bytes(
@@ -448,9 +269,3 @@ def _fingerprint(hashes: list[str], names: list[str], splits: list[str], classes
     for row in sorted(zip(hashes, names, splits, strict=True)):
         digest.update("\0".join((*row, "")).encode())
     return signature({"rows": digest.hexdigest(), "classes": classes})
-
-
-def _kinds(files: Sequence[str]) -> str:
-    """The suffixes of files with their numbers, commonest first."""
-    kinds = Counter(os.path.splitext(file)[1].lower() or file.rpartition("/")[2] for file in files)
-    return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from raysweep.errors import DataError
-from raysweep.images import sources, tables
+from raysweep.images import listing, tables
 from raysweep.images.sources import load_index, read_image_bytes
 from raysweep.images.tables import absolute_source, join_source, open_filesystem, parent_source
 
@@ -617,7 +617,7 @@ def test_a_network_that_fails_is_a_data_error(monkeypatch):
     def fail(uri):
         raise ConnectionError("name resolution failed")
 
-    monkeypatch.setattr(sources, "open_filesystem", fail)
+    monkeypatch.setattr(listing, "open_filesystem", fail)
     with pytest.raises(DataError, match=r"s3://b/x: cannot be read \(ConnectionError: name resolution failed\)"):
         load_index(config("s3://b/x"), seed=0)
 
