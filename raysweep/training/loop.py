@@ -118,9 +118,9 @@ def train_classifier(
         torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
         model.train()
         order = torch.randperm(num_rows, generator=seeded_generator(options.seed, epoch))
-        # Cut into batches of nearly equal size: a last one of a few rows would spoil the batch-norm statistics.
         draws = augmentation_draws(num_rows, options.seed, epoch)
         loss_sum = torch.zeros((), dtype=torch.float64, device=device_of(model))
+        # Cut into batches of nearly equal size: a last one of a few rows would spoil the batch-norm statistics.
         for step, batch in enumerate(order.tensor_split(steps_per_epoch)):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(epoch * steps_per_epoch + step)
