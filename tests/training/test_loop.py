@@ -35,15 +35,6 @@ SETTING = {"learning_rate": 3e-3, "epochs": 4, "weight_decay": 0.05, "layer_deca
 AUGMENTATION = {"min_crop_scale": 0.5, "horizontal_flip": True}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So small are the tensors that sharing them among threads takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def classifier(kind="dinov2", source=None, seed=0, **config):
     block = {"type": kind, "use_pretrained": False, "image_size": 28, "config": CONFIGS[kind] | config}
     encoder = build_encoder(block, seed=seed)

@@ -24,15 +24,6 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So small are the tensors that sharing them among threads takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def features(num_rows, seed):
     generator = torch.Generator().manual_seed(seed)
     # Every class occurs: the gradient of an absent one may cancel to rounding errors, and Adam would step along these.
