@@ -187,16 +187,17 @@ def describe_copies(
 def describe_thin_places(
     labels: npt.NDArray[np.int32], splits: Sequence[str], classes: Sequence[str], shots: int
 ) -> list[str]:
-    """Returns warnings about splits and classes with too few images to learn or judge from, or to draw `shots`."""
+    """Returns warnings about splits and classes with too few images to learn or judge from, or to draw `shots`.
+
+    No split is empty: `settle_splits` refuses that.
+    """
     warnings = []
     members = {split: labels[np.array(splits) == split] for split in SPLITS}
     for split, present in members.items():
         absent = [name for label, name in enumerate(classes) if label not in present]
-        if len(present) == 0:
-            warnings.append(f"no {split} images")
-        elif absent:
+        if absent:
             warnings.append(f"{count_of(absent, 'class')} without {split} images: {', '.join(absent[:5])}")
-        if split != "train" and 0 < len(present) < FEW_IMAGES:
+        if split != "train" and len(present) < FEW_IMAGES:
             warnings.append(f"only {count_of(present, f'{split} image')}: each is {1 / len(present):.1%} of accuracy")
     counts = np.bincount(members["train"], minlength=len(classes))
     if 0 < counts.min() < shots:
