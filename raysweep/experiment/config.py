@@ -3,12 +3,19 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from raysweep.experiment.explain import explain
-from raysweep.experiment.space import Dimension, Mode, Sampler, SpaceOf, complete_space, num_grid_points, problems_at
+from raysweep.experiment.search_blocks import (
+    FineTuneSearch,
+    FromScratchSearch,
+    LinearProbeSearch,
+    SearchBlock,
+    SearchConfig,
+)
+from raysweep.experiment.space import Mode, problems_at
 from raysweep.experiment.studies import (
     Count,
     EncoderConfig,
@@ -17,8 +24,10 @@ from raysweep.experiment.studies import (
     Shots,
     StudyConfig,
     Text,
+    list_of,
     list_studies,
     mode_problems,
+    without_repeats,
 )
 from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_overrides
 from raysweep.paths import file_name
@@ -28,6 +37,9 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "Experiment",
+    "FineTuneSearch",
+    "FromScratchSearch",
+    "LinearProbeSearch",
     "ResourcesConfig",
     "SearchBlock",
     "SearchConfig",
@@ -38,20 +50,6 @@ __all__ = [
     "load_experiment",
     "resolved_yaml",
 ]
-
-MAX_GRID_POINTS = 10_000
-
-
-def _list_of(default: Any = ..., **constraints: Any) -> Any:
-    # YAML has lists and the models tuples: the one place where strict typing gives way.
-    return Field(default=default, strict=False, min_length=1, **constraints)
-
-
-def _without_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    for index, value in enumerate(values or ()):
-        if value in (values or ())[:index]:
-            raise problems_at(((index,), f"{value} is listed twice"))
-    return values
 
 
 class DataConfig(Section):
@@ -79,11 +77,14 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="Share of unreadable images that stops the sweep."
     )
-    shots: tuple[Shots, ...] = _list_of(
+    shots: tuple[Shots, ...] = list_of(
         ("all",), description="Training images per class, numbers or all; each value is a study of its own."
     )
+    few_shot_seeds: Count = Field(
+        default=5, description="Random draws of each few-shot training set; figures are means over them."
+    )
 
-    _check_shots = field_validator("shots")(_without_repeats)
+    _check_shots = field_validator("shots")(without_repeats)
 
     @field_validator("test_fraction")
     @classmethod
@@ -92,104 +93,6 @@ class DataConfig(Section):
         if validation + value >= 1:
             raise ValueError(f"with validation_fraction ({validation:g}) it must stay below 1, found {value:g}")
         return value
-
-
-def _by_mode() -> Any:
-    # Stands for "not given" until SearchBlock puts the mode's own number, or the size of the grid, in its place.
-    return None
-
-
-def _space() -> Any:
-    return Field(default_factory=dict, description="Dimensions searched; those not named keep their default.")
-
-
-class SearchBlock(Section):
-    """The search of one mode."""
-
-    mode: ClassVar[Mode]
-    default_num_trials: ClassVar[int]
-
-    sampler: Sampler = Field(
-        default="tpe", description="How settings are picked; grid tries every combination of values."
-    )
-    space: dict[str, Dimension] = _space()
-    num_trials: Count = Field(
-        default_factory=_by_mode, description="Settings to try (default: by mode; grid: all of them)."
-    )
-    time_budget_s: float | None = Field(default=None, gt=0, description="Seconds after which no new trial starts.")
-    population: Count | Literal["auto"] = Field(default="auto", description="Heads trained together in one Train run.")
-
-    @field_validator("space")
-    @classmethod
-    def _complete(cls, value: dict[str, Dimension], info: ValidationInfo) -> dict[str, Dimension]:
-        return complete_space(cls.mode, value, info.data.get("sampler", "tpe"))
-
-    @field_validator("num_trials", mode="before")
-    @classmethod
-    def _count(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.data.get("sampler") != "grid" or "space" not in info.data:
-            return cls.default_num_trials if value is None else value
-        size = num_grid_points(info.data["space"])
-        if value is None and size > MAX_GRID_POINTS:
-            raise ValueError(f"the grid has {size:,} points: offer fewer values, or say here how many to try")
-        return size if value is None else min(value, size) if type(value) is int else value
-
-
-def _one_at_a_time(value: int | str) -> int | str:
-    if value not in ("auto", 1):
-        raise ValueError(f"only heads of linear_probe train together, found {value}; leave it out")
-    return value
-
-
-class LinearProbeSearch(SearchBlock):
-    """The search of linear_probe: a head on frozen features."""
-
-    mode = "linear_probe"
-    default_num_trials = 64
-    space: Annotated[dict[str, Dimension], SpaceOf("linear_probe")] = Field(
-        default={}, description="Dimensions searched; those not named keep their default."
-    )
-
-
-class FineTuneSearch(SearchBlock):
-    """The search of fine_tune: every weight, starting from pretrained ones."""
-
-    mode = "fine_tune"
-    default_num_trials = 8
-    _check_population = field_validator("population")(_one_at_a_time)
-    space: Annotated[dict[str, Dimension], SpaceOf("fine_tune")] = Field(
-        default={}, description="Dimensions searched; those not named keep their default."
-    )
-
-
-class FromScratchSearch(SearchBlock):
-    """The search of from_scratch: every weight, starting from random ones."""
-
-    mode = "from_scratch"
-    default_num_trials = 12
-    _check_population = field_validator("population")(_one_at_a_time)
-    space: Annotated[dict[str, Dimension], SpaceOf("from_scratch")] = Field(
-        default={}, description="Dimensions searched; those not named keep their default."
-    )
-
-
-class SearchConfig(Section):
-    """One search block a mode."""
-
-    linear_probe: LinearProbeSearch = Field(default_factory=LinearProbeSearch, description="Search of the probes.")
-    fine_tune: FineTuneSearch = Field(default_factory=FineTuneSearch, description="Search of fine-tuning.")
-    from_scratch: FromScratchSearch = Field(
-        default_factory=FromScratchSearch, description="Search of training from scratch."
-    )
-
-    def block(self, mode: Mode) -> SearchBlock:
-        """Returns the block of one mode."""
-        blocks: dict[Mode, SearchBlock] = {
-            "linear_probe": self.linear_probe,
-            "fine_tune": self.fine_tune,
-            "from_scratch": self.from_scratch,
-        }
-        return blocks[mode]
 
 
 class AugmentationConfig(Section):
@@ -228,6 +131,12 @@ class ResourcesConfig(Section):
         default=1, gt=0, description="GPUs that a worker holds when GPUs are used; may be 0.5."
     )
     max_concurrent_trials: Count | Literal["auto"] = Field(default="auto", description="auto: as many as fit.")
+    max_concurrent_studies: Count | Literal["auto"] = Field(
+        default="auto", description="Studies side by side; auto: as many as fit."
+    )
+    feature_memory_gb: float = Field(
+        default=4, gt=0, description="Cached features a worker keeps in memory, in GB; more are read as needed."
+    )
 
 
 class TrackingConfig(Section):
@@ -256,8 +165,8 @@ class Experiment(Section):
         default="runs", description="Folder for results and caches; on a cluster one that every node sees."
     )
     data: DataConfig = Field(description="The images.")
-    modes: tuple[Mode, ...] | None = _list_of(None, description="Modes to study (default: what suits each encoder).")
-    encoders: tuple[EncoderConfig, ...] = _list_of(description="The encoders to compare.")
+    modes: tuple[Mode, ...] | None = list_of(None, description="Modes to study (default: what suits each encoder).")
+    encoders: tuple[EncoderConfig, ...] = list_of(description="The encoders to compare.")
     search: SearchConfig = Field(default_factory=SearchConfig, description="What to search in each mode.")
     metric: Literal["val/accuracy", "val/macro_f1", "val/loss"] = Field(
         default="val/accuracy", description="What trials are ranked by."
@@ -266,7 +175,7 @@ class Experiment(Section):
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Workers, CPUs and GPUs.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
 
-    _check_modes = field_validator("modes")(_without_repeats)
+    _check_modes = field_validator("modes")(without_repeats)
 
     @field_validator("storage")
     @classmethod

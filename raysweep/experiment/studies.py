@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
-from raysweep.experiment.space import MODES, Mode
+from raysweep.experiment.space import MODES, Mode, problems_at
 from raysweep.paths import file_name
 
 EncoderType = Literal["stacked_cnn", "dinov2", "clip", "siglip", "auto"]
@@ -27,6 +27,19 @@ class Section(BaseModel):
     """What every part of the experiment file has in common: frozen, closed, strictly typed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+def list_of(default: Any = ..., *, min_length: int | None = 1, **described: Any) -> Any:
+    """Returns a field whose value is a list in YAML and a tuple in the model: the one place that is not strict."""
+    return Field(default=default, strict=False, min_length=min_length, **described)
+
+
+def without_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Checks that no entry of a list stands twice, as a field validator."""
+    for index, value in enumerate(values or ()):
+        if value in (values or ())[:index]:
+            raise problems_at(((index,), f"{value} is listed twice"))
+    return values
 
 
 def _has_weights(given: dict[str, Any]) -> bool:

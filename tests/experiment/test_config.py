@@ -30,6 +30,7 @@ data:
   test_fraction: 0.2
   max_bad_fraction: 0.01
   shots: [5, all]                # optional: images per class; each value is its own study; nested subsets
+  few_shot_seeds: 3              # random draws of each few-shot training set; figures are means over them
 encoders:
   - type: dinov2                 # stacked_cnn | dinov2 | clip | siglip | auto
     pretrained_model_name_or_path: facebook/dinov2-base   # hub id or local folder
@@ -39,13 +40,13 @@ encoders:
     config: {}                   # overrides of the transformers config (hidden_size, ...), only with use_pretrained: false
 modes: [linear_probe, fine_tune] # default: what makes sense for the encoder; an encoder's own `trainable: true|false` wins (Ludwig's key)
 search:
-  linear_probe: {num_trials: 64, space: {learning_rate: {low: 1e-4, high: 1e-1, log: true}, epochs: {low: 5, high: 50}, weight_decay: {low: 1e-6, high: 1e-1, log: true}, features: {choices: [cls, cls+mean]}, normalize: {choices: [none, standardize]}}}
+  linear_probe: {num_trials: 64, baselines: [knn], space: {learning_rate: {low: 1e-4, high: 1e-1, log: true}, epochs: {low: 5, high: 50}, weight_decay: {low: 1e-6, high: 1e-1, log: true}, features: {choices: [cls, cls+mean]}, normalize: {choices: [none, standardize]}}}
   fine_tune:    {num_trials: 8,  space: {learning_rate: {low: 1e-6, high: 1e-3, log: true}, epochs: {low: 3, high: 20}}}
   from_scratch: {num_trials: 12, space: {learning_rate: {low: 1e-4, high: 1e-2, log: true}, epochs: {low: 10, high: 60}}}
 metric: val/accuracy             # or val/macro_f1, val/loss (direction follows)
 # each search block also takes: sampler (tpe | random | grid), time_budget_s, population (heads per Train run; auto)
 train: {batch_size: 64, precision: auto, early_stopping_patience: 5}
-resources: {num_workers: 1, use_gpu: auto, cpus_per_worker: 1, gpus_per_worker: 1, max_concurrent_trials: auto}
+resources: {num_workers: 1, use_gpu: auto, cpus_per_worker: 1, gpus_per_worker: 1, max_concurrent_trials: auto, max_concurrent_studies: 2, feature_memory_gb: 1.5}
 tracking: {uri: "sqlite:///mlflow.db", experiment: null, register_model: null}
 """  # noqa: E501
 
@@ -72,8 +73,10 @@ def problems(load, text, overrides=()):
 
 def test_the_documented_example_loads(load):
     experiment = load(EXAMPLE)
-    assert experiment.data.shots == (5, "all")
+    assert (experiment.data.shots, experiment.data.few_shot_seeds) == ((5, "all"), 3)
+    assert (experiment.resources.max_concurrent_studies, experiment.resources.feature_memory_gb) == (2, 1.5)
     probe = experiment.search.linear_probe
+    assert probe.baselines == ("knn",)
     assert probe.space["weight_decay"] == FloatRange(low=1e-6, high=1e-1, log=True)
     assert probe.space["features"] == Choices(choices=("cls", "cls+mean"))
     assert experiment.search.fine_tune.space["epochs"] == IntRange(low=3, high=20)
@@ -87,6 +90,7 @@ def test_the_documented_example_loads(load):
         EXAMPLE,
         MINIMAL,
         MINIMAL + "search: {linear_probe: {sampler: grid, space: {learning_rate: {choices: [1e-3, 1]}}}}\n",
+        MINIMAL + "search: {linear_probe: {baselines: []}}\n",
         "data: {source: x}\nencoders: [{type: stacked_cnn, config: {channels: [8]}}, {type: clip, revision: '1e5'}]\n",
         MINIMAL + "train: {augmentation: null}\nresources: {use_gpu: false, max_concurrent_trials: 3}\n",
     ],
@@ -108,6 +112,9 @@ def test_defaults(load):
         8,
         12,
     ]
+    assert experiment.search.linear_probe.baselines == ("knn", "ridge")
+    assert experiment.data.few_shot_seeds == 5
+    assert (experiment.resources.max_concurrent_studies, experiment.resources.feature_memory_gb) == ("auto", 4)
     assert experiment.train.augmentation.min_crop_scale == 0.35
     assert experiment.direction == "maximize"
     assert load(MINIMAL, ["metric=val/loss"]).direction == "minimize"
@@ -147,6 +154,7 @@ def test_schema_is_valid_and_accepts_the_example(load, tmp_path):
         "search: {fine_tune: {space: {features: cls}}}",
         "search: {fine_tune: {space: {epochs: {low: 1}}}}",
         "train: {batch_size: '8'}",
+        "search: {linear_probe: {baselines: [svm]}}",
     ],
 )
 def test_schema_refuses_what_the_loader_refuses(load, tmp_path, extra):

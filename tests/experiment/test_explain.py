@@ -227,6 +227,31 @@ CASES = {
         "data: {source: x, shots: 5}\n" + ENCODERS,
         ["data.shots (line 1): expected a list, found 5; write [5]"],
     ),
+    "few-shot seeds": (
+        "data: {source: x, few_shot_seeds: 0}\n" + ENCODERS,
+        ["data.few_shot_seeds (line 1): must be 1 or more, found 0"],
+    ),
+    "baselines": (
+        BLOCK + "baselines: [knn, kmeans, knn]\n",
+        ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, ridge"],
+    ),
+    "baselines repeated": (
+        BLOCK + "baselines: [ridge, ridge]\n",
+        ["search.linear_probe.baselines.1 (line 5): ridge is listed twice"],
+    ),
+    "baselines elsewhere": (
+        MINIMAL + "search: {fine_tune: {baselines: [knn]}}\n",
+        [
+            "search.fine_tune.baselines (line 3): unknown key; accepted: num_trials, population, sampler, space, time_budget_s"
+        ],
+    ),
+    "shared resources": (
+        MINIMAL + "resources: {max_concurrent_studies: 0, feature_memory_gb: 0}\n",
+        [
+            "resources.max_concurrent_studies (line 3): must be 1 or more, found 0",
+            "resources.feature_memory_gb (line 3): must be above 0, found 0",
+        ],
+    ),
     "shots empty": (
         "data: {source: '', shots: []}\n" + ENCODERS,
         ["data.source (line 1): must not be empty", "data.shots (line 1): needs at least one entry"],
@@ -299,7 +324,7 @@ CASES = {
     "data str": (
         "data: beans\n" + ENCODERS,
         [
-            "data (line 1): expected keys and values, found 'beans'; its keys are source, image, label, split, validation_fraction, test_fraction, max_bad_fraction, shots"
+            "data (line 1): expected keys and values, found 'beans'; its keys are source, image, label, split, validation_fraction, test_fraction, max_bad_fraction, shots, few_shot_seeds"
         ],
     ),
     "recursive2": (
