@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ def make_row(study, accuracy, **more):
         "encoder": "dinov2",
         "mode": "linear_probe",
         "shots": "all",
+        "num_seeds": 1,
         "num_trials": 8,
         "best_params": {"learning_rate": 0.003, "epochs": 15, "features": "cls"},
         "val_accuracy": 0.9,
@@ -100,8 +103,9 @@ def test_the_table_shows_interval_cost_and_ties(rows):
     assert any(line[:1] == ["="] and "0.900" in line for line in lines)
     assert any(line[:1] == ["3"] and "0.500" in line for line in lines)
     assert "cannot tell" in text
-    assert "accuracy [95 % interval]" in text
+    assert "[95 % interval]" in text
     assert "shots" not in text
+    assert "all images" not in text
 
 
 def test_without_a_tie_there_is_no_legend():
@@ -109,18 +113,77 @@ def test_without_a_tie_there_is_no_legend():
     assert "cannot tell" not in rendered(made)
 
 
-def test_shots_and_gpu_memory_are_shown_where_there_are_any(rows):
-    more = [rows[0], rows[1] | {"shots": 5, "peak_gpu_memory_bytes": 3_000_000_000}]
-    text = rendered(more)
-    assert "shots" in text
-    assert "peak GPU memory" in text
+def test_gpu_memory_is_shown_where_there_is_any(rows):
+    text = rendered([rows[0], rows[1] | {"peak_gpu_memory_bytes": 3_000_000_000}])
+    assert "GPU" in text
     assert "3.0 GB" in text
+    assert "GPU" not in rendered(rows)
+
+
+@pytest.fixture
+def few_shot_rows():
+    made, correct = [], []
+    for shots, loss in ((5, 0.3), ("all", 0.0), (1, 0.6)):
+        for mode, accuracy in (("knn", 0.78), ("linear_probe", 0.9), ("ridge", 0.88)):
+            num_seeds = 1 if shots == "all" else 5
+            made.append(make_row(f"{mode}-{shots}", accuracy - loss, mode=mode, shots=shots, num_seeds=num_seeds))
+            correct.append([row / 100 < accuracy - loss - 0.002 for row in range(100)])
+    return rank_rows(made, correct, seed=0)
+
+
+def test_ties_are_with_the_best_of_as_many_shots(few_shot_rows):
+    assert [row["study"] for row in few_shot_rows][:3] == ["linear_probe-all", "ridge-all", "knn-all"]
+    tied = {row["study"] for row in few_shot_rows if row["tied_with_best"]}
+    assert tied == {f"{mode}-{shots}" for mode in ("linear_probe", "ridge") for shots in (1, 5, "all")}
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_few_shots_stand_in_sections_of_their_own(few_shot_rows, width):
+    lines = [" ".join(line.split()) for line in rendered(few_shot_rows, width).splitlines()]
+    places = [lines.index(heading) for heading in ("all images", "5 shots", "1 shot")]
+    assert places == sorted(places)
+    for place in places:
+        assert lines[place + 1].startswith("1 dinov2 linear_probe 0.")
+        assert lines[place + 2].startswith("= dinov2 ridge 0.")
+        assert lines[place + 3].startswith("3 dinov2 knn 0.")
+    assert any("mean of 5 draws" in line for line in lines)
+
+
+def test_a_narrow_table_folds_the_encoder_and_nothing_else():
+    row = make_row("a", 0.9, encoder="siglip-base-patch16-224", tied_with_best=True, peak_gpu_memory_bytes=2e9)
+    text = rendered([row], 80)
+    assert "…" not in text
+    assert "0.900 [0.850, 0.950]      8  1 min 15 s  2.0 GB" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_has_no_model_is_written_all_the_same(tmp_path):
+    (row,) = rank_rows([make_row("a", 0.9, mode="knn", model_path=None, best_params={"k": 10})], [right(90)], 0)
+    write_leaderboard([row], tmp_path / "board.json", tmp_path / "board.csv")
+    assert json.loads((tmp_path / "board.json").read_text())[0]["model_path"] is None
+    with (tmp_path / "board.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["model_path"] == ""
+
+
+def test_shares_of_seeds_are_ranked():
+    made = [make_row("a", 0.5, shots=5), make_row("b", 0.9, shots=5)]
+    ranked = rank_rows(made, [[0.4, 0.6] * 50, [0.8, 1.0] * 50], 0)
+    assert [row["tied_with_best"] for row in ranked] == [True, False]
+
+
+def test_importing_needs_no_torch():
+    check = "import sys, raysweep.results.leaderboard; print([m for m in ('torch', 'scipy') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
 
 
 def test_settings_in_a_few_words():
     setting = {"learning_rate": 0.00312, "epochs": 15, "weight_decay": 1e-4, "features": "cls", "normalize": "l2"}
     assert describe_setting(setting) == "lr 0.0031, 15 epochs, cls, l2"
     assert describe_setting({"learning_rate": 1e-4, "epochs": 5}) == "lr 0.0001, 5 epochs"
+    assert describe_setting({"k": 10, "features": "cls"}) == "k 10, cls"
+    ridge = {"strength": 0.3162, "features": "cls+mean", "normalize": "standardize"}
+    assert describe_setting(ridge) == "strength 0.32, cls+mean, standardize"
 
 
 @pytest.mark.parametrize(
