@@ -1,6 +1,7 @@
 """Encoded image bytes to upright RGB pixels, or a short reason why not."""
 
 import io
+from collections.abc import Collection
 from typing import Any, cast
 
 import numpy as np
@@ -43,11 +44,33 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     Raises:
         DataError: with a short reason, for anything that cannot be decoded whole.
     """
-    image = open_image(data)
+    return decode_images(data, (min_side,))[min_side]
+
+
+def decode_images(data: bytes, min_sides: Collection[int | None]) -> dict[int | None, Image.Image]:
+    """Decodes an image for several values of `min_side` (see `decode_image`), by value.
+
+    Values for which draft mode chooses the same size share one decoding; its choice follows from the header.
+
+    Raises:
+        DataError: with a short reason, for anything that cannot be decoded whole.
+    """
+    drafts = {min_side: _draft(open_image(data), min_side) for min_side in set(min_sides)}
+    sizes = {min_side: image.size for min_side, image in drafts.items()}
+    one_of_each = {image.size: image for image in drafts.values()}
+    decoded = {size: _decode(image) for size, image in one_of_each.items()}
+    return {min_side: decoded[size] for min_side, size in sizes.items()}
+
+
+def _draft(image: Image.Image, min_side: int | None) -> Image.Image:
+    if min_side is not None:
+        # Takes effect for JPEG only; the mode is passed as it is so that only the size is drafted.
+        image.draft(image.mode, (min_side, min_side))
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
     try:
-        if min_side is not None:
-            # Takes effect for JPEG only; the mode is passed as it is so that only the size is drafted.
-            image.draft(image.mode, (min_side, min_side))
         image.load()
         return _to_rgb(_upright(image))
     except DataError:

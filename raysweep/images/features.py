@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from raysweep.encoders import Encoder, encoder_from_spec
-from raysweep.images.cache import (
-    BLOCKS,
-    Cache,
-    Progress,
-    good_pixels,
-    open_cache,
-    read_blocks,
-    write_block,
-    write_cache,
-)
+from raysweep.encoders import Encoder
+from raysweep.images.cache import list_sizes, only_writer, read_blocks
 from raysweep.images.sources import ImageIndex
 from raysweep.paths import signature
+from raysweep.training.disk_rows import DiskRows
 
-if TYPE_CHECKING:
-    import ray.data
-
-# Images a forward pass: a GPU wants many; on CPUs few, whose activations stay in the cache (measured with MobileNetV2
-# on two cores: 77 images/s in batches of 4, 36 in batches of 64).
-ENCODER_BATCH = {"cuda": 128, "cpu": 8}
-STORED_DTYPE = "float16"
+# Images a forward pass: a GPU wants many; on CPUs few, whose activations stay in the cache. Measured on two cores, in
+# images/s: dinov2-small in fp32 17.6 in batches of 4, 11.6 of 32; MobileNetV2 104 of 4, 48 of 32, in bf16 118 of 8.
+ENCODER_BATCH = {("cuda", "fp32"): 128, ("cuda", "bf16"): 128, ("cpu", "fp32"): 4, ("cpu", "bf16"): 8}
+STORED_DTYPE, HALF_BYTES = "float16", 2
 LARGEST = float(np.finfo(STORED_DTYPE).max)  # an outlier beyond it would become infinite, and every logit NaN
+
+
+@dataclass(frozen=True)
+class FeatureRequest:
+    """A feature cache to be had.
+
+    Attributes:
+        folder: named after `feature_signature`.
+        encoder: gives the architecture and preprocessing.
+        weights: object reference of its state dict as numpy arrays; read without a copy by all processes of a node.
+        precision: of the forward pass, `fp32` or `bf16`.
+    """
+
+    folder: Path
+    encoder: Encoder
+    weights: Any
+    precision: str
 
 
 def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precision: str) -> str:
@@ -50,104 +58,102 @@ def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precisi
     return signature(["features", rows, kept, weights, precision, STORED_DTYPE])
 
 
-def build_feature_cache(
-    folder: Path,
-    index: ImageIndex,
-    encoder: Encoder,
-    weights: Any,
-    *,
-    precision: str,
-    num_gpus: int,
-    on_progress: Progress = lambda _done, _total: None,
-) -> Cache:
-    """Returns the cache in `folder`, making the one pass of decoding and encoding if it is not there yet.
-
-    Args:
-        folder: named after `feature_signature`.
-        index: the images.
-        encoder: gives the architecture and preprocessing.
-        weights: object reference of its state dict as numpy arrays; read without a copy by every actor of a node.
-        precision: of the forward pass, `fp32` or `bf16`.
-        num_gpus: GPUs to spread the pass over; 0 encodes on CPUs.
-        on_progress: called with (images done, images in all).
-    """
-    if cache := open_cache(folder):
-        return cache
-
-    def attach(dataset: ray.data.Dataset, target: str) -> ray.data.Dataset:
-        from ray.data import ActorPoolStrategy
-
-        # One actor per GPU. On CPUs one actor uses every core of its node: torch shares a batch among threads with
-        # less memory than several copies of the encoder, and one logical CPU leaves the rest to the decoding tasks.
-        return dataset.map_batches(
-            _Encode,
-            fn_constructor_args=(encoder.spec(), weights, precision, target),
-            compute=ActorPoolStrategy(size=max(num_gpus, 1)),
-            num_cpus=1,
-            num_gpus=1 if num_gpus else 0,
-            **BLOCKS,
-        )
-
-    geometry = {"preprocessing": encoder.preprocessing.to_dict(), "for_training": False}
-    return write_cache(folder, index, geometry, attach, on_progress)
-
-
-class _Encode:
-    """An actor that holds the encoder and turns blocks of pixels into files of features."""
-
-    def __init__(self, spec: dict[str, Any], weights: Any, precision: str, folder: str) -> None:
-        import ray
-
-        self.encoder = encoder_from_spec(spec)
-        load_arrays(self.encoder, ray.get(weights))
-        self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)
-        self.encoder.to(self.device).requires_grad_(False)
-        self.precision, self.folder = precision, folder
-
-    def __call__(self, decoded: pa.Table) -> pa.Table:
-        row_ids, pixels = good_pixels(decoded, self.encoder.preprocessing.output_size)
-        columns: dict[str, Any] = {"row_id": row_ids}
-        for part, features in encode(self.encoder, pixels, self.device, self.precision).items():
-            flat = pa.array(np.clip(features, -LARGEST, LARGEST).astype(STORED_DTYPE).reshape(-1))
-            columns[part] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.parts[part])
-        gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return write_block(self.folder, pa.table(columns), decoded, gpu_memory)
-
-
 @torch.inference_mode()
 def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
-    """Runs the encoder over uint8 pixels `(n, height, width, 3)`; returns each part, float32 `(n, num_features)`."""
-    parts: dict[str, list[torch.Tensor]] = {part: [] for part in encoder.parts}
-    for chunk in torch.from_numpy(pixels).split(ENCODER_BATCH[device.type]) if len(pixels) else ():
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            outputs = encoder(encoder.preprocessing.normalize(chunk.to(device)))
+    """Runs the encoder over uint8 pixels `(n, height, width, 3)`; returns each part, float32 `(n, num_features)`.
+
+    While a GPU works on one batch, the next is copied to pinned memory, from where its upload needs no waiting for;
+    what comes out stays there until the end. Where a batch does not fit into its memory, batches are halved.
+    """
+    images, size = _as_tensor(pixels), ENCODER_BATCH[device.type, precision]
+    parts = {part: [torch.empty((0, width), device=device)] for part, width in encoder.parts.items()}
+    done = 0
+    while done < len(images):
+        outputs = _forward(encoder, images[done : done + size], device, precision)
+        if outputs is None:
+            size = max(1, min(size, len(images) - done) // 2)
+            continue
         for part, features in outputs.items():
-            parts[part].append(features.float().cpu())
-    return {
-        part: torch.cat(values).numpy() if values else np.empty((0, encoder.parts[part]), np.float32)
-        for part, values in parts.items()
-    }
+            parts[part].append(features.float())
+        done += size
+    return {part: torch.cat(batches).cpu().numpy() for part, batches in parts.items()}
+
+
+def _forward(
+    encoder: Encoder, images: torch.Tensor, device: torch.device, precision: str
+) -> dict[str, torch.Tensor] | None:
+    """Features of one batch, or None where several images at once do not fit into the device's memory."""
+    if device.type == "cuda":
+        images = images.pin_memory()
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            outputs: dict[str, torch.Tensor] = encoder(
+                encoder.preprocessing.normalize(images.to(device, non_blocking=True))
+            )
+            return outputs
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+        return None
+
+
+def feature_table(row_ids: np.ndarray, parts: Mapping[str, np.ndarray]) -> pa.Table:
+    """Rows of a feature cache: `row_id`, and a fixed-size list of half floats for each part."""
+    columns: dict[str, Any] = {"row_id": row_ids}
+    for part, features in parts.items():
+        flat = pa.array(np.clip(features, -LARGEST, LARGEST).astype(STORED_DTYPE).reshape(-1))
+        columns[part] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+    return pa.table(columns)
 
 
 def load_arrays(encoder: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
     """Loads a state dict of numpy arrays, which may be read-only views of the object store."""
-    import warnings
+    encoder.load_state_dict({name: _as_tensor(np.asarray(array)) for name, array in arrays.items()})
 
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """Wraps an array that is only read from, without the warning that it must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        encoder.load_state_dict({name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()})
+        return torch.from_numpy(array)
 
 
-def load_features(folder: str, row_ids: np.ndarray, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Reads cached features: part -> float16 `(len(row_ids), num_features)`, in the order of `row_ids`."""
-    features: dict[str, np.ndarray] = {}
-    for places, table in read_blocks(folder, row_ids):
-        for part in parts:
-            values = table[part].combine_chunks()
-            block = values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-            if part not in features:
-                features[part] = np.empty((len(row_ids), block.shape[1]), STORED_DTYPE)
-            features[part][places] = block
+def load_features(
+    folder: str, row_ids: np.ndarray, parts: Sequence[str], memory_bytes: int | None = None
+) -> dict[str, torch.Tensor | DiskRows]:
+    """Reads cached features: part -> float16 `(len(row_ids), num_features)`, in the order of `row_ids`.
+
+    Args:
+        folder: the cache's.
+        row_ids: rows wanted.
+        parts: outputs of the encoder.
+        memory_bytes: where all parts together need more than this, each is laid out in a file of the cache, once for
+            these rows, and read from there as needed; None for no limit.
+    """
+    widths = list_sizes(folder, parts)
+    if memory_bytes is not None and len(row_ids) * sum(widths.values()) * HALF_BYTES > memory_bytes:
+        return {part: _on_disk(folder, row_ids, part, width) for part, width in widths.items()}
+    features = {part: np.empty((len(row_ids), width), STORED_DTYPE) for part, width in widths.items()}
+    for places, table in read_blocks(folder, row_ids, parts):
+        for part, width in widths.items():
+            features[part][places] = _half_floats(table, part, width)
     return {part: torch.from_numpy(values) for part, values in features.items()}
+
+
+def _half_floats(table: pa.Table, part: str, width: int) -> np.ndarray:
+    flat: np.ndarray = table[part].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, width)
+
+
+def _on_disk(folder: str, row_ids: np.ndarray, part: str, width: int) -> DiskRows:
+    key = signature([part, hashlib.sha256(row_ids.tobytes()).hexdigest()])
+    path = Path(folder) / f"rows-{key}.f16"
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for places, table in read_blocks(folder, row_ids, [part]):
+            yield places, _half_floats(table, part, width)
+
+    with only_writer(Path(folder)):  # several workers want the same rows
+        if not path.exists():
+            DiskRows.create(path, len(row_ids), width, blocks())
+    return DiskRows.open(path, width)

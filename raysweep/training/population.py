@@ -1,4 +1,4 @@
-"""Probe heads trained together: K settings as one stacked parameter, one matrix product per step.
+"""Probe heads trained together: K settings x S subsets as stacked parameters, one batched product per step.
 
 Heads that read the same inputs (feature source and normalisation) form a stack. Every head sees the batches it would
 see alone, keeps its own learning rate, weight decay and cosine schedule, and stops after its own epochs, so the
@@ -8,42 +8,73 @@ result equals training each head by itself (docs/decisions/0002).
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from raysweep.encoders.head import Head, normalize_features
+from raysweep.training.disk_rows import DiskRows
 from raysweep.training.distributed import own_rows, seeded_generator, sum_over_workers
 from raysweep.training.metrics import MetricSums
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-EVALUATION_ROWS = 4096
+VALIDATION_METRICS = ("loss", "accuracy", "macro_f1")
+STATISTICS_ROWS = 1024
+# Inputs normalised once instead of once per epoch, for all stacks together: little beside what a worker holds anyway
+# (Python, torch and Ray), and enough for the few thousand rows where epochs are so short that it counts.
+PREPARED_BYTES = 128 * 2**20
+# Inputs of all stacks that are read at once: several batches share the cost of a read, and still lie in the cache.
+BLOCK_BYTES = 8 * 2**20
+# Logits of all heads that are evaluated at once.
+LOGITS_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class FeatureSet:
     """Cached features of one split: `parts[name]` is `(num_rows, num_features)`, labels `(num_rows,)` int64."""
 
-    parts: dict[str, Tensor]
+    parts: dict[str, Tensor | DiskRows]
     labels: Tensor
 
     def source(self, parts: Sequence[str], rows: Tensor) -> Tensor:
-        """Returns float32 features `(len(rows), num_features)` of the parts a source concatenates."""
+        """Returns float32 features `(*rows.shape, num_features)` of the parts a source concatenates."""
         return torch.cat([self.parts[part][rows] for part in parts], dim=-1).float()
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Few-shot draws of one size: int64 positions in train and validation, each `(num_subsets, num_rows)`."""
+
+    train: Tensor
+    validation: Tensor
 
 
 @dataclass
 class HeadResult:
-    """A trained head and its history: one dict of metrics per epoch."""
+    """One setting's trained heads, one per subset.
+
+    `history` has one dict of metrics per epoch, each the mean over the subsets; `finals` one dict per subset, the
+    validation metrics of its last epoch.
+    """
 
     setting: dict[str, Any]
-    head: Head
+    heads: tuple[Head, ...] = ()
     history: list[dict[str, float]] = field(default_factory=list)
+    finals: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def head(self) -> Head:
+        """The first subset's head: the only one where the heads are trained on all rows."""
+        return self.heads[0]
 
 
 def train_population(
@@ -55,60 +86,141 @@ def train_population(
     num_classes: int,
     batch_size: int,
     seed: int,
+    subsets: Subsets | None = None,
     on_epoch: Callable[[int, int], None] = lambda _epoch, _num_epochs: None,
 ) -> list[HeadResult]:
-    """Trains one linear head per setting, all together.
+    """Trains one linear head per setting and subset, all together.
 
     Args:
-        train: features that the heads are trained on, on the device to train on.
+        train: features that the heads are trained on, with its labels on the device to train on.
         validation: features that every head is evaluated on after each of its epochs.
-        settings: one dict per head: `learning_rate`, `weight_decay`, `epochs`, `features`, `normalize`.
+        settings: one dict per head: `learning_rate` above zero, `weight_decay`, `epochs`, `features`, `normalize`.
         sources: feature source -> the cached parts it concatenates.
         num_classes: number of classes.
         batch_size: global batch size, over all workers.
         seed: decides the order of the rows, the same for every head and any number of workers.
+        subsets: rows that each setting is trained and evaluated on, once per subset; None for all rows, once.
         on_epoch: called with (epochs done, epochs in all).
 
     Returns:
         One result per setting, in the order of `settings`.
     """
-    stacks = _build_stacks(train, settings, sources, num_classes, batch_size)
-    num_rows, num_epochs = len(train.labels), max(int(setting["epochs"]) for setting in settings)
+    if subsets is None:
+        subsets = Subsets(*(torch.arange(len(split.labels))[None] for split in (train, validation)))
+    num_rows = subsets.train.shape[1]
+    stacks = _build_stacks(train, subsets.train, settings, sources, num_classes, math.ceil(num_rows / batch_size))
+    train_rows, validation_rows = _Rows(train, subsets.train, stacks), _Rows(validation, subsets.validation, stacks)
+    num_epochs = max(int(setting["epochs"]) for setting in settings)
     for epoch in range(num_epochs):
-        order = torch.randperm(num_rows, generator=seeded_generator(seed, epoch)).to(train.labels.device)
-        for stack in stacks:
-            if stack.start_epoch(epoch):
-                for rows in order.split(batch_size):
-                    stack.step(train, rows)
-                stack.finish_epoch(validation)
+        started = time.perf_counter()
+        active = [stack for stack in stacks if stack.start_epoch(epoch)]
+        batches = torch.randperm(num_rows, generator=seeded_generator(seed, epoch)).split(batch_size)
+        _train_epoch(active, train_rows, batches)
+        _finish_epoch(active, num_rows, validation_rows, started)
         on_epoch(epoch + 1, num_epochs)
-    results = {index: result for stack in stacks for index, result in stack.results()}
+    results = {index: result for stack in stacks for index, result in stack.results.items()}
     return [results[index] for index in range(len(settings))]
 
 
 def _build_stacks(
     train: FeatureSet,
+    subsets: Tensor,
     settings: Sequence[dict[str, Any]],
     sources: dict[str, tuple[str, ...]],
     num_classes: int,
-    batch_size: int,
+    steps_per_epoch: int,
 ) -> list[_Stack]:
     groups: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
     for index, setting in enumerate(settings):
         groups.setdefault((setting["features"], setting["normalize"]), []).append((index, setting))
-    steps_per_epoch = math.ceil(len(train.labels) / batch_size)
     return [
-        _Stack(train, members, sources[source], normalize, num_classes, steps_per_epoch)
+        _Stack(train, subsets, members, sources[source], normalize, num_classes, steps_per_epoch)
         for (source, normalize), members in groups.items()
     ]
 
 
+def _train_epoch(stacks: Sequence[_Stack], rows: _Rows, batches: Sequence[Tensor]) -> None:
+    """Trains on global batches of places, several of them read at once."""
+    length = max(1, rows.at_once // len(batches[0]))
+    blocks = [batches[start : start + length] for start in range(0, len(batches), length)]
+    chunks = [torch.cat([own_rows(batch) for batch in block]) for block in blocks]
+    for block, (inputs, labels) in zip(blocks, rows.read_each(chunks, stacks), strict=True):
+        sizes = [(len(batch), len(own_rows(batch))) for batch in block]
+        for stack in stacks:
+            stack.train(inputs[stack], labels, sizes)
+
+
+def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Rows, started: float) -> None:
+    """Evaluates every head on its validation rows, and adds a line to its history."""
+    num_heads, num_classes = sum(stack.num_heads for stack in stacks), stacks[0].num_classes
+    rows = min(validation.at_once, max(1, LOGITS_BYTES // (4 * num_heads * num_classes)))
+    sums = [MetricSums(num_heads, num_classes, validation.labels.device) for _ in validation.labels]
+    for inputs, labels in validation.read_each(own_rows(torch.arange(validation.labels.shape[1])).split(rows), stacks):
+        logits = torch.cat([stack.logits(inputs[stack]) for stack in stacks], dim=2)
+        for subset_sums, subset_logits, subset_labels in zip(sums, logits, labels, strict=True):
+            subset_sums.add(subset_logits, subset_labels)
+    computed = [subset_sums.compute() for subset_sums in sums]
+    losses = torch.cat([stack.loss_sums() for stack in stacks], dim=-1)
+    table = {
+        "train/loss": sum_over_workers(losses) / num_train_rows,
+        **{f"val/{name}": torch.stack([one[name] for one in computed]) for name in VALIDATION_METRICS},
+    }
+    values = torch.stack(list(table.values()), dim=-1).transpose(0, 1).tolist()
+    # The same for every head: they share what is read, and a GPU is waited for only here.
+    seconds = (time.perf_counter() - started) / num_heads
+    for stack in stacks:
+        own, values = values[: stack.num_heads], values[stack.num_heads :]
+        stack.finish_epoch([[dict(zip(table, subset, strict=True)) for subset in head] for head in own], seconds)
+
+
+class _Rows:
+    """The rows of a split's subsets as what each stack reads: float32 `(num_subsets, rows, num_features)`."""
+
+    def __init__(self, features: FeatureSet, subsets: Tensor, stacks: Sequence[_Stack]) -> None:
+        self.features, self.subsets, self.labels = features, subsets.cpu(), features.labels[subsets]
+        row_bytes = 4 * len(subsets) * sum(stack.num_features for stack in stacks)
+        self.at_once = max(1, BLOCK_BYTES // row_bytes)
+        self.prepared: dict[_Stack, Tensor] = {}
+        if row_bytes * subsets.shape[1] <= PREPARED_BYTES:
+            self.prepared, _ = self.read(torch.arange(subsets.shape[1]), stacks)
+
+    def read(self, places: Tensor, stacks: Sequence[_Stack]) -> tuple[dict[_Stack, Tensor], Tensor]:
+        """Returns each stack's inputs, and the labels `(num_subsets, len(places))`, at places in the subsets."""
+        on_device = places.to(self.labels.device)
+        labels = self.labels.index_select(1, on_device)
+        if self.prepared:
+            return {stack: self.prepared[stack].index_select(1, on_device) for stack in stacks}, labels
+        rows = self.subsets[:, places]
+        parts = {part: self.features.parts[part][rows] for part in {part for stack in stacks for part in stack.parts}}
+        return {s: s.normalized(torch.cat([parts[part] for part in s.parts], dim=-1).float()) for s in stacks}, labels
+
+    def read_each(
+        self, chunks: Sequence[Tensor], stacks: Sequence[_Stack]
+    ) -> Iterator[tuple[dict[_Stack, Tensor], Tensor]]:
+        """Reads chunks of places one after the other; from disk, each while the one before it is worked on."""
+        if self.prepared or not any(isinstance(part, DiskRows) for part in self.features.parts.values()):
+            yield from (self.read(places, stacks) for places in chunks)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque([pool.submit(self.read, chunks[0], stacks)])
+            for places in chunks[1:]:
+                ahead.append(pool.submit(self.read, places, stacks))
+                yield ahead.popleft().result()
+            yield ahead.popleft().result()
+
+
 class _Stack:
-    """Heads over the same inputs, longest schedule first, so that the heads still training are always a prefix."""
+    """Heads over the same inputs, longest schedule first, so that the heads still training are always a prefix.
+
+    AdamW (Loshchilov & Hutter 2019), with a learning rate and weight decay per head and cosine to zero, by torch's
+    fused kernel, which knows one rate alone: 1. So the parameters are kept in units of their head's current rate and
+    rescaled as that changes, in the same product as the weight decay; logits are scaled instead of parameters.
+    """
 
     def __init__(
         self,
         train: FeatureSet,
+        subsets: Tensor,
         members: list[tuple[int, dict[str, Any]]],
         parts: tuple[str, ...],
         normalize: str,
@@ -117,103 +229,145 @@ class _Stack:
     ) -> None:
         self.members = sorted(members, key=lambda member: -int(member[1]["epochs"]))
         self.parts, self.normalize, self.num_classes = parts, normalize, num_classes
-        settings, device = [setting for _, setting in self.members], train.labels.device
-        self.epochs = [int(setting["epochs"]) for setting in settings]
-        self.learning_rates = torch.tensor([float(s["learning_rate"]) for s in settings], device=device)
-        self.weight_decays = torch.tensor([float(s["weight_decay"]) for s in settings], device=device)
-        self.num_steps = torch.tensor([epochs * steps_per_epoch for epochs in self.epochs], device=device)
-        num_features = sum(train.parts[part].shape[1] for part in parts)
-        self.mean, self.scale = torch.zeros(num_features), torch.ones(num_features)
+        self.num_features = sum(train.parts[part].shape[1] for part in parts)
+        self.epochs = [int(setting["epochs"]) for _, setting in self.members]
+        self.num_heads = len(self.members)
+        self.results = {index: HeadResult(setting) for index, setting in self.members}
+        device = train.labels.device
+        columns = [[float(setting[name]) for _, setting in self.members] for name in ("learning_rate", "weight_decay")]
+        self.learning_rates, self.weight_decays = torch.tensor(columns, dtype=torch.float64, device=device)
+        self.num_steps = torch.tensor(self.epochs, dtype=torch.float64, device=device) * steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
+        self.mean = torch.zeros(len(subsets), self.num_features, device=device)
+        self.scale = torch.ones_like(self.mean)
         if normalize == "standardize":
-            self.mean, self.scale = feature_statistics(train, parts)
-        # The stacked parameter, (heads, classes, features), and its bias; each with Adam's two moments.
-        self.weight, self.weight_m, self.weight_v = torch.zeros(
-            3, len(settings), num_classes, num_features, device=device
-        )
-        self.bias, self.bias_m, self.bias_v = torch.zeros(3, len(settings), num_classes, device=device)
-        self.histories: list[list[dict[str, float]]] = [[] for _ in settings]
-        self.step_count = 0
+            self.mean, self.scale = feature_statistics(train, parts, subsets)
+        # (subsets, classes, heads, features) and (subsets, classes, heads): heads after classes, since a softmax over a
+        # short last dimension is many times slower. Each is followed by its gradient and Adam's two moments.
+        shape = (len(subsets), num_classes, self.num_heads)
+        self.weights = list(torch.zeros(4, *shape, self.num_features, device=device))
+        self.biases = list(torch.zeros(4, *shape, device=device))
+        self.adam_steps = [torch.zeros((), device=device) for _ in range(2)]
+        self.units = self.learning_rates
+        self.losses: list[Tensor] = []
 
     def start_epoch(self, epoch: int) -> int:
         """Drops the heads whose epochs are over; returns how many still train."""
-        self.active = sum(epochs > epoch for epochs in self.epochs)
-        self.train_sums = torch.zeros(self.active + 1, dtype=torch.float64, device=self.weight.device)
-        self.started = time.perf_counter()
-        return self.active
+        active = sum(epochs > epoch for epochs in self.epochs)
+        if active < self.num_heads:
+            self.num_heads = active
+            self.weights = [tensor[:, :, :active].contiguous() for tensor in self.weights]
+            self.biases = [tensor[:, :, :active].contiguous() for tensor in self.biases]
+            self.units = self.units[:active]
+        if not active:
+            return 0
+        steps = torch.arange(self.steps_per_epoch, device=self.units.device) + epoch * self.steps_per_epoch
+        # Cosine to zero, (1 + cos x) / 2 as cos(x / 2) ** 2, which never is zero before x is pi.
+        rates = self.learning_rates[:active] * (math.pi / 2 * steps[:, None] / self.num_steps[:active]).cos().square()
+        before = torch.cat([self.units[None], rates[:-1]])
+        growth = before / rates
+        decay = growth * (1 - rates * self.weight_decays[:active])
+        self.schedule, self.units = torch.stack([before, growth, decay], dim=1).float().unbind(), rates[-1]
+        self.losses = []
+        return active
 
-    def step(self, train: FeatureSet, batch: Tensor) -> None:
-        """One AdamW step of every active head on the global batch of row indices `(batch,)`."""
-        rows = own_rows(batch)
-        features = self._inputs(train, rows)
-        log_probabilities = self._logits(features).log_softmax(-1)
-        places, labels = torch.arange(len(rows), device=rows.device), train.labels[rows]
-        self.train_sums[: self.active] -= log_probabilities[places, :, labels].sum(0).double()
-        self.train_sums[self.active] += len(rows)
+    def train(self, inputs: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+        """One step of every active head for each batch.
+
+        Args:
+            inputs: this worker's rows of all batches, `(num_subsets, rows, num_features)`.
+            labels: `(num_subsets, rows)`.
+            sizes: rows of each batch: of all workers, of this one.
+        """
+        own_sizes = [own_size for _, own_size in sizes]
+        index = labels[:, :, None, None].expand(-1, -1, 1, self.num_heads)
+        batches = zip(sizes, inputs.split(own_sizes, dim=1), index.split(own_sizes, dim=1), strict=True)
+        for (num_rows, _), batch_inputs, batch_index in batches:
+            self._step(batch_inputs, batch_index, num_rows)
+
+    def _step(self, inputs: Tensor, labels: Tensor, num_rows: int) -> None:
+        before, growth, decay = self.schedule[len(self.losses)]
+        log_probabilities = self._logits(inputs, before).log_softmax(2)
+        self.losses.append(log_probabilities.gather(2, labels).sum((1, 2)))
         # The gradient of mean cross-entropy in closed form: (softmax - one-hot) / batch, then one product per stack.
-        errors = log_probabilities.exp()
-        errors[places, :, labels] -= 1
-        errors = errors.flatten(1) / len(batch)
-        weight_gradient = sum_over_workers(errors.T @ features).view(self.active, self.num_classes, -1)
-        bias_gradient = sum_over_workers(errors.sum(0)).view(self.active, self.num_classes)
-        self._adamw(weight_gradient, bias_gradient)
+        errors = log_probabilities.exp_().scatter_(2, labels, -1, reduce="add").div_(num_rows)
+        (weight, gradient, *_), (bias, bias_gradient, *_) = self.weights, self.biases
+        torch.bmm(errors.flatten(2).transpose(1, 2), inputs, out=gradient.flatten(1, 2))
+        torch.sum(errors, 1, out=bias_gradient)
+        sum_over_workers(gradient)
+        sum_over_workers(bias_gradient)
+        weight.mul_(decay[:, None])
+        bias.mul_(growth)
+        parameters, gradients, means, squares = ([*pair] for pair in zip(self.weights, self.biases, strict=True))
+        adamw(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            self.adam_steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPSILON,
+            lr=1.0,
+            weight_decay=0.0,
+        )
 
-    def finish_epoch(self, validation: FeatureSet) -> None:
-        """Evaluates every active head on the validation rows and adds a line to its history."""
-        sums = MetricSums(self.active, self.num_classes, self.weight.device)
-        for rows in own_rows(torch.arange(len(validation.labels), device=self.weight.device)).split(EVALUATION_ROWS):
-            sums.add(self._logits(self._inputs(validation, rows)), validation.labels[rows])
-        metrics = {name: values.tolist() for name, values in sums.compute().items()}
-        train_losses = (sum_over_workers(self.train_sums)[:-1] / self.train_sums[-1]).tolist()
-        seconds = (time.perf_counter() - self.started) / self.active
-        for index in range(self.active):
-            values = {f"val/{name}": metrics[name][index] for name in ("loss", "accuracy", "macro_f1")}
-            self.histories[index].append({"train/loss": train_losses[index], **values, "time/epoch_s": seconds})
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits `(num_subsets, rows, active heads, num_classes)` of inputs `(num_subsets, rows, num_features)`."""
+        return self._logits(inputs, self.units.float()).transpose(2, 3).contiguous()
 
-    def results(self) -> Iterator[tuple[int, HeadResult]]:
-        """Yields (index among the settings, result) for every head."""
-        for position, (index, setting) in enumerate(self.members):
-            head = Head(self.weight.shape[-1], self.num_classes, self.normalize)
-            head.weight.data.copy_(self.weight[position])
-            head.bias.data.copy_(self.bias[position])
-            head.mean.copy_(self.mean)
-            head.scale.copy_(self.scale)
-            yield index, HeadResult(setting, head, self.histories[position])
+    def _logits(self, inputs: Tensor, units: Tensor) -> Tensor:
+        weight, bias = self.weights[0].flatten(1, 2), self.biases[0].flatten(1)
+        logits = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
+        return logits.view(*inputs.shape[:2], self.num_classes, self.num_heads).mul_(units)
 
-    def _inputs(self, features: FeatureSet, rows: Tensor) -> Tensor:
-        return normalize_features(features.source(self.parts, rows), self.normalize, self.mean, self.scale)
+    def loss_sums(self) -> Tensor:
+        """The epoch's summed train losses, `(num_subsets, active heads)` float64."""
+        return -torch.stack(self.losses).sum(0, dtype=torch.float64)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        """Logits `(batch, active heads, num_classes)` by one matrix product."""
-        flat = self.weight[: self.active].flatten(0, 1)
-        logits = torch.addmm(self.bias[: self.active].flatten(), inputs, flat.T)
-        return logits.view(len(inputs), self.active, self.num_classes)
+    def finish_epoch(self, metrics: list[list[dict[str, float]]], seconds: float) -> None:
+        """Adds a line to every active head's history, given its metrics per subset; keeps the heads that are done."""
+        for position, subset_metrics in enumerate(metrics):
+            index, _ = self.members[position]
+            result = self.results[index]
+            mean = {name: statistics.fmean(one[name] for one in subset_metrics) for name in subset_metrics[0]}
+            result.history.append({**mean, "time/epoch_s": seconds})
+            if len(result.history) == self.epochs[position]:
+                result.finals = [
+                    {f"val/{name}": one[f"val/{name}"] for name in VALIDATION_METRICS} for one in subset_metrics
+                ]
+                result.heads = tuple(self._head(position, subset) for subset in range(len(subset_metrics)))
 
-    def _adamw(self, weight_gradient: Tensor, bias_gradient: Tensor) -> None:
-        """AdamW (Loshchilov & Hutter 2019) with a learning rate and weight decay per head, cosine to zero."""
-        n = self.active
-        progress = self.step_count / self.num_steps[:n]
-        rates = self.learning_rates[:n] * 0.5 * (1 + torch.cos(math.pi * progress))
-        self.step_count += 1
-        self.weight[:n].mul_((1 - rates * self.weight_decays[:n])[:, None, None])
-        corrections = [1 - beta**self.step_count for beta in BETAS]
-        for parameter, gradient, m, v in (
-            (self.weight[:n], weight_gradient, self.weight_m[:n], self.weight_v[:n]),
-            (self.bias[:n], bias_gradient, self.bias_m[:n], self.bias_v[:n]),
-        ):
-            m.lerp_(gradient, 1 - BETAS[0])
-            v.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            update = m / (v.sqrt().div_(math.sqrt(corrections[1])).add_(EPSILON))
-            parameter.sub_(update.mul_((rates / corrections[0]).view(-1, *[1] * (parameter.ndim - 1))))
+    def _head(self, position: int, subset: int) -> Head:
+        head = Head(self.num_features, self.num_classes, self.normalize)
+        unit = self.units[position].float()
+        head.weight.data.copy_(self.weights[0][subset, :, position] * unit)
+        head.bias.data.copy_(self.biases[0][subset, :, position] * unit)
+        head.mean.copy_(self.mean[subset])
+        head.scale.copy_(self.scale[subset])
+        return head
+
+    def normalized(self, features: Tensor) -> Tensor:
+        """Normalises raw features `(num_subsets, rows, num_features)`."""
+        return normalize_features(features, self.normalize, self.mean[:, None], self.scale[:, None])
 
 
-def feature_statistics(train: FeatureSet, parts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation `(num_features,)` of the train rows; a constant feature gets scale 1."""
+def feature_statistics(train: FeatureSet, parts: Sequence[str], subsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each `(num_subsets, num_features)`, of subsets of the train rows.
+
+    A feature that is constant gets a scale of 1.
+    """
+    num_rows = subsets.shape[1]
     total = squares = torch.zeros((), dtype=torch.float64, device=train.labels.device)
-    for rows in torch.arange(len(train.labels), device=train.labels.device).split(EVALUATION_ROWS):
+    for rows in subsets.split(max(1, STATISTICS_ROWS // len(subsets)), dim=1):
         features = train.source(parts, rows).double()
-        total, squares = total + features.sum(0), squares + features.square().sum(0)
-    mean = total / len(train.labels)
-    scale = (squares / len(train.labels) - mean.square()).clamp(min=0).sqrt()
+        total, squares = total + features.sum(1), squares + features.square().sum(1)
+    mean = total / num_rows
+    scale = (squares / num_rows - mean.square()).clamp(min=0).sqrt()
     # Relative to the mean: squares that cancel leave a constant feature a scale of about 1e-8 of it.
     varies = scale > 1e-6 * mean.abs().clamp(min=1)
     return mean.float(), torch.where(varies, scale, 1.0).float()

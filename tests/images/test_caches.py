@@ -1,11 +1,13 @@
 import io
 import json
 import threading
+import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -13,29 +15,49 @@ from PIL import Image
 from raysweep.cluster import ray_session
 from raysweep.encoders import build_encoder, weights_signature
 from raysweep.errors import DataError
-from raysweep.images import cache as caches
-from raysweep.images.cache import BLOCKS, good_pixels, open_cache, write_block, write_cache
+from raysweep.images import decode, passes
+from raysweep.images import features as features_module
+from raysweep.images.cache import only_writer, open_cache, write_rows
 from raysweep.images.decode import decode_image
-from raysweep.images.features import build_feature_cache, encode, feature_signature, load_features
-from raysweep.images.pixels import build_pixel_cache, load_pixels, pixel_signature
+from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
+from raysweep.images.passes import build_caches
+from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, load_pixels, pixel_signature, pixel_table
 from raysweep.images.sources import ImageIndex
 
-NUM_ROWS, ROWS_PER_FILE = 25, 8  # three blocks, and one of a single row
+NUM_ROWS, ROWS_PER_BLOCK = 25, 8  # three blocks, and one of a single row
 TRUNCATED = (8, 24)  # the first of a block, and all there is of the last
 FIRST_ID = 1000
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    with ray_session(verbose=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caches, "ROWS_PER_FILE", ROWS_PER_FILE)
-        yield
+    """Ray with a GPU in its books, so that the way through GPU actors is taken on any machine."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
+        patch.setattr(passes, "ROWS_PER_BLOCK", ROWS_PER_BLOCK)
+        patch.setattr(passes, "GPU_BLOCK", 10)
+        with ray_session(verbose=False):
+            passes.warm_up()
+            yield
+
+
+def tiny_encoder(image_size, seed):
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    config = {"type": "dinov2", "use_pretrained": False, "config": tiny, "image_size": image_size}
+    return build_encoder(config, seed=seed)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
-    return build_encoder({"type": "dinov2", "use_pretrained": False, "config": tiny, "image_size": 32}, seed=0)
+    return tiny_encoder(image_size=32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def other_encoder():
+    return tiny_encoder(image_size=24, seed=1)
 
 
 def image_bytes(number, size=(40, 36)):
@@ -76,28 +98,34 @@ def good_ids(index):
     return ids[[number not in TRUNCATED for number in range(NUM_ROWS)]]
 
 
-def reference_to(encoder):
+def feature_request(folder, encoder):
     import ray
 
-    return ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
-
-
-def build(folder, index, encoder, on_progress=lambda _done, _total: None):
-    weights = reference_to(encoder)
-    return build_feature_cache(folder, index, encoder, weights, precision="fp32", num_gpus=0, on_progress=on_progress)
+    weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
+    return FeatureRequest(folder, encoder, weights, "fp32")
 
 
 @pytest.fixture(scope="module")
-def features(ray_cluster, tmp_path_factory, index, encoder):
-    """A feature cache, and what was said of its progress."""
+def shared_pass(ray_cluster, tmp_path_factory, index, encoder, other_encoder):
+    """Feature caches of two encoders and a pixel cache from one pass, and what was said of its progress."""
     told = []
-    folder = tmp_path_factory.mktemp("features")
-    return build(folder, index, encoder, lambda *numbers: told.append(numbers)), told
+    folder = tmp_path_factory.mktemp("shared")
+    requests = [
+        feature_request(folder / "features", encoder),
+        PixelRequest(folder / "pixels", encoder.preprocessing),
+        feature_request(folder / "others", other_encoder),
+    ]
+    return build_caches(requests, index, num_gpus=0, on_progress=lambda *numbers: told.append(numbers)), told
 
 
 @pytest.fixture(scope="module")
-def pixels(ray_cluster, tmp_path_factory, index, encoder):
-    return build_pixel_cache(tmp_path_factory.mktemp("pixels"), index, encoder.preprocessing)
+def features(shared_pass):
+    return shared_pass[0][0]
+
+
+@pytest.fixture(scope="module")
+def pixels(shared_pass):
+    return shared_pass[0][1]
 
 
 def directly(encoder, images, numbers):
@@ -116,8 +144,7 @@ def number_of(row_ids):
 
 @pytest.mark.ray
 def test_cached_features_are_what_the_encoder_gives(features, encoder, images, good_ids):
-    cache, _ = features
-    found = load_features(cache.folder, good_ids, list(encoder.parts))
+    found = load_features(features.folder, good_ids, list(encoder.parts))
     expected = directly(encoder, images, number_of(good_ids))
     assert found.keys() == expected.keys() == {"cls", "mean"}
     for part, values in expected.items():
@@ -128,45 +155,50 @@ def test_cached_features_are_what_the_encoder_gives(features, encoder, images, g
 
 @pytest.mark.ray
 def test_features_come_in_the_order_asked_for(features, good_ids):
-    folder = features[0].folder
-    everything = load_features(folder, good_ids, ["cls"])["cls"]
+    everything = load_features(features.folder, good_ids, ["cls"])["cls"]
     order = np.random.default_rng(0).permutation(len(good_ids))[:9]
-    assert torch.equal(load_features(folder, good_ids[order], ["cls"])["cls"], everything[torch.from_numpy(order)])
-    assert torch.equal(load_features(folder, good_ids[-1:], ["cls"])["cls"], everything[-1:])
+    found = load_features(features.folder, good_ids[order], ["cls"])["cls"]
+    assert torch.equal(found, everything[torch.from_numpy(order)])
+    assert torch.equal(load_features(features.folder, good_ids[-1:], ["cls"])["cls"], everything[-1:])
 
 
 @pytest.mark.ray
 def test_the_cache_says_what_it_cost_and_which_rows_are_bad(features):
-    cache, told = features
-    assert cache.made_now
-    assert cache.num_rows == NUM_ROWS - 2
-    assert cache.seconds > 0
-    assert cache.peak_memory_bytes > 50e6  # a process with torch loaded
-    assert cache.peak_gpu_memory_bytes == 0
-    assert [(row.row_id, row.source) for row in cache.bad_rows] == [(1016, "memory/8.png"), (1048, "memory/24.png")]
-    assert all("truncated" in row.reason or "cannot be decoded" in row.reason for row in cache.bad_rows)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (NUM_ROWS, NUM_ROWS)
+    assert features.made_now
+    assert features.num_rows == NUM_ROWS - 2
+    assert features.peak_memory_bytes > 50e6  # a process with torch loaded
+    assert features.peak_gpu_memory_bytes == 0
+    assert [(row.row_id, row.source) for row in features.bad_rows] == [(1016, "memory/8.png"), (1048, "memory/24.png")]
+    assert all("truncated" in row.reason or "cannot be decoded" in row.reason for row in features.bad_rows)
 
 
 @pytest.mark.ray
 def test_a_bad_row_is_missing_from_the_cache(features, index):
     with pytest.raises(DataError, match="2 rows are missing"):
-        load_features(features[0].folder, index.table["row_id"].to_numpy(), ["cls"])
+        load_features(features.folder, index.table["row_id"].to_numpy(), ["cls"])
 
 
-@pytest.mark.ray
-def test_a_second_build_makes_no_pass(features, index, encoder):
-    cache, _ = features
-
-    def never(_done, _total):
-        raise AssertionError("a pass was made")
-
-    again = build_feature_cache(
-        caches.Path(cache.folder), index, encoder, None, precision="fp32", num_gpus=0, on_progress=never
-    )
-    assert not again.made_now
-    assert again == replace(cache, made_now=False)
+def test_features_beyond_the_memory_allowed_are_read_from_a_file_written_once(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float16)
+    for start in (0, 6):
+        rows = slice(start, start + 6)
+        write_rows(str(tmp_path), feature_table(np.arange(10)[rows], {"cls": values[rows], "mean": -values[rows]}))
+    row_ids = np.array([7, 1, 9, 2])
+    in_memory = load_features(str(tmp_path), row_ids, ["cls", "mean"], memory_bytes=4 * 2 * 4 * 2)
+    assert all(isinstance(part, torch.Tensor) for part in in_memory.values())
+    on_disk = load_features(str(tmp_path), row_ids, ["cls", "mean"], memory_bytes=4 * 2 * 4 * 2 - 1)
+    everything = torch.arange(len(row_ids))
+    for part, sign in {"cls": 1, "mean": -1}.items():
+        assert not isinstance(on_disk[part], torch.Tensor)
+        assert on_disk[part].shape == (4, 4)
+        assert torch.equal(on_disk[part][everything], torch.from_numpy(sign * values[row_ids]))
+        assert torch.equal(in_memory[part], on_disk[part][everything])
+    assert len(list(tmp_path.glob("rows-*.f16"))) == 2
+    other_rows = load_features(str(tmp_path), row_ids[:2].copy(), ["cls"], memory_bytes=0)
+    assert torch.equal(other_rows["cls"][everything[:2]], in_memory["cls"][:2])
+    monkeypatch.setattr(features_module, "read_blocks", None)
+    again = load_features(str(tmp_path), row_ids, ["cls"], memory_bytes=0)
+    assert torch.equal(again["cls"][everything], in_memory["cls"])
 
 
 # Pixel caches
@@ -183,24 +215,107 @@ def test_cached_pixels_are_what_resize_for_training_gives(pixels, encoder, image
 
 
 @pytest.mark.ray
-def test_the_pixel_cache_has_the_same_bad_rows(pixels, features, index, encoder):
+def test_the_pixel_cache_has_the_same_bad_rows(pixels, features):
     assert pixels.made_now
-    assert pixels.bad_rows == features[0].bad_rows
+    assert pixels.bad_rows == features.bad_rows
     assert pixels.num_rows == NUM_ROWS - 2
-    assert not build_pixel_cache(caches.Path(pixels.folder), index, encoder.preprocessing).made_now
+
+
+# Passes
+
+
+@pytest.mark.ray
+def test_one_pass_makes_all_caches_and_tells_of_each_image_once(shared_pass):
+    _, told = shared_pass
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (NUM_ROWS, NUM_ROWS)
+
+
+@pytest.mark.ray
+def test_a_shared_pass_gives_the_bits_of_separate_ones(shared_pass, tmp_path, index, good_ids, encoder, other_encoder):
+    for cache, encoder_alone in zip(shared_pass[0][::2], (encoder, other_encoder), strict=True):
+        request = feature_request(tmp_path / str(encoder_alone.preprocessing.crop_size), encoder_alone)
+        (alone,) = build_caches([request], index, num_gpus=0)
+        expected, found = (load_features(folder, good_ids, ["cls", "mean"]) for folder in (alone.folder, cache.folder))
+        for part, values in expected.items():
+            assert torch.equal(found[part], values)
+
+
+@pytest.mark.ray
+def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
+    shared_pass, tmp_path, index, good_ids, encoder, other_encoder, pixels
+):
+    requests = [
+        PixelRequest(tmp_path / "pixels", encoder.preprocessing),
+        feature_request(tmp_path / "others", other_encoder),
+        feature_request(tmp_path / "features", encoder),
+    ]
+    told = []
+    caches = build_caches(requests, index, num_gpus=1, on_progress=lambda *numbers: told.append(numbers))
+    assert told[-1] == (NUM_ROWS, NUM_ROWS)
+    assert all(cache.bad_rows == pixels.bad_rows and cache.seconds > 0 for cache in caches)
+    for cache, expected in zip(caches[1:], (shared_pass[0][2], shared_pass[0][0]), strict=True):
+        found, wanted = (
+            load_features(folder, good_ids, ["mean"])["mean"] for folder in (cache.folder, expected.folder)
+        )
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-3, atol=2e-3)
+    size = encoder.preprocessing.training_size
+    assert torch.equal(load_pixels(caches[0].folder, good_ids, size), load_pixels(pixels.folder, good_ids, size))
+
+
+@pytest.mark.ray
+def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
+    def never(_done, _total):
+        raise AssertionError("a pass was made")
+
+    caches = shared_pass[0]
+    requests = [
+        FeatureRequest(Path(caches[0].folder), encoder, None, "fp32"),
+        PixelRequest(Path(caches[1].folder), encoder.preprocessing),
+    ]
+    again = build_caches(requests, index, num_gpus=0, on_progress=never)
+    assert again == [replace(cache, made_now=False) for cache in caches[:2]]
+    requests.insert(1, PixelRequest(tmp_path, encoder.preprocessing))
+    assert [cache.made_now for cache in build_caches(requests, index, num_gpus=0)] == [False, True, False]
 
 
 @pytest.mark.ray
 def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
     # A pass that was cut short had put the same rows into other blocks.
-    leftover = pa.table({"row_id": pa.array([1002], pa.int64()), "pixels": pa.array([b"stale"], pa.large_binary())})
-    pq.write_table(leftover, tmp_path / "rows-000000001002.parquet")
+    write_rows(str(tmp_path), pixel_table(np.array([1002]), [np.zeros(5, np.uint8)]))
+    (tmp_path / "rows-0123456789abcdef.f16").touch()
     assert open_cache(tmp_path) is None
-    cache = build_pixel_cache(tmp_path, index, encoder.preprocessing)
+    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
     assert cache.made_now
     found = load_pixels(cache.folder, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
+    assert not list(tmp_path.glob("*.f16"))
+
+
+def receipts(row_ids, seconds, errors=None, memory=1):
+    errors = pa.array(errors or [None] * len(row_ids), pa.string())
+    return pa.table(passes._receipts(np.array(row_ids), errors, np.array(seconds), memory))
+
+
+def test_the_shares_of_all_caches_add_up_to_the_wall_time():
+    tally = passes._Tally(num_caches=2)
+    tally.add(receipts([1, 2, 3], seconds=[4.0, 1.0, 5.0], errors=[None, "broken", None]))
+    tally.add(receipts([4], seconds=[2.0, 1.0, 7.0], memory=10**15))
+    # 2 of 20 seconds for the first alone, 12 for the second, 3 each of decoding.
+    assert tally.shares(40.0) == pytest.approx([10.0, 30.0])
+    assert (tally.num_rows, tally.errors, tally.memory) == (4, {2: "broken"}, 10**15)
+
+
+def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encoder):
+    class Lossy:
+        def iter_batches(self, **_options):
+            yield receipts([1000, 1002], seconds=[1.0, 1.0])
+
+    monkeypatch.setattr(passes, "_dataset", lambda *_arguments: Lossy())
+    with pytest.raises(DataError, match="saw 2 of 3 images"):
+        build_caches([PixelRequest(tmp_path, encoder.preprocessing)], make_index([b""] * 3), num_gpus=0)
+    assert open_cache(tmp_path) is None
 
 
 # Damage, and several sweeps at once
@@ -209,7 +324,7 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
 @pytest.mark.ray
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
-    cache = build_pixel_cache(tmp_path, index, encoder.preprocessing)
+    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
     ids, file = index.table["row_id"].to_numpy(), min(tmp_path.glob("rows-*.parquet"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"rows-0+1000\.parquet: damaged .*delete the folder"):
@@ -219,77 +334,184 @@ def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, 
         load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
 
 
-def _hold_lock(folder, locked, release):
-    with caches._only_writer(folder):
-        locked.set()
-        release.wait(30)
-        (folder / "manifest.json").write_text(json.dumps(MANIFEST))
+def test_a_missing_and_a_damaged_file_of_features_are_named(tmp_path):
+    with pytest.raises(DataError, match="no rows; delete the folder"):
+        load_features(str(tmp_path), np.array([1]), ["cls"])
+    write_rows(str(tmp_path), feature_table(np.array([1]), {"cls": np.ones((1, 4), np.float32)}))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"rows-0+1\.parquet: damaged .*delete the folder"):
+        load_features(str(tmp_path), np.array([1]), ["cls"])
 
 
 MANIFEST = {"num_rows": 3, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
 
 
-def test_a_second_sweep_waits_for_the_pass_of_the_first(tmp_path):
-    locked, release = threading.Event(), threading.Event()
-    first = threading.Thread(target=_hold_lock, args=(tmp_path, locked, release))
-    first.start()
-    found = []
+def finish(folder):
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
 
-    def never(_dataset, _folder):
+
+def test_a_second_sweep_waits_for_the_pass_of_the_first(tmp_path, monkeypatch, encoder):
+    def never(*_arguments):
         raise AssertionError("a pass was made")
 
-    second = threading.Thread(target=lambda: found.append(write_cache(tmp_path, make_index([]), {}, never, print)))
-    assert locked.wait(30)
-    second.start()
-    second.join(0.2)
-    assert second.is_alive()
-    release.set()
+    monkeypatch.setattr(passes, "_make_pass", never)
+    found = []
+    requests = [PixelRequest(tmp_path, encoder.preprocessing)]
+    second = threading.Thread(target=lambda: found.extend(build_caches(requests, make_index([]), num_gpus=0)))
+    with only_writer(tmp_path):
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        finish(tmp_path)
     second.join(30)
-    first.join(30)
-    assert not found[0].made_now
-    assert found[0].num_rows == 3
+    assert [cache.made_now for cache in found] == [False]
+
+
+def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, monkeypatch, encoder):
+    made = []
+
+    def make_pass(requests, *_arguments):
+        time.sleep(0.05)
+        for request in requests:
+            made.append(request.folder)
+            finish(request.folder)
+
+    monkeypatch.setattr(passes, "_make_pass", make_pass)
+    folders = [tmp_path / name for name in "abc"]
+
+    def sweep(order):
+        requests = [PixelRequest(folder, encoder.preprocessing) for folder in order]
+        caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0)
+        assert [cache.folder for cache in caches] == [str(folder) for folder in (*order, order[0])]
+
+    threads = [threading.Thread(target=sweep, args=(order,)) for order in (folders, folders[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert sorted(made) == folders
 
 
 # Blocks, without Ray
 
 
+def test_blocks_hold_every_row_once_and_are_neither_few_nor_huge(monkeypatch):
+    monkeypatch.setattr(passes, "ROWS_PER_BLOCK", 64)
+    for num_rows, num_blocks in {1: 1, 5: 5, 100: 9, 1000: 16, 10**6: 2000}.items():
+        blocks = passes._blocks(num_rows)
+        assert len(blocks) == num_blocks
+        assert [block["start"] for block in blocks] == list(range(0, num_rows, blocks[0]["size"]))
+        assert len({block["size"] for block in blocks}) == 1
+
+
+def eval_geometry(encoder):
+    return Geometry.of(encoder.preprocessing, for_training=False)
+
+
 def test_a_block_is_decoded_row_by_row(encoder):
-    index = make_index([image_bytes(0), b"", image_bytes(1)[:80]])
-    rows = index.table.append_column("image_column", pa.array([None] * 3, pa.string()))
-    decoded = caches._decode(rows, encoder.preprocessing.to_dict(), for_training=False)
-    assert decoded["row_id"].to_pylist() == [1000, 1002, 1004]
-    assert [error is None for error in decoded["error"].to_pylist()] == [True, False, False]
-    assert decoded["error"][1].as_py() == "empty (0 bytes)"
-    ids, pixels = good_pixels(decoded, encoder.preprocessing.output_size)
-    assert ids.to_pylist() == [1000]
+    rows = make_index([image_bytes(0), b"", image_bytes(1)[:80], image_bytes(2)]).table
+    geometry = eval_geometry(encoder)
+    for num_threads in (1, 3):
+        errors, pixels = decode_rows(rows, None, [geometry], num_threads)
+        assert [error is None for error in errors] == [True, False, False, True]
+        assert errors[1] == "empty (0 bytes)"
+        for row, number in {0: 0, 3: 2}.items():
+            expected = encoder.preprocessing.resize_and_crop(decode_image(image_bytes(number)))
+            assert np.array_equal(pixels[geometry][row], expected)
+
+
+def test_rows_are_read_from_files(tmp_path, encoder):
+    (tmp_path / "0.png").write_bytes(image_bytes(0))
+    table = make_index([None, None]).table
+    paths = pa.array([str(tmp_path / "0.png"), str(tmp_path / "missing.png")])
+    errors, pixels = decode_rows(table.set_column(1, "path", paths), None, [eval_geometry(encoder)], 2)
+    assert errors[0] is None
+    assert errors[1] is not None
     expected = encoder.preprocessing.resize_and_crop(decode_image(image_bytes(0)))
-    assert np.array_equal(pixels, expected[None])
+    assert np.array_equal(pixels[eval_geometry(encoder)][0], expected)
 
 
-def test_a_block_without_good_rows_leaves_receipts_and_no_file(encoder, tmp_path):
-    rows = make_index([b"", b""]).table.append_column("image_column", pa.array([None] * 2, pa.string()))
-    decoded = caches._decode(rows, encoder.preprocessing.to_dict(), for_training=False)
-    ids, pixels = good_pixels(decoded, (32, 32))
-    assert pixels.shape == (0, 32, 32, 3)
-    assert {part: values.shape for part, values in encode(encoder, pixels, torch.device("cpu"), "fp32").items()} == {
-        "cls": (0, 16),
-        "mean": (0, 16),
-    }
-    receipts = write_block(str(tmp_path), pa.table({"row_id": ids}), decoded)
-    assert receipts["error"].to_pylist() == ["empty (0 bytes)"] * 2
+def jpeg(width, height):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes(0, (width, height)))).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_an_image_is_decoded_once_for_all_geometries_of_one_draft_size(monkeypatch, encoder, other_encoder):
+    decoded = []
+    original = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda image: decoded.append(image.size) or original(image))
+    geometries = [eval_geometry(encoder), eval_geometry(other_encoder)]
+    geometries.append(Geometry.of(encoder.preprocessing, for_training=True))
+    # Shorter sides of 74 and 54 must be kept: 300 allows a quarter for both, 240 a half for the one.
+    assert {geometry.preprocessing.min_side for geometry in geometries} == {74, 54}
+    for size, num_decoded in {(400, 300): 1, (440, 240): 2}.items():
+        rows = make_index([jpeg(*size)]).table
+        alone = [decode_rows(rows, None, [geometry], 1)[1][geometry] for geometry in geometries]
+        decoded.clear()
+        errors, pixels = decode_rows(rows, None, geometries, 1)
+        assert errors == [None]
+        assert len(decoded) == num_decoded
+        for geometry, expected in zip(geometries, alone, strict=True):
+            assert np.array_equal(pixels[geometry], expected)
+
+
+def test_geometries_are_equal_where_only_colours_differ(encoder):
+    preprocessing = encoder.preprocessing
+    colours = replace(preprocessing, mean=(0.5,) * 3, std=(0.5,) * 3, rescale_factor=1 / 127.5)
+    assert Geometry.of(colours, for_training=True) == Geometry.of(preprocessing, for_training=True)
+    assert Geometry.of(preprocessing, for_training=True) != eval_geometry(encoder)
+    assert Geometry.of(replace(preprocessing, resample=2), for_training=False) != eval_geometry(encoder)
+
+
+# Encoding
+
+
+class Crowded(torch.nn.Module):
+    """An encoder on a device with memory for few images."""
+
+    def __init__(self, preprocessing, limit):
+        super().__init__()
+        self.parts = {"mean": 3}
+        self.preprocessing, self.limit, self.batches = preprocessing, limit, []
+
+    def forward(self, pixels):
+        self.batches.append(len(pixels))
+        if len(pixels) > self.limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"mean": pixels.mean(dim=(2, 3))}
+
+
+def test_batches_that_do_not_fit_are_halved(encoder):
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), np.uint8)
+    crowded, roomy = (Crowded(encoder.preprocessing, limit) for limit in (3, 100))
+    found = encode(crowded, pixels, CPU, "fp32")["mean"]
+    np.testing.assert_allclose(found, encode(roomy, pixels, CPU, "fp32")["mean"], atol=1e-6)
+    assert crowded.batches == [8, 4, 2, 2, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        encode(Crowded(encoder.preprocessing, limit=0), pixels, CPU, "fp32")
+
+
+def test_no_pixels_give_no_features(encoder, tmp_path):
+    features = encode(encoder, np.empty((0, 32, 32, 3), np.uint8), CPU, "fp32")
+    assert {part: values.shape for part, values in features.items()} == {"cls": (0, 16), "mean": (0, 16)}
+    write_rows(str(tmp_path), feature_table(np.empty(0, np.int64), features))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outlier_stays_finite_as_a_half_float():
+    table = feature_table(np.array([3]), {"cls": np.array([[1e9, -1e9]], np.float32)})
+    assert table["cls"].to_pylist() == [[65504.0, -65504.0]]
 
 
 def test_bf16_features_are_near_those_of_fp32(encoder):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
-    exact, rounded = (encode(encoder, pixels, torch.device("cpu"), precision)["cls"] for precision in ("fp32", "bf16"))
+    exact, rounded = (encode(encoder, pixels, CPU, precision)["cls"] for precision in ("fp32", "bf16"))
     assert rounded.dtype == np.float32
     assert not np.array_equal(exact, rounded)
     np.testing.assert_allclose(rounded, exact, atol=0.1)
-
-
-def test_blocks_go_one_to_a_file():
-    assert BLOCKS["batch_size"] is None
 
 
 # Signatures

@@ -6,9 +6,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional as F
 
+from raysweep.training import population
+from raysweep.training.disk_rows import DiskRows
 from raysweep.training.distributed import seeded_generator
 from raysweep.training.metrics import MetricSums
-from raysweep.training.population import FeatureSet, feature_statistics, train_population
+from raysweep.training.population import FeatureSet, Subsets, feature_statistics, train_population
 
 NUM_CLASSES, BATCH_SIZE, SEED = 4, 16, 11
 SOURCES = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
@@ -109,6 +111,79 @@ def test_a_population_equals_each_head_trained_alone(num_rows):
         assert_same_history(result.history, history)
 
 
+def few_shot_subsets():
+    """Three draws of 21 train and 13 validation rows, all different."""
+    generator = torch.Generator().manual_seed(4)
+    draws = [[torch.randperm(n, generator=generator)[:size] for _ in range(3)] for n, size in ((53, 21), (29, 13))]
+    return Subsets(*(torch.stack(rows) for rows in draws))
+
+
+def sliced(features, rows):
+    return FeatureSet({name: part[rows] for name, part in features.parts.items()}, features.labels[rows])
+
+
+def test_a_subset_gives_what_its_rows_alone_give():
+    subsets = few_shot_subsets()
+    together = train(SETTINGS, subsets=subsets)
+    assert len({result.heads[0].weight.sum().item() for result in together}) == len(SETTINGS)
+    for index, (rows, held_out) in enumerate(zip(subsets.train, subsets.validation, strict=True)):
+        arguments = {"sources": SOURCES, "num_classes": NUM_CLASSES, "batch_size": BATCH_SIZE, "seed": SEED}
+        sets = sliced(features(53, 1), rows), sliced(features(29, 2), held_out)
+        for one, alone in zip(together, train_population(*sets, SETTINGS, **arguments), strict=True):
+            assert len(one.heads) == len(one.finals) == 3
+            for name, tensor in alone.head.state_dict().items():
+                torch.testing.assert_close(one.heads[index].state_dict()[name], tensor, rtol=1e-5, atol=1e-5)
+            assert one.finals[index] == pytest.approx(alone.finals[0], abs=1e-5)
+            last = {name: value for name, value in alone.history[-1].items() if name.startswith("val/")}
+            assert alone.finals == [last]
+
+
+def test_a_history_is_the_mean_over_the_subsets():
+    subsets = few_shot_subsets()
+    together = train(SETTINGS, subsets=subsets)
+    apart = [train(SETTINGS, subsets=Subsets(subsets.train[[i]], subsets.validation[[i]])) for i in range(3)]
+    for one, *alone in zip(together, *apart, strict=True):
+        for epoch, *epochs in zip(metrics_of(one.history), *(metrics_of(a.history) for a in alone), strict=True):
+            assert epoch == pytest.approx({key: sum(e[key] for e in epochs) / 3 for key in epoch}, abs=1e-5)
+    assert len({values["val/loss"] for values in together[0].finals}) == 3
+
+
+@pytest.mark.parametrize("subsets", [None, few_shot_subsets()])
+@pytest.mark.parametrize("limit", ["PREPARED_BYTES", "BLOCK_BYTES", "LOGITS_BYTES"])
+def test_how_much_is_held_at_once_does_not_matter(monkeypatch, limit, subsets):
+    expected = train(SETTINGS, subsets=subsets)
+    monkeypatch.setattr(population, limit, 1)
+    assert_same_results(train(SETTINGS, subsets=subsets), expected)
+
+
+@pytest.mark.parametrize("subsets", [None, few_shot_subsets()])
+@pytest.mark.parametrize("prepared_bytes", [0, population.PREPARED_BYTES])
+def test_features_on_disk_give_what_those_in_memory_give(tmp_path, monkeypatch, subsets, prepared_bytes):
+    monkeypatch.setattr(population, "PREPARED_BYTES", prepared_bytes)
+    monkeypatch.setattr(population, "BLOCK_BYTES", 2 * 4 * BATCH_SIZE * 100)
+    sets = [features(53, 1), features(29, 2)]
+    half = [FeatureSet({n: part.half() for n, part in s.parts.items()}, s.labels) for s in sets]
+    disk = [
+        FeatureSet({n: on_disk(tmp_path / f"{index}-{n}", part) for n, part in s.parts.items()}, s.labels)
+        for index, s in enumerate(half)
+    ]
+    arguments = {"sources": SOURCES, "num_classes": NUM_CLASSES, "batch_size": BATCH_SIZE, "seed": SEED}
+    found, expected = (train_population(*s, SETTINGS, subsets=subsets, **arguments) for s in (disk, half))
+    assert_same_results(found, expected)
+
+
+def on_disk(path, part):
+    return DiskRows.create(path, *part.shape, [(torch.arange(len(part)).numpy(), part.numpy())])
+
+
+def assert_same_results(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert_same_history(one.history, other.history)
+        assert len(one.heads) == len(other.heads)
+        for head, expected_head in zip(one.heads, other.heads, strict=True):
+            torch.testing.assert_close(head.state_dict(), expected_head.state_dict(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_order_of_the_settings_does_not_matter():
     order = [5, 2, 7, 0, 3, 6, 1, 4]
     shuffled = train([SETTINGS[index] for index in order])
@@ -174,13 +249,13 @@ def test_half_precision_features_are_trained_on_in_single():
 def test_statistics_are_those_of_the_train_rows():
     train = features(9000, 1)
     inputs = torch.cat([train.parts["cls"], train.parts["mean"]], dim=1)
-    mean, scale = feature_statistics(train, ("cls", "mean"))
-    torch.testing.assert_close(mean, inputs.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scale, inputs.std(0, correction=0), rtol=1e-5, atol=1e-5)
+    mean, scale = feature_statistics(train, ("cls", "mean"), torch.arange(9000)[None])
+    torch.testing.assert_close(mean[0], inputs.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale[0], inputs.std(0, correction=0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3, -700.1, 1e6 + 0.1])
 def test_a_constant_feature_keeps_a_scale_of_one(constant):
     train = FeatureSet({"cls": torch.full((5001, 1), constant)}, torch.zeros(5001, dtype=torch.long))
-    _, scale = feature_statistics(train, ("cls",))
-    assert scale.tolist() == [1.0]
+    _, scale = feature_statistics(train, ("cls",), torch.arange(5001)[None])
+    assert scale.tolist() == [[1.0]]

@@ -1,0 +1,134 @@
+"""Features that exceed a worker's memory: half floats in a flat file, read where a tensor would be indexed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysweep.errors import DataError
+
+DTYPE = np.dtype("<f2")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class DiskRows:
+    """A matrix of half floats in a file, row after row; indexing gives the rows as a tensor on `device`.
+
+    Rows are read, not mapped: the pages of a memory map count as the process's own memory, and Ray ends workers that
+    hold too much. The file is opened for each reading (microseconds), so that an instance can be pickled, forked and
+    read by several threads at once.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    device: torch.device = CPU
+
+    @classmethod
+    def create(
+        cls, path: Path, num_rows: int, num_features: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> DiskRows:
+        """Writes a file whole or not at all.
+
+        Args:
+            path: the file; one that is there is replaced.
+            num_rows: rows of the matrix.
+            num_features: columns of the matrix.
+            blocks: `(places, rows)`: int64 `(n,)`, and float16 `(n, num_features)` which belong there. Together they
+                hold every place once.
+
+        Raises:
+            DataError: the blocks do not hold every row.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        missing = np.ones(num_rows, dtype=bool)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                for places, rows in blocks:
+                    assert rows.shape == (len(places), num_features), f"{rows.shape} for {len(places)} places"
+                    missing[places] = False
+                    _write(file.fileno(), places, np.ascontiguousarray(rows, dtype=DTYPE))
+            if missing.any():
+                raise DataError(f"{path}: {missing.sum()} of {num_rows} rows were never written")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return cls.open(path, num_features)
+
+    @classmethod
+    def open(cls, path: Path, num_features: int) -> DiskRows:
+        """Opens a file that `create` wrote.
+
+        Raises:
+            DataError: there is no such file, or its size is not that of whole rows.
+        """
+        if not path.is_file():
+            raise DataError(f"{path}: no such file of features")
+        size, row_bytes = path.stat().st_size, num_features * DTYPE.itemsize
+        if size % row_bytes:
+            raise DataError(
+                f"{path}: {size} bytes are not whole rows of {num_features} half floats ({row_bytes} bytes)"
+            )
+        return cls(path, (size // row_bytes, num_features))
+
+    def to(self, device: torch.device | str) -> DiskRows:
+        """Returns the same rows, to be read to a device."""
+        return DiskRows(self.path, self.shape, torch.device(device))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Reads rows by their int64 numbers: float16 `(*rows.shape, num_features)`.
+
+        Raises:
+            DataError: the file has become shorter.
+        """
+        # In the file's order, each row once; then as they were asked for.
+        numbers, places = np.unique(rows.cpu().numpy().ravel(), return_inverse=True)
+        if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(self):
+            raise IndexError(f"rows {numbers[0]} to {numbers[-1]} of {len(self)}")
+        values = np.empty((len(numbers), self.shape[1]), DTYPE)
+        with open(self.path, "rb", buffering=0) as file:
+            for start, stop in _runs(numbers):
+                self._read(file.fileno(), int(numbers[start]), values[start:stop])
+        found = torch.from_numpy(values)
+        if not np.array_equal(places, np.arange(len(numbers))):
+            found = found[torch.from_numpy(places)]
+        return found.view(*rows.shape, self.shape[1]).to(self.device)
+
+    def _read(self, descriptor: int, first: int, values: np.ndarray) -> None:
+        """Fills `values` with consecutive rows from row number `first` on."""
+        buffer, offset = values.data.cast("B"), first * values.itemsize * self.shape[1]
+        while buffer:
+            count = os.preadv(descriptor, [buffer], offset)
+            if count == 0:
+                raise DataError(f"{self.path}: ends before row {first + len(values)} of {len(self)}")
+            buffer, offset = buffer[count:], offset + count
+
+
+def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
+    """Splits ascending numbers into runs of consecutive ones: (start, stop) of each."""
+    if len(numbers) == 0:
+        return []
+    breaks = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
+    return list(zip([0, *breaks], [*breaks, len(numbers)], strict=True))
+
+
+def _write(descriptor: int, places: np.ndarray, rows: np.ndarray) -> None:
+    order = np.argsort(places)
+    places, rows = places[order], rows[order]
+    for start, stop in _runs(places):
+        buffer, offset = rows[start:stop].data.cast("B"), int(places[start]) * rows.itemsize * rows.shape[1]
+        while buffer:
+            count = os.pwrite(descriptor, buffer, offset)
+            buffer, offset = buffer[count:], offset + count
