@@ -6,22 +6,22 @@ import glob
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
 
-# One logical CPU stays with Ray Data's reading tasks while an encoder actor holds another.
+# A pass over the images and the worker of a training run each hold one.
 MIN_LOGICAL_CPUS = 2
+PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Resources:
 
     num_cpus: int
     num_gpus: int
+    num_nodes: int = 1
 
 
 def local_resources() -> Resources:
@@ -78,6 +79,59 @@ def num_concurrent_trials(config: ResourcesConfig, present: Resources) -> int:
     return max(1, fitting if limit == "auto" else min(fitting, limit))
 
 
+class RaySession:
+    """Ray, started at most once and in a thread of its own, so that a sweep reads its images meanwhile.
+
+    The thread lives as long as Ray does: the processes that Ray starts die with the thread that started them
+    (PR_SET_PDEATHSIG), not with its process.
+
+    Args:
+        verbose: whether Ray's own messages are shown.
+        on_start: told what the cluster has once Ray is up.
+    """
+
+    def __init__(self, verbose: bool, on_start: Callable[[Resources], None] = lambda _resources: None) -> None:
+        self._verbose, self._on_start = verbose, on_start
+        self._thread = ThreadPoolExecutor(1, "ray")
+        self._stack = ExitStack()
+        self._resources: Future[Resources] | None = None
+
+    def start(self) -> None:
+        """Begins to start Ray, or to join the cluster that RAY_ADDRESS names; returns at once."""
+        if self._resources is None:
+            self._resources = self._thread.submit(self._enter)
+
+    def _enter(self) -> Resources:
+        resources = self._stack.enter_context(ray_session(self._verbose))
+        self._on_start(resources)
+        return resources
+
+    def prepare(self, function: Callable[[], None]) -> None:
+        """Has something done in Ray's thread once Ray is up, without waiting for it."""
+        self._thread.submit(function)
+
+    @property
+    def resources(self) -> Resources:
+        """What the cluster has; starts Ray, and waits until it is up.
+
+        Raises:
+            ResourceError: nothing answers at RAY_ADDRESS.
+        """
+        self.start()
+        assert self._resources is not None
+        return self._resources.result()
+
+    def leave(self) -> None:
+        """Begins to leave Ray, where it was started: nothing needs it any more."""
+        if self._resources is not None:
+            self._thread.submit(self._stack.close)
+
+    def close(self) -> None:
+        """Waits until Ray has been left."""
+        self.leave()
+        self._thread.shutdown()
+
+
 @contextmanager
 def ray_session(verbose: bool) -> Iterator[Resources]:
     """Starts Ray, or joins the cluster that RAY_ADDRESS names, and leaves it again.
@@ -102,6 +156,11 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # The processes that Ray starts ahead import what takes them seconds while the driver reads the images.
+        os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
+        # Ray runs workers at niceness 15: beside anything else on the machine they would hardly run at all.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     if not verbose:
         # Ray's C++ side writes to the terminal itself, past every logger; failures still arrive as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -118,17 +177,28 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
             own: dict[str, Any] = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
             with nullcontext() if verbose else _silent_stderr():
                 ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
-        # Ray ends the process on SIGTERM where it stands; a sweep has runs to close.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         if not verbose:
             _quieten()
         try:
             total = ray.cluster_resources()
-            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+            num_nodes = sum(node["Alive"] for node in ray.nodes())
+            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), num_nodes)
         finally:
             if started:
                 ray.shutdown()
+
+
+def let_tune_use_started_workers() -> None:
+    """Lets Tune's actors run in processes that Ray has started ahead, on a Ray of our own.
+
+    Tune gives its actors a runtime environment with copies of the driver's variables, and Ray starts another process
+    for whatever has one. On one machine processes inherit those variables anyway (docs/decisions/0011).
+    """
+    from ray.tune.execution import class_cache
+
+    if not os.environ.get("RAY_ADDRESS"):
+        class_cache.DEFAULT_ENV_VARS.clear()
+        class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 def _check_reachable(address: str) -> None:

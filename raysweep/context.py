@@ -5,29 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from raysweep.cluster import Resources, check_resources, local_resources, ray_session, uses_gpu
+from raysweep.cluster import RaySession, Resources, check_resources, local_resources, uses_gpu
 from raysweep.encoders import Encoder, build_encoder, weights_signature
+from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
-from raysweep.images.cache import Cache
-from raysweep.images.features import build_feature_cache, feature_signature
-from raysweep.images.pixels import build_pixel_cache, pixel_signature
+from raysweep.images.cache import Cache, open_cache
+from raysweep.images.features import FeatureRequest, feature_signature
+from raysweep.images.passes import build_caches
+from raysweep.images.pixels import PixelRequest, pixel_signature
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.images.splits import SPLITS, few_shot
 from raysweep.paths import SweepPaths, signature, write_atomically
 from raysweep.progress import Progress
-from raysweep.results.tracking import Tracker, environment_tags
+from raysweep.recorder import Recorder
+from raysweep.results.tracking import environment_tags
 
 MIN_FEW_SHOT_VALIDATION = 16
+TIMED_IMAGES = 2  # a forward pass, when precisions are compared on a CPU
+Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def write_quarantine(path: Path, bad_rows: Sequence[BadRow]) -> None:
@@ -39,13 +44,8 @@ def write_quarantine(path: Path, bad_rows: Sequence[BadRow]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def select_rows(
-    index: ImageIndex, bad_rows: Sequence[BadRow], shots: int | str, seed: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Row ids and labels, both int64, of each split of a study.
-
-    A few-shot study trains on `shots` rows per class; its validation split is capped at max(shots, 16) per class, as
-    nobody with five images a class has a thousand to validate on, and never joins the training rows.
+def select_rows(index: ImageIndex, bad_rows: Sequence[BadRow]) -> Rows:
+    """Row ids and labels, both int64, of each split.
 
     Raises:
         DataError: a split has no usable image.
@@ -53,18 +53,34 @@ def select_rows(
     ids, labels = (index.table[name].to_numpy().astype(np.int64) for name in ("row_id", "label"))
     splits = np.array(index.table["split"].to_pylist())
     usable = ~np.isin(ids, [row.row_id for row in bad_rows])
-    rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    rows: Rows = {}
     for split in SPLITS:
         chosen = np.flatnonzero((splits == split) & usable)
-        if shots != "all" and split != "test":
-            limit = int(shots) if split == "train" else max(int(shots), MIN_FEW_SHOT_VALIDATION)
-            chosen = chosen[few_shot(labels[chosen], limit, seed)]
         if len(chosen) == 0:
             lost = f" left of {int((splits == split).sum())}: see quarantine.csv" if (splits == split).any() else ""
             hint = "each split needs one; splits the source lacks are taken from train, where it has enough images"
             raise DataError(f"data: no {split} images{lost}; {hint}")
         rows[split] = (ids[chosen], labels[chosen])
     return rows
+
+
+def draw_subsets(rows: Rows, shots: int | str, num_draws: int, seed: int) -> dict[str, np.ndarray] | None:
+    """Draws few-shot subsets of `rows`; None where all rows are meant.
+
+    Train takes `shots` rows per class; validation is capped at max(shots, 16) per class, as nobody with five images a
+    class has a thousand to validate on, and never joins the training rows. For one draw the rows of 5 shots are among
+    those of 10.
+
+    Returns:
+        `train` and `validation`: int64 `(num_draws, rows)`, places in the rows of that split.
+    """
+    if shots == "all":
+        return None
+    limits = {"train": int(shots), "validation": max(int(shots), MIN_FEW_SHOT_VALIDATION)}
+    return {
+        split: np.stack([few_shot(rows[split][1], limit, seed + draw) for draw in range(num_draws)])
+        for split, limit in limits.items()
+    }
 
 
 @dataclass
@@ -74,6 +90,7 @@ class EncoderInUse:
     encoder: Encoder
     weights: str
     reference: Any = None
+    precision: str = ""
 
     def put(self) -> Any:
         """Reference to the weights in Ray's object store, shared by all studies of the encoder."""
@@ -95,10 +112,9 @@ class SweepContext:
     experiment: Experiment
     paths: SweepPaths
     index: ImageIndex
-    tracker: Tracker
+    recorder: Recorder
     progress: Progress
-    verbose: bool
-    stack: ExitStack
+    ray: RaySession
     encoders: dict[str, EncoderInUse] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     best_heads: dict[tuple[str, int | str], Path] = field(default_factory=dict)
@@ -107,8 +123,8 @@ class SweepContext:
 
     @cached_property
     def resources(self) -> Resources:
-        """Starts Ray on first use: a sweep with nothing left to do never needs it."""
-        present = self.stack.enter_context(ray_session(self.verbose))
+        """Starts Ray on first use, if it was not before: a sweep with nothing left to do never needs it."""
+        present = self.ray.resources
         check_resources(self.experiment.resources, present)
         return present
 
@@ -123,18 +139,26 @@ class SweepContext:
         # How much is tried, where it runs and where it is kept may change between invocations of one sweep.
         settings = self.experiment.model_dump(exclude={"tracking", "resources", "storage"})
         for block in settings["search"].values():
-            del block["num_trials"], block["time_budget_s"], block["population"]
+            for name in ("num_trials", "time_budget_s", "population", "baselines"):
+                block.pop(name, None)
         root = str(self.paths.root)
         key = signature([self.index.fingerprint, settings])
-        run_id, created = self.tracker.start_run(key, self.experiment.name, "sweep", tags=environment_tags(root))
+        run_id, created = self.recorder.call(
+            "start_run", key, self.experiment.name, "sweep", None, environment_tags(root)
+        )
         if created:
             counts = self.index.counts()
             profile = {split: sum(by_class.values()) for split, by_class in counts.items()}
             name, source = self.experiment.data.source.rstrip("/").split("/")[-1], self.experiment.data.source
-            self.tracker.log_dataset(run_id, name, self.index.fingerprint, source, str(profile))
-        self.tracker.log_file(run_id, self.paths.resolved_experiment)
-        self.tracker.fail_abandoned(root)
-        return run_id
+            self.recorder.send("log_dataset", run_id, name, self.index.fingerprint, source, str(profile))
+        self.recorder.send("log_file", run_id, self.paths.resolved_experiment)
+        self.recorder.send("fail_abandoned", root)
+        return str(run_id)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Usable rows of each split; settled once every cache is there."""
+        return select_rows(self.index, list(self.bad_rows.values()))
 
     def encoder(self, config: StudyConfig) -> EncoderInUse:
         """Builds an encoder on first use."""
@@ -143,45 +167,96 @@ class SweepContext:
             self.encoders[config.encoder_name] = EncoderInUse(encoder, weights_signature(encoder))
         return self.encoders[config.encoder_name]
 
-    def cache(self, config: StudyConfig, precision: str) -> Cache:
-        """The cache that a study trains on, made now if need be."""
-        used, label = self.encoder(config), f"{config.encoder_name}: decoding"
-        if config.mode == "linear_probe":
-            label = f"{config.encoder_name}: encoder pass"
-            key = feature_signature(self.index, used.encoder, used.weights, precision)
-            folder = self.paths.cache("features", key)
-        else:
-            folder = self.paths.cache("pixels", pixel_signature(self.index, used.encoder.preprocessing))
-        exists = (folder / "manifest.json").exists()
-        if not exists:
-            present = self.resources
-            self.progress.start(label, len(self.index.table))
-        if config.mode == "linear_probe":
-            num_gpus = 0 if exists or not uses_gpu(self.experiment.resources, present) else present.num_gpus
-            weights = None if exists else used.put()
-            cache = build_feature_cache(
-                folder,
-                self.index,
-                used.encoder,
-                weights,
-                precision=precision,
-                num_gpus=num_gpus,
-                on_progress=self.progress.update,
-            )
-            self.num_encoder_passes += cache.made_now
-        else:
-            cache = build_pixel_cache(folder, self.index, used.encoder.preprocessing, self.progress.update)
-        self._describe_cache(cache, label)
-        self.set_aside(cache.bad_rows)
-        return cache
+    def caches(self, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
+        """The cache that each study trains on, by its name; those that are missing are made now, in one pass."""
+        folders = {config.name: self._cache_folder(config) for config in configs}
+        missing: dict[Path, StudyConfig] = {}
+        for config in configs:
+            if open_cache(folders[config.name]) is None:
+                missing.setdefault(folders[config.name], config)
+        made = self._make_caches(missing) if missing else {}
+        for config in configs:
+            if config.mode == "linear_probe" and folders[config.name] not in made:
+                self.progress.say(f"{config.encoder_name}: encoder pass: none needed, its features are cached")
+        found = {name: made.get(folder) or open_cache(folder) for name, folder in folders.items()}
+        caches = {name: cache for name, cache in found.items() if cache is not None}
+        self.set_aside([row for cache in caches.values() for row in cache.bad_rows])
+        return caches
 
-    def _describe_cache(self, cache: Cache, label: str) -> None:
-        self.progress.finish()
-        if cache.made_now:
-            speed = cache.num_rows / cache.seconds
-            self.progress.say(f"{label} of {cache.num_rows:,} images in {cache.seconds:.1f} s ({speed:.0f} images/s)")
-        else:
-            self.progress.say(f"{label}: none needed, {cache.num_rows:,} images are cached")
+    def _make_caches(self, missing: Mapping[Path, StudyConfig]) -> dict[Path, Cache]:
+        present = self.resources
+        requests: list[FeatureRequest | PixelRequest] = []
+        for folder, config in missing.items():
+            used = self.encoder(config)
+            if config.mode == "linear_probe":
+                requests.append(FeatureRequest(folder, used.encoder, used.put(), self.precision(config)))
+            else:
+                requests.append(PixelRequest(folder, used.encoder.preprocessing))
+        encoded = [config.encoder_name for config in missing.values() if config.mode == "linear_probe"]
+        label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
+        stage = self.progress.stage(label, len(self.index.table))
+        num_gpus = present.num_gpus if uses_gpu(self.experiment.resources, present) else 0
+        caches = build_caches(
+            requests,
+            self.index,
+            num_gpus=num_gpus,
+            num_nodes=present.num_nodes,
+            on_progress=lambda done, _total: stage.update(done),
+        )
+        stage.finish()
+        seconds = sum(cache.seconds for cache in caches if cache.made_now)
+        if seconds:  # else another sweep made them all in the meantime
+            num_images = len(self.index.table)
+            speed = f"{seconds:.1f} s ({num_images / seconds:.0f} images/s)"
+            self.progress.say(f"{label}: {num_images:,} images in {speed}")
+        made = dict(zip(missing, caches, strict=True))
+        self.num_encoder_passes += sum(
+            made[folder].made_now for folder, config in missing.items() if config.mode == "linear_probe"
+        )
+        return made
+
+    def _cache_folder(self, config: StudyConfig) -> Path:
+        used = self.encoder(config)
+        if config.mode != "linear_probe":
+            return self.paths.cache("pixels", pixel_signature(self.index, used.encoder.preprocessing))
+        key = feature_signature(self.index, used.encoder, used.weights, self.precision(config))
+        return self.paths.cache("features", key)
+
+    def precision(self, config: StudyConfig) -> str:
+        """What a study computes in: `fp32` or `bf16`, as configured; for `auto` bf16 where that is faster.
+
+        GPUs that have bf16 are always faster with it. On CPUs the encoder pass is measured, unless there are features
+        of one or the other; training stays in fp32.
+        """
+        wanted = self.experiment.train.precision
+        if wanted != "auto":
+            return wanted
+        on_gpu = uses_gpu(self.experiment.resources, self.present)
+        if config.mode != "linear_probe" and not on_gpu:
+            return "fp32"
+        used = self.encoder(config)
+        if not used.precision and config.mode == "linear_probe":
+            used.precision = self._precision_of_cache(used)
+        if not used.precision:
+            cpu = torch.device("cpu")
+            used.precision = self._gpu_precision if on_gpu else faster_precision(used.encoder, cpu, TIMED_IMAGES)
+        return used.precision
+
+    def _precision_of_cache(self, used: EncoderInUse) -> str:
+        for precision in ("bf16", "fp32"):
+            key = feature_signature(self.index, used.encoder, used.weights, precision)
+            if open_cache(self.paths.cache("features", key)):
+                return precision
+        return ""
+
+    @cached_property
+    def _gpu_precision(self) -> str:
+        if torch.cuda.is_available():
+            return "bf16" if supports_bf16(torch.device("cuda")) else "fp32"
+        import ray  # a driver without a GPU, on a cluster that has some: one of them is asked
+
+        ask = ray.remote(supports_bf16).options(num_gpus=min(1, self.experiment.resources.gpus_per_worker))
+        return "bf16" if ray.get(ask.remote(torch.device("cuda"))) else "fp32"
 
     def set_aside(self, bad_rows: Sequence[BadRow]) -> None:
         """Adds rows that did not decode to the quarantine, and stops where there are too many."""

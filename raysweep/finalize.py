@@ -1,118 +1,160 @@
-"""The end of a study: its chosen trial evaluated on test once, exported, put into a row, and logged."""
+"""The end of a study: what its choice got on test, the exported model, the row, and what MLflow is told."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from raysweep.context import SweepContext
-from raysweep.encoders import encoder_from_spec
 from raysweep.encoders.head import Classifier
 from raysweep.experiment.config import StudyConfig
 from raysweep.images.cache import Cache
 from raysweep.paths import read_json
 from raysweep.results.leaderboard import describe_setting
 from raysweep.results.model import export_model
-from raysweep.results.selection import evaluate_test
-from raysweep.search import Search, TrialRecord
+from raysweep.search import TrialRecord
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
-from raysweep.trial import run_test
-from raysweep.worker import build_classifier, load_head
+from raysweep.worker import build_classifier, load_heads
 
 
-def finalize(
+def finalize_search(
     sweep: SweepContext,
     config: StudyConfig,
-    search: Search,
+    records: Sequence[TrialRecord],
     best: TrialRecord,
     *,
     job: dict[str, Any],
     cache: Cache,
     key: str,
+    tested: dict[str, Any],
 ) -> dict[str, Any]:
-    """Opens the test split once, for the chosen trial, and exports its model.
+    """Exports the model of a study's chosen trial and makes its row.
 
     Args:
         sweep: what the studies share.
         config: the study.
-        search: its trials.
+        records: its trials.
         best: the chosen one.
         job: what its trials shared.
         cache: what they trained on.
         key: the study's signature.
+        tested: of the chosen trial, from `worker.run_test`.
 
     Returns:
-        `row` of the leaderboard, its `mlflow_run_id` and `study_seconds` still open; `test` metrics; `correct`, one
-        bool per test row; `val_metric`, what the trial was chosen by; `num_records`, the trials there were.
+        `row` of the leaderboard, its `mlflow_run_id` and `study_seconds` still open; `test` metrics; `correct`, per
+        test row; `val_metric`, what the trial was chosen by; `validation`, its metrics; `num_records`, the trials there
+        were; `best_trial`; `checkpoint`.
     """
-    assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
-    tested = run_test(job, best.checkpoint)
-    test = evaluate_test(tested["logits"], job["rows"]["test"][1], sweep.experiment.seed)
+    checkpoint = Path(str(best.checkpoint))
+    if config.mode == "linear_probe":
+        classifier = probe_classifier(sweep, config, checkpoint)
+    else:
+        classifier = build_classifier(job)
+        classifier.load_state_dict(load_checkpoint(checkpoint)[0])
     about = {"study": config.name, "key": key, "trial": best.number, "setting": best.setting}
-    about["test_accuracy"] = test["accuracy"]
-    classifier = build_best(sweep, config, job, best.checkpoint)
-    export_model(sweep.paths.model(config.name), classifier, sweep.index.classes, about)
+    export(sweep, config, classifier, about | {"test_accuracy": tested["test"]["accuracy"]})
     if config.mode == "linear_probe" and config.encoder.saved_weights_in_checkpoint:
-        add_encoder_weights(Path(best.checkpoint), classifier)
-    succeeded = [record for record in search.records if record.error is None]
-    row = make_row(config, best, succeeded, cache, test) | {"model_path": str(sweep.paths.model(config.name))}
-    row["peak_gpu_memory_bytes"] = max(row["peak_gpu_memory_bytes"], tested["peak_gpu_memory_bytes"])
-    interval = f"{test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}]"
-    sweep.progress.say(f"{config.name}: test accuracy {interval} with {describe_setting(best.setting)}")
-    return {
-        "num_records": len(search.records),
-        "row": row,
-        "val_metric": best.final[sweep.experiment.metric],
-        "correct": test.pop("correct"),
-        "test": test,
+        add_encoder_weights(checkpoint, classifier)
+    succeeded = [record for record in records if record.error is None]
+    is_probe = config.mode == "linear_probe"
+    peak = max(int(record.details["peak_memory_bytes"]) for record in succeeded)
+    gpu_peak = max(int(record.details["peak_gpu_memory_bytes"]) for record in succeeded)
+    row = make_row(sweep, config, tested, setting=best.setting, validation=best.final) | {
+        "num_trials": len(succeeded),
+        "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in succeeded),
+        "train_seconds": best.details["train_seconds"] + cache.seconds,
+        "peak_memory_bytes": max(cache.peak_memory_bytes, peak),
+        "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, gpu_peak, tested["peak_gpu_memory_bytes"]),
+        "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
+        "model_path": str(sweep.paths.model(config.name)),
+    }
+    return make_outcome(sweep, row, tested, best.final) | {
+        "num_records": len(records),
+        "best_trial": best.number,
+        "checkpoint": best.checkpoint,
     }
 
 
-def make_row(
-    config: StudyConfig, best: TrialRecord, records: Sequence[TrialRecord], cache: Cache, test: dict[str, Any]
+def finalize_baseline(
+    sweep: SweepContext, config: StudyConfig, cache: Cache, tested: dict[str, Any], key: str
 ) -> dict[str, Any]:
-    """Returns a study's row of the leaderboard.
+    """Makes the row of a baseline, and exports its model where it is a head on the encoder; as `finalize_search`."""
+    checkpoint, setting = tested["checkpoint"], tested["setting"]
+    if checkpoint is not None:
+        about = {"study": config.name, "key": key, "setting": setting, "test_accuracy": tested["test"]["accuracy"]}
+        export(sweep, config, probe_classifier(sweep, config, Path(checkpoint)), about)
+    row = make_row(sweep, config, tested, setting=setting, validation=tested["validation"]) | {
+        "num_trials": tested["num_settings"],
+        "encoder_passes": int(cache.made_now),
+        "train_seconds": tested["seconds"] + cache.seconds,
+        "peak_memory_bytes": max(cache.peak_memory_bytes, tested["peak_memory_bytes"]),
+        "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
+        "images_per_second": cache.num_rows / cache.seconds,
+        "model_path": str(sweep.paths.model(config.name)) if checkpoint else None,
+    }
+    return make_outcome(sweep, row, tested, tested["validation"]) | {"best_trial": None, "checkpoint": checkpoint}
+
+
+def make_row(
+    sweep: SweepContext,
+    config: StudyConfig,
+    tested: dict[str, Any],
+    *,
+    setting: dict[str, Any],
+    validation: dict[str, float],
+) -> dict[str, Any]:
+    """Returns what all rows of the leaderboard have in common, and says the result.
 
     `train_seconds` is what the chosen model cost from images to weights: the pass that made its cache, and its
-    training. `encoder_passes` counts the passes over the images: of a probe the one that was made now, or none.
+    training. `encoder_passes` counts the passes over the images: of features the one that was made now, or none.
     """
-    is_probe = config.mode == "linear_probe"
-    memory, gpu_memory = "peak_memory_bytes", "peak_gpu_memory_bytes"
-    peaks = {name: max(int(record.details[name]) for record in records) for name in (memory, gpu_memory)}
+    test = tested["test"]
+    interval = f"{test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}]"
+    sweep.progress.say(f"{config.name}: test accuracy {interval} with {describe_setting(setting)}")
     return {
         "study": config.name,
         "encoder": config.encoder_name,
         "mode": config.mode,
         "shots": config.shots,
-        "num_trials": len(records),
-        "best_params": best.setting,
-        "val_accuracy": best.final["val/accuracy"],
+        "num_seeds": test["num_seeds"],
+        "best_params": setting,
+        "val_accuracy": validation["val/accuracy"],
         "test_accuracy": test["accuracy"],
         "test_accuracy_low": test["accuracy_low"],
         "test_accuracy_high": test["accuracy_high"],
         "test_macro_f1": test["macro_f1"],
         "num_test": test["num_rows"],
-        "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in records),
-        "train_seconds": best.details["train_seconds"] + cache.seconds,
         "study_seconds": 0.0,
-        "peak_memory_bytes": max(cache.peak_memory_bytes, peaks[memory]),
-        "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, peaks[gpu_memory]),
-        "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
         "mlflow_run_id": None,
     }
 
 
-def build_best(sweep: SweepContext, config: StudyConfig, job: dict[str, Any], checkpoint: str) -> Classifier:
-    """Builds the classifier of a study's best checkpoint, on the CPU."""
-    if config.mode != "linear_probe":
-        model = build_classifier(job)
-        model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-        return model
-    encoder = encoder_from_spec(job["encoder"])
-    encoder.load_state_dict(sweep.encoder(config).encoder.state_dict())
-    head, source, _ = load_head(Path(checkpoint))
-    return Classifier(encoder, head, source)
+def make_outcome(
+    sweep: SweepContext, row: dict[str, Any], tested: dict[str, Any], validation: dict[str, float]
+) -> dict[str, Any]:
+    """Returns what every study leaves behind, ready for JSON."""
+    test = dict(tested["test"])
+    return {
+        "row": row,
+        "val_metric": validation[sweep.experiment.metric],
+        "validation": {name: value for name, value in validation.items() if name.startswith("val/")},
+        "correct": test.pop("correct"),
+        "test": test,
+        "model_uri": None,
+    }
+
+
+def probe_classifier(sweep: SweepContext, config: StudyConfig, checkpoint: Path) -> Classifier:
+    """The frozen encoder with a checkpoint's head, that of the first few-shot draw."""
+    (head, *_), source = load_heads(checkpoint)
+    return Classifier(sweep.encoder(config).encoder, head, source)
+
+
+def export(sweep: SweepContext, config: StudyConfig, classifier: Classifier, about: dict[str, Any]) -> None:
+    """Writes the study's model folder."""
+    export_model(sweep.paths.model(config.name), classifier, sweep.index.classes, about)
 
 
 def add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
@@ -124,15 +166,26 @@ def add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
 
 def has_model(sweep: SweepContext, config: StudyConfig, key: str, best: TrialRecord) -> bool:
     """Whether the exported model is that of this trial; a study of the same name may have been changed and back."""
-    description = sweep.paths.model(config.name) / "model.json"
-    about = read_json(description)["about"] if description.exists() else {}
+    about = model_about(sweep, config)
     return (about.get("key"), about.get("trial")) == (key, best.number)
 
 
-def log_outcome(sweep: SweepContext, run_id: str, outcome: dict[str, Any], best: TrialRecord) -> str:
-    """Logs a study's figures, confusion matrix, best checkpoint and model to its run; returns the model's URI."""
-    tracker, row, test = sweep.tracker, outcome["row"], outcome["test"]
-    validation = {name: value for name, value in best.final.items() if name.startswith("val/")}
+def model_about(sweep: SweepContext, config: StudyConfig) -> dict[str, Any]:
+    """Where the exported model of a study comes from; empty where there is none."""
+    description = sweep.paths.model(config.name) / "model.json"
+    return dict(read_json(description)["about"]) if description.exists() else {}
+
+
+def log_outcome(
+    sweep: SweepContext,
+    run_id: str,
+    outcome: dict[str, Any],
+    setting: dict[str, Any],
+    checkpoint: str | None,
+    best_trial: int | None,
+) -> Future[str] | None:
+    """Logs a study's figures, confusion matrix, best checkpoint and model to its run; returns the model's URI to be."""
+    send, row, test = sweep.recorder.send, outcome["row"], outcome["test"]
     tested = {f"test/{name}": test[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "loss")}
     cost = {
         "time/train_s": row["train_seconds"],
@@ -140,17 +193,12 @@ def log_outcome(sweep: SweepContext, run_id: str, outcome: dict[str, Any], best:
         "gpu/peak_memory_bytes": row["peak_gpu_memory_bytes"],
         "train/images_per_second": row["images_per_second"],
     }
-    tracker.log_metrics(run_id, validation | tested | cost)
+    send("log_metrics", run_id, outcome["validation"] | tested | cost)
     matrix = {"labels": list(sweep.index.classes), "counts": test["confusion_matrix"]}
-    tracker.log_dict(run_id, matrix, "confusion_matrix.json")
-    setting = {f"raysweep.best.{name}": str(value) for name, value in best.setting.items()}
-    tracker.log_once(run_id, {}, {"raysweep.best_trial": str(best.number)} | setting)
-    tracker.log_file(run_id, Path(str(best.checkpoint)), "checkpoint")
-    return tracker.log_model(run_id, Path(row["model_path"]), sweep.index.classes)
-
-
-def drop_other_checkpoints(records: Sequence[TrialRecord], best: TrialRecord) -> None:
-    """Deletes the weights of trials that were not chosen: eight fine-tunes of a large encoder would keep 10 GB."""
-    for record in records:
-        if record.checkpoint and record.checkpoint != best.checkpoint:
-            Path(record.checkpoint).unlink(missing_ok=True)
+    send("log_dict", run_id, matrix, "confusion_matrix.json")
+    tags = {f"raysweep.best.{name}": str(value) for name, value in setting.items()}
+    send("log_once", run_id, {}, tags | ({} if best_trial is None else {"raysweep.best_trial": str(best_trial)}))
+    if checkpoint is None:
+        return None
+    send("log_file", run_id, Path(checkpoint), "checkpoint")
+    return send("log_model", run_id, Path(row["model_path"]), list(sweep.index.classes))

@@ -88,6 +88,11 @@ class SweepPaths:
         return self.storage.resolve() / ".cache" / f"{kind}-{key}"
 
     @property
+    def has_features(self) -> bool:
+        """Whether any sweep of this storage has cached features of any encoder."""
+        return any((self.storage.resolve() / ".cache").glob("features-*/manifest.json"))
+
+    @property
     def optuna_journal(self) -> Path:
         """The Optuna studies of all invocations."""
         return self.root / "optuna.journal"

@@ -1,30 +1,29 @@
-"""What a person sees while a sweep runs: one bar on a terminal, plain lines elsewhere. All of it on stderr."""
+"""What a person sees while a sweep runs: bars on a terminal, plain lines elsewhere. All of it on stderr."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Stages with a count, a note such as the best so far, and the time left.
+    """Stages with a count, a note such as the best so far, and the time left; several may go on at once.
 
     Used as a context manager, so that the terminal is left as it was found.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or _own_console()
         self._started = time.monotonic()
-        self._last_line = 0.0
-        self._label = ""
         self._bar: RichProgress | None = None
-        self._task = TaskID(0)
         if self.console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
@@ -50,37 +49,50 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, stamped with the seconds since the start."""
-        (self._bar.console if self._bar else self.console).print(
-            f"[{self.elapsed:6.1f} s] {text}", markup=False, emoji=False
-        )
+        self.console.print(f"[{self.elapsed:6.1f} s] {text}", markup=False, emoji=False)
 
     def warn(self, text: str) -> None:
         """Prints a line that a person should not miss."""
-        console = self._bar.console if self._bar else self.console
-        console.print(f"warning: {text}", style="yellow", markup=False, emoji=False)
+        self.console.print(f"warning: {text}", style="yellow", markup=False, emoji=False)
 
     @property
     def elapsed(self) -> float:
         """Seconds since this object was made."""
         return time.monotonic() - self._started
 
-    def start(self, label: str, total: int) -> None:
+    def stage(self, label: str, total: int) -> Stage:
         """Begins a stage of `total` steps."""
-        self._label, self._last_line = label, time.monotonic()
-        if self._bar:
-            self.finish()
-            self._task = self._bar.add_task(label, total=total, note="")
+        return Stage(self, self._bar, label, total)
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Shows how far the stage is; as a line, at most every ten seconds, where there is no terminal."""
-        if self._bar and self._task in self._bar.task_ids:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-        elif not self._bar and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < total:
+
+class Stage:
+    """One stage: a bar on a terminal; elsewhere a line, at most every ten seconds."""
+
+    def __init__(self, progress: Progress, bar: RichProgress | None, label: str, total: int) -> None:
+        self._progress, self._bar, self._label, self._total = progress, bar, label, total
+        self._last_line = time.monotonic()
+        self._task = bar.add_task(label, total=total, note="") if bar else None
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows how far the stage is; late news, after `finish`, are ignored."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif not self._bar and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < self._total:
             self._last_line = time.monotonic()
-            self.say(f"{self._label}: {done}/{total}{', ' + note if note else ''}")
+            self._progress.say(f"{self._label}: {done}/{self._total}{', ' + note if note else ''}")
 
     def finish(self) -> None:
-        """Takes the bar of the current stage away."""
-        if self._bar:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
+        """Takes the bar away."""
+        if self._bar and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+def _own_console() -> Console:
+    """A console on a copy of stderr, which Ray's start redirects for a while (`cluster.ray_session`)."""
+    try:
+        is_stderr = sys.stderr.fileno() == 2
+    except (OSError, ValueError):
+        is_stderr = False
+    file = os.fdopen(os.dup(2), "w", buffering=1) if is_stderr else sys.stderr
+    return Console(file=file, stderr=True, highlight=False, soft_wrap=True)

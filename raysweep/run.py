@@ -78,22 +78,28 @@ def _run(experiment: Experiment, verbose: bool) -> int:
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
     console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     console.print(render_leaderboard(result.rows))
-    print("\n".join(_next_steps(experiment, result.rows[0])))
+    print("\n".join(_next_steps(experiment, result.rows)))
     for failure in result.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result.failures else 0
 
 
-def _next_steps(experiment: Experiment, best: dict[str, object]) -> list[str]:
-    model = Path(str(best["model_path"]))
-    shown = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
+def _next_steps(experiment: Experiment, rows: Sequence[dict[str, object]]) -> list[str]:
+    from raysweep.paths import SweepPaths
+
+    paths = SweepPaths(Path(experiment.storage), experiment.name)
+    models = [_shown(Path(str(row["model_path"]))) for row in rows if row["model_path"]]
     return [
         "",
-        f"results    {shown.parent.parent}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
-        f"predict    raysweep predict {shown} IMAGE [IMAGE ...]",
+        f"results    {_shown(paths.root)}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
+        *[f"predict    raysweep predict {model} IMAGE [IMAGE ...]" for model in models[:1]],
         f"compare    mlflow ui --backend-store-uri {experiment.tracking.uri}",
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,14 +46,6 @@ class TrialRecord:
     checkpoint: str | None
     details: dict[str, float]
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who is told while a study runs: of every epoch of a lone trial, and of every finished trial."""
-
-    on_epoch: Callable[[int, Setting, int, dict[str, float]], None]
-    on_trial: Callable[[TrialRecord], None]
 
 
 def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
@@ -168,12 +160,17 @@ class Search:
         return [TrialRecord(**trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
 
     @property
+    def num_done(self) -> int:
+        """Trials that came to an end without an error."""
+        return sum(record.error is None for record in self.records)
+
+    @property
     def num_remaining(self) -> int:
         """Trials left of the budget; those that an error ended are tried again by the next invocation.
 
         None are left when the time budget is spent, whatever invocation spent it, unless nothing succeeded so far.
         """
-        num_done = sum(record.error is None for record in self.records)
+        num_done = self.num_done
         budget = self.block.time_budget_s
         if num_done and budget is not None and self.seconds_spent >= budget:
             return 0

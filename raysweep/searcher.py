@@ -1,73 +1,69 @@
-"""The Tune search algorithm whose every suggestion is a Population.
+"""One Tune run works through many studies: a search algorithm whose every suggestion is a piece of a group's work.
 
 Ray's own OptunaSearch asks for one setting a suggestion and leaves a trial without a finite value running, hence this
-one (docs/decisions/0003). Apart from `study`, because it needs Ray's class when it is imported.
+one (docs/decisions/0003); and one Tune run for many studies starts once, and runs them side by side
+(docs/decisions/0008).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
-from raysweep.search import Listener, Search, make_record, population_size
-from raysweep.trial import run_population, trial_resources
-
-if TYPE_CHECKING:
-    import optuna
+from raysweep.cluster import let_tune_use_started_workers
+from raysweep.group import Group, Work
+from raysweep.trial import run_work, work_resources
 
 
-class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
-    """Asks a `Search` for as many settings as train together, and tells it and a listener what came of them.
+class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
+    """Suggests the next piece of work of the first group that has one, and passes on what came of it.
 
     Args:
-        search: the Optuna study.
-        listener: told of epochs and finished trials.
+        groups: in the order in which they are begun.
+        num_groups: groups at a time.
+        num_runs: pieces of work at a time.
     """
 
-    def __init__(self, search: Search, listener: Listener) -> None:
+    def __init__(self, groups: Sequence[Group], num_groups: int, num_runs: int) -> None:
         super().__init__()
-        self.search, self.listener = search, listener
-        self.num_left = search.num_remaining
-        self.seconds_before, self.started = search.seconds_spent, 0.0
-        self.waited = False
-        self.waiting: dict[str, dict[int, optuna.trial.Trial]] = {}
+        self.groups, self.num_groups, self.num_runs = groups, num_groups, num_runs
+        self.running: dict[str, tuple[Group, Work]] = {}
+        self.failure: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its search algorithm to restore it one day; the study's journal does that job here.
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns the settings of the next Population, or that there is none: budget spent or time over."""
-        self.started = self.started or time.monotonic()
-        budget, spent = self.search.block.time_budget_s, self.seconds_before + time.monotonic() - self.started
-        # The first Population always runs: a study without a trial has no answer.
-        over = budget is not None and self.waited and spent > budget
-        if over or self.num_left == 0:
+        """Returns a piece of work, None when all that is left waits for what is running, or that there is none."""
+        if self.failure is not None:
             return Searcher.FINISHED
-        self.waited = True
-        trials = self.search.ask(min(population_size(self.search.block), self.num_left))
-        self.num_left -= len(trials)
-        self.waiting[trial_id] = {trial.number: trial for trial in trials}
-        return {
-            "trials": [
-                {"number": trial.number, "setting": dict(trial.params), "continues": trial.user_attrs.get("continues")}
-                for trial in trials
-            ]
-        }
+        try:
+            return self._next(trial_id)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _next(self, trial_id: str) -> Any:
+        if len(self.running) >= self.num_runs:
+            return None
+        for group in self.groups:
+            num_open = len({running.name for running, _ in self.running.values()} | {group.name})
+            if num_open <= self.num_groups and (work := group.next_work()) is not None:
+                self.running[trial_id] = group, work
+                return work
+        return None if self.running else Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Passes an epoch of a lone trial on."""
         if "epoch" in result:
-            epoch = json.loads(result["epoch"])
-            setting = self.waiting[trial_id][epoch["number"]].params
-            self.listener.on_epoch(epoch["number"], setting, epoch["epoch"], epoch["metrics"])
+            self._guarded(self.running[trial_id][0].on_epoch, json.loads(result["epoch"]))
 
     def on_trial_complete(
         self,
@@ -75,13 +71,20 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: ARG002
     ) -> None:
-        """Tells every trial of a Population its result, or that it failed and why."""
+        """Tells a group what came of a piece of its work, or that it failed and why."""
         reason = (result or {}).get("error", "the worker process died")
-        results = {one["number"]: one for one in json.loads((result or {}).get("results", "[]"))}
-        for number, trial in self.waiting.pop(trial_id, {}).items():
-            record = make_record(number, dict(trial.params), results.get(number), reason)
-            self.search.tell(trial, record)
-            self.listener.on_trial(record)
+        results = json.loads((result or {}).get("results", "null"))
+        if trial_id in self.running:
+            group, work = self.running.pop(trial_id)
+            self._guarded(group.take, work, results, reason)
+
+    def _guarded(self, listener: Any, *arguments: Any) -> None:
+        """Keeps an error for `run_groups`: Tune would wrap it in its own."""
+        if self.failure is None:
+            try:
+                listener(*arguments)
+            except Exception as error:
+                self.failure = error
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""
@@ -90,30 +93,37 @@ class PopulationSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to
         """Does nothing: see `__getstate__`."""
 
 
-def run_study(search: Search, job: dict[str, Any], listener: Listener, tune_folder: Path, num_concurrent: int) -> None:
-    """Works through what is left of a study's budget with Ray Tune.
+def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: int) -> None:
+    """Works through all that is left of some groups with Ray Tune.
 
     Args:
-        search: the study.
-        job: what its trials share; see `worker.train_worker`.
-        listener: told of epochs and finished trials, in this process.
+        groups: in the order in which they are begun.
         tune_folder: where Tune may write.
-        num_concurrent: Populations at a time.
+        num_groups: groups at a time.
+        num_runs: pieces of work at a time.
     """
-    name = search.optuna_study.study_name
-    searcher = PopulationSearcher(search, listener)
-    num_populations = math.ceil(search.num_remaining / population_size(search.block))
+    let_tune_use_started_workers()
+    jobs = {group.name: group.build_job(min(num_groups, len(groups))) for group in groups}
+    searcher = GroupSearcher(groups, num_groups, num_runs)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_population, job=job), trial_resources(job)),
+        tune.with_resources(
+            tune.with_parameters(run_work, jobs=jobs),
+            lambda work: tune.PlacementGroupFactory([work_resources(jobs[work["group"]], work)]),
+        ),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            num_samples=num_populations,
-            max_concurrent_trials=num_concurrent,
-            reuse_actors=job["num_workers"] == 1,
+            num_samples=-1,
+            reuse_actors=all(job["num_workers"] == 1 for job in jobs.values()),
             # Without it Tune writes the whole population into a folder's name.
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(tune_folder), verbose=0),
+        run_config=tune.RunConfig(name=groups[0].mode, storage_path=str(tune_folder), verbose=0),
     )
-    tuner.fit()
-    shutil.rmtree(tune_folder / name, ignore_errors=True)  # what matters is in the study's journal and folder
+    try:
+        tuner.fit()
+    except Exception:
+        if searcher.failure is None:
+            raise
+    if searcher.failure is not None:
+        raise searcher.failure
+    shutil.rmtree(tune_folder, ignore_errors=True)  # what matters is in the journal and the studies' folders

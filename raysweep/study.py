@@ -1,240 +1,287 @@
-"""One study of a sweep: an encoder in a mode, from its cache to its row of the leaderboard."""
+"""The studies of a sweep: what a row of the leaderboard needs, from its signature to its outcome."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raysweep.cluster import num_concurrent_trials, uses_gpu
-from raysweep.context import EncoderInUse, SweepContext, select_rows
+from raysweep.context import SweepContext, draw_subsets
 from raysweep.encoders import weights_signature
 from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
-from raysweep.finalize import drop_other_checkpoints, finalize, has_model, log_outcome
+from raysweep.finalize import finalize_baseline, finalize_search, has_model, log_outcome, model_about
 from raysweep.images.cache import Cache
 from raysweep.paths import read_json, signature, write_json
-from raysweep.search import Listener, Search, TrialRecord, study_space
-from raysweep.worker import load_head
+from raysweep.progress import Stage
+from raysweep.results.tracking import LoggedTrial
+from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
+from raysweep.worker import load_heads
 
 
-@dataclass
 class Study:
-    """One study of a sweep, from its cache to its row of the leaderboard."""
+    """One row of the leaderboard: a classifier that is chosen on validation and then meets the test split once.
 
-    sweep: SweepContext
-    config: StudyConfig
+    Args:
+        sweep: what the studies share.
+        config: the study.
+        cache: of what it trains on.
+    """
 
-    def run(self) -> dict[str, Any]:
-        """Returns `row` (of the leaderboard), `correct` (per test row), `model_uri`."""
-        started, sweep = time.perf_counter(), self.sweep
-        used = sweep.encoder(self.config)
-        precision = self._precision()
-        cache = sweep.cache(self.config, precision)
-        rows = select_rows(sweep.index, list(sweep.bad_rows.values()), self.config.shots, sweep.experiment.seed)
-        block = sweep.experiment.search.block(self.config.mode)
-        space = study_space(block, list(used.encoder.sources), self.config.encoder_name)
-        head = self._probe_head()
-        key = self._signature(used, space, head)
-        folder = sweep.paths.study(self.config.name, key)
-        search = Search(
-            sweep.paths.optuna_journal,
-            f"{self.config.name}-{key}",
-            block,
-            space,
-            sweep.experiment.metric,
-            sweep.experiment.direction,
-            sweep.experiment.seed,
-        )
-        run_id = self._start_run(key, used, rows)
-        past = self._catch_up(run_id, search, key)
-        job: dict[str, Any] = {}
-        if search.num_remaining:
-            job = self._job(used, cache, rows, folder, key, head, precision)
-            self._search(search, job, run_id, key)
-        best = search.best()
-        if self.config.mode == "linear_probe":
-            sweep.best_heads[self.config.encoder_name, self.config.shots] = Path(str(best.checkpoint))
-        result = sweep.paths.study_result(self.config.name, key)
-        outcome = read_json(result) if result.exists() else None
-        if (
-            outcome is None
-            or outcome["num_records"] != len(search.records)
-            or not has_model(sweep, self.config, key, best)
-        ):
-            job = job or self._job(used, cache, rows, folder, key, head, precision)
-            earlier = outcome["row"]["study_seconds"] if outcome else 0.0
-            outcome = finalize(sweep, self.config, search, best, job=job, cache=cache, key=key)
-            outcome["row"]["study_seconds"] = earlier + time.perf_counter() - started
-            drop_other_checkpoints(search.records, best)
-        else:
-            sweep.progress.say(f"{self.config.name}: all {past} trials are there, nothing left to do")
-            outcome["row"]["encoder_passes"] = int(cache.made_now and self.config.mode == "linear_probe")
-        if outcome["row"]["mlflow_run_id"] != run_id:
-            outcome["row"]["mlflow_run_id"] = run_id
-            outcome["model_uri"] = log_outcome(sweep, run_id, outcome, best)
-        write_json(result, outcome)
-        sweep.tracker.finish(run_id)
-        return outcome
+    def __init__(self, sweep: SweepContext, config: StudyConfig, cache: Cache) -> None:
+        self.sweep, self.config, self.cache = sweep, config, cache
+        self.encoder = sweep.encoder(config)
+        # Training all weights is too dear for more than one draw: it takes the first, as does the probe's model.
+        trains_all = config.mode in ("fine_tune", "from_scratch")
+        num_draws = 1 if trains_all else sweep.experiment.data.few_shot_seeds
+        self.subsets = draw_subsets(sweep.rows, config.shots, num_draws, sweep.experiment.seed)
+        self.key = signature(self._identity())
+        self.folder = sweep.paths.study(config.name, self.key)
+        self.run_id = self._start_run()
+        self.started = time.perf_counter()
+        self.outcome: dict[str, Any] | None = None
+        self.model_uri: Future[str] | None = None
+        self.failure: str | None = None
 
-    def _precision(self) -> str:
-        """For `auto`: bf16 where training runs on GPUs (that have it, as far as this machine can tell), else fp32."""
-        wanted = self.sweep.experiment.train.precision
-        if wanted != "auto":
-            return wanted
-        import torch
+    def _identity(self) -> list[Any]:
+        """All that the row depends on; how much is tried is not part of it."""
+        experiment, used = self.sweep.experiment, self.encoder
+        num_draws = len(self.subsets["train"]) if self.subsets else 1
+        return [
+            [self.sweep.index.fingerprint, sorted(self.sweep.bad_rows)],
+            [used.encoder.spec(), used.weights, self.config.mode, self.config.shots, num_draws],
+            [experiment.metric, experiment.seed],
+        ]
 
-        on_gpu = uses_gpu(self.sweep.experiment.resources, self.sweep.present)
-        lacks_it = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
-        return "bf16" if on_gpu and not lacks_it else "fp32"
-
-    def _probe_head(self) -> Path | None:
-        """The best head of the probe study of the same encoder and shots, which fine-tuning starts from (LP-FT)."""
-        if self.config.mode != "fine_tune":
-            return None
-        return self.sweep.best_heads.get((self.config.encoder_name, self.config.shots))
-
-    def _signature(self, used: EncoderInUse, space: dict[str, Any], head: Path | None) -> str:
-        """Signature of all that a trial's result depends on; how many trials there are is not part of it."""
-        experiment = self.sweep.experiment
-        return signature(
-            [
-                [self.sweep.index.fingerprint, sorted(self.sweep.bad_rows)],
-                [used.encoder.spec(), used.weights, self.config.mode, self.config.shots],
-                [{name: dimension.model_dump() for name, dimension in space.items()}],
-                [experiment.search.block(self.config.mode).sampler, experiment.metric, experiment.seed],
-                experiment.train.model_dump(),
-                weights_signature(load_head(head)[0]) if head else None,
-            ]
-        )
-
-    def _start_run(self, key: str, used: EncoderInUse, rows: dict[str, Any]) -> str:
-        sweep, config = self.sweep, self.config
-        run_id, created = sweep.tracker.start_run(key, config.name, "study", parent=sweep.run_id)
+    def _start_run(self) -> str:
+        sweep, config, origin = self.sweep, self.config, self.encoder.encoder.origin
+        run_id, created = sweep.recorder.call("start_run", self.key, config.name, "study", sweep.run_id)
         if created:
-            origin = used.encoder.origin
             params = {
                 "encoder": config.encoder_name,
                 "mode": config.mode,
                 "shots": config.shots,
                 "weights": origin["name"],
                 "revision": origin["revision"],
-                "image_size": used.encoder.preprocessing.output_size[0],
+                "image_size": self.encoder.encoder.preprocessing.output_size[0],
                 "metric": sweep.experiment.metric,
                 "seed": sweep.experiment.seed,
-                **{f"num_{split}": len(labels) for split, (_, labels) in rows.items()},
+                **{f"num_{split}": self.num_rows(split) for split in sweep.rows},
             }
-            sweep.tracker.log_once(run_id, params)
-        return run_id
+            sweep.recorder.send("log_once", run_id, params)
+        return str(run_id)
 
-    def _catch_up(self, run_id: str, search: Search, key: str) -> int:
-        """Logs trials that Optuna knows and MLflow does not: the sweep was killed in between, or has a new store."""
-        records = search.records
-        for record in records:
-            status = self.sweep.tracker.status(f"{key}/{record.number}", run_id)
-            if status is None or (status != "FINISHED" and record.error is None):
-                self._log_trial(run_id, key, record, 0)
-        return len(records)
+    def num_rows(self, split: str) -> int:
+        """Rows of a split that one model of this study sees."""
+        if self.subsets and split in self.subsets:
+            return int(self.subsets[split].shape[1])
+        return len(self.sweep.rows[split][0])
 
-    def _log_trial(self, run_id: str, key: str, record: TrialRecord, num_logged: int) -> None:
-        tracker, name = self.sweep.tracker, f"{self.config.name}-{record.number}"
-        trial_run, created = tracker.start_run(f"{key}/{record.number}", name, "trial", parent=run_id)
-        if created or num_logged:
-            tracker.log_once(trial_run, record.setting, {"raysweep.error": record.error} if record.error else {})
-            tracker.log_history(trial_run, record.history[num_logged:], num_logged)
-            tracker.log_metrics(trial_run, {f"best/{k}": v for k, v in record.final.items() if k.startswith("val/")})
-        value = record.final.get(self.sweep.experiment.metric, math.nan)
-        tracker.finish(trial_run, failed=record.error is not None or not math.isfinite(value))
+    def _known(self) -> dict[str, Any] | None:
+        """The outcome of an earlier invocation, where there is one."""
+        result = self.sweep.paths.study_result(self.config.name, self.key)
+        return read_json(result) if result.exists() else None
 
-    def _job(
-        self,
-        used: EncoderInUse,
-        cache: Cache,
-        rows: dict[str, Any],
-        folder: Path,
-        key: str,
-        head: Path | None,
-        precision: str,
-    ) -> dict[str, Any]:
-        """What all trials of the study share, as a plain dict; see `worker.train_worker`."""
-        experiment, present = self.sweep.experiment, self.sweep.resources
-        train, resources = experiment.train, experiment.resources
-        num_concurrent = self._num_concurrent()
-        return {
-            "mode": self.config.mode,
-            "cache": cache.folder,
-            "data_key": key,
-            "shape": list(used.encoder.preprocessing.training_size),
-            "rows": rows,
-            "num_classes": len(self.sweep.index.classes),
-            "encoder": used.encoder.spec(),
-            "weights": None if self.config.mode == "linear_probe" else used.put(),
-            "head": str(head) if head else None,
-            "source": next(iter(used.encoder.sources)),
-            "folder": str(folder),
-            "num_workers": resources.num_workers,
-            "use_gpu": uses_gpu(resources, present),
-            "cpus_per_worker": resources.cpus_per_worker,
-            "gpus_per_worker": resources.gpus_per_worker,
-            "num_threads": max(1, present.num_cpus // (num_concurrent * resources.num_workers)),
-            "loop": {
-                "batch_size": train.batch_size,
-                "seed": experiment.seed,
-                "metric": experiment.metric,
-                "direction": experiment.direction,
-                "patience": train.early_stopping_patience,
-                "precision": precision,
-                "augmentation": train.augmentation.model_dump() if train.augmentation else None,
-                "warmup_fraction": train.warmup_fraction,
-                "gradient_clip": train.gradient_clip,
-            },
-        }
+    @cached_property
+    def is_settled(self) -> bool:
+        """Whether an earlier invocation has left nothing to do."""
+        known = self._known()
+        if known is None or known["row"]["model_path"] is None:
+            return known is not None
+        return bool(model_about(self.sweep, self.config).get("key") == self.key)
 
-    def _num_concurrent(self) -> int:
-        """Training runs side by side. Probe Populations run one by one: each learns from those before it."""
-        if self.config.mode == "linear_probe":
-            return 1
-        num_trials = self.sweep.experiment.search.block(self.config.mode).num_trials
-        return min(num_trials, num_concurrent_trials(self.sweep.experiment.resources, self.sweep.resources))
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a worker needs to know of this study alone, beside the job it shares with others."""
+        return {"name": self.config.name, "mode": self.config.mode, "folder": str(self.folder), "subsets": self.subsets}
 
-    def _search(self, search: Search, job: dict[str, Any], run_id: str, key: str) -> None:
-        from raysweep.searcher import run_study  # imports Ray Tune, which a finished sweep does not need
+    def settle(self, tested: dict[str, Any], job: dict[str, Any]) -> None:  # noqa: ARG002
+        """Takes what `worker.run_test` returned of this study."""
+        self.outcome = finalize_baseline(self.sweep, self.config, self.cache, tested, self.key)
+        self._log(tested["checkpoint"], tested["setting"], None)
 
-        sweep, tracker = self.sweep, self.sweep.tracker
-        total, num_epochs_logged = search.block.num_trials, dict[int, int]()
-        num_done, errors = total - search.num_remaining, set[str]()
-        sweep.progress.start(self.config.name, total)
+    def _log(self, checkpoint: str | None, setting: dict[str, Any], best_trial: int | None) -> None:
+        assert self.outcome is not None
+        known = self._known()
+        earlier = known["row"]["study_seconds"] if known else 0.0
+        self.outcome["row"]["study_seconds"] = earlier + time.perf_counter() - self.started
+        self.model_uri = log_outcome(self.sweep, self.run_id, self.outcome, setting, checkpoint, best_trial)
 
-        def on_epoch(number: int, setting: Any, epoch: int, metrics: dict[str, float]) -> None:
-            name = f"{self.config.name}-{number}"
-            trial_run, created = tracker.start_run(f"{key}/{number}", name, "trial", parent=run_id)
-            if created:
-                tracker.log_once(trial_run, setting)
-            tracker.log_history(trial_run, [metrics], epoch)
-            num_epochs_logged[number] = epoch + 1
-            score = (
-                f"trial {number} epoch {epoch + 1}: {sweep.experiment.metric} {metrics[sweep.experiment.metric]:.3f}"
+    def conclude(self) -> dict[str, Any]:
+        """Returns the outcome: `row`, `correct` per test row, `val_metric`, `test`, `model_uri`; ends the MLflow run.
+
+        Raises:
+            TrialError: there is none.
+        """
+        if self.failure:
+            raise TrialError(self.failure)
+        outcome = self.outcome or self._known()
+        assert outcome is not None, self.config.name
+        if self.outcome is None:
+            self._reuse(outcome)
+        if self.model_uri is not None:
+            outcome["model_uri"] = self.model_uri.result()
+        outcome["row"]["mlflow_run_id"] = self.run_id
+        write_json(self.sweep.paths.study_result(self.config.name, self.key), outcome)
+        self.sweep.recorder.send("finish", self.run_id)
+        return outcome
+
+    def _reuse(self, outcome: dict[str, Any]) -> None:
+        """Brings the outcome of an earlier invocation up to date."""
+        uses_features = self.config.mode not in ("fine_tune", "from_scratch")
+        outcome["row"]["encoder_passes"] = int(self.cache.made_now and uses_features)
+        if outcome["row"]["mlflow_run_id"] != self.run_id:
+            checkpoint, best_trial = outcome["checkpoint"], outcome["best_trial"]
+            self.model_uri = log_outcome(
+                self.sweep, self.run_id, outcome, outcome["row"]["best_params"], checkpoint, best_trial
             )
-            sweep.progress.update(num_done, total, score)
 
-        def on_trial(record: TrialRecord) -> None:
-            nonlocal num_done
-            self._log_trial(run_id, key, record, num_epochs_logged.get(record.number, 0))
-            if record.error and record.error not in errors:
-                errors.add(record.error)
-                sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
-                sweep.progress.say(f"its traceback is in {job['folder']}/trials/")
-            num_done += 1
-            sweep.num_new_trials += 1
-            sweep.progress.update(num_done, total, self._best_so_far(search))
 
-        run_study(search, job, Listener(on_epoch, on_trial), sweep.paths.tune, self._num_concurrent())
-        sweep.progress.finish()
+class SearchStudy(Study):
+    """A study whose setting is searched with Optuna, trial by trial."""
 
-    def _best_so_far(self, search: Search) -> str:
+    def __init__(self, sweep: SweepContext, config: StudyConfig, cache: Cache) -> None:
+        block = sweep.experiment.search.block(config.mode)
+        self.space = study_space(block, list(sweep.encoder(config).encoder.sources), config.encoder_name)
+        self.head = None  # the best head of the probe of the same encoder and shots: fine-tuning starts there (LP-FT)
+        if config.mode == "fine_tune":
+            self.head = sweep.best_heads.get((config.encoder_name, config.shots))
+        super().__init__(sweep, config, cache)
+        self.search = Search(
+            sweep.paths.optuna_journal,
+            f"{config.name}-{self.key}",
+            block,
+            self.space,
+            sweep.experiment.metric,
+            sweep.experiment.direction,
+            sweep.experiment.seed,
+        )
+        sweep.recorder.send("catch_up", self.run_id, [self._logged(record) for record in self.search.records])
+        self.num_left = self.search.num_remaining
+        self.num_done, self.total = self.search.num_done, self.search.block.num_trials
+        self.waiting: dict[int, Any] = {}
+        self.num_epochs_logged: dict[int, int] = {}
+        self.errors: set[str] = set()
+        self._stage: Stage | None = None
+        self._asked: float | None = None
+
+    def _identity(self) -> list[Any]:
+        experiment = self.sweep.experiment
+        return [
+            *super()._identity(),
+            {name: dimension.model_dump() for name, dimension in self.space.items()},
+            experiment.search.block(self.config.mode).sampler,
+            experiment.train.model_dump(),
+            weights_signature(load_heads(self.head)[0][0]) if self.head else None,
+        ]
+
+    @cached_property
+    def is_settled(self) -> bool:
+        """Whether an earlier invocation has left nothing to do."""
+        known = self._known()
+        if self.num_left or known is None or known["num_records"] != len(self.search.records):
+            return False
+        return has_model(self.sweep, self.config, self.key, self.search.best())
+
+    def ask(self) -> list[dict[str, Any]]:
+        """Draws the settings of the next Population; none when the budget or the time for them is spent."""
+        budget = self.search.block.time_budget_s
+        if self._asked is None:
+            self._asked = time.monotonic() - self.search.seconds_spent
+        # The first Population always runs: a study without a trial has no answer.
+        elif budget is not None and time.monotonic() - self._asked > budget:
+            self.num_left = 0
+        trials = self.search.ask(min(population_size(self.search.block), self.num_left))
+        self.num_left -= len(trials)
+        self.waiting |= {trial.number: trial for trial in trials}
+        return [
+            {
+                "study": self.config.name,
+                "number": trial.number,
+                "setting": dict(trial.params),
+                "continues": trial.user_attrs.get("continues"),
+            }
+            for trial in trials
+        ]
+
+    def on_epoch(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Logs an epoch of a trial that is still running."""
+        sweep, setting = self.sweep, dict(self.waiting[number].params)
+        key, name = f"{self.key}/{number}", f"{self.config.name}-{number}"
+        sweep.recorder.send("log_epoch", self.run_id, key, name, setting, epoch, metrics)
+        self.num_epochs_logged[number] = epoch + 1
+        score = f"{sweep.experiment.metric} {metrics[sweep.experiment.metric]:.3f}"
+        self._show(f"trial {number} epoch {epoch + 1}: {score}")
+
+    def tell(self, number: int, result: dict[str, Any] | None, reason: str) -> None:
+        """Records the end of a trial: what `worker.train_worker` returned of it, or why there is nothing."""
+        trial, sweep = self.waiting.pop(number), self.sweep
+        record = make_record(number, dict(trial.params), result, reason)
+        self.search.tell(trial, record)
+        sweep.recorder.send("log_trial", self.run_id, *self._logged(record, self.num_epochs_logged.get(number, 0)))
+        if record.error and record.error not in self.errors:
+            self.errors.add(record.error)
+            sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
+            sweep.progress.say(f"its traceback is in {self.folder}/trials/")
+        self.num_done += 1
+        sweep.num_new_trials += 1
+        if not self.waiting:
+            self._show(self._best_so_far())
+
+    def _logged(self, record: TrialRecord, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
+        value = record.final.get(self.sweep.experiment.metric, math.nan)
+        failed = record.error is not None or not math.isfinite(value)
+        history = record.history[num_logged:]
+        if self.config.mode == "linear_probe":  # hundreds of trials, whose epochs take no time of their own
+            history = [{k: v for k, v in epoch.items() if not k.startswith("time/")} for epoch in history]
+        trial = LoggedTrial(record.setting, history, record.final, failed, record.error, num_logged)
+        return f"{self.key}/{record.number}", f"{self.config.name}-{record.number}", trial
+
+    def _show(self, note: str) -> None:
+        if self._stage is None:
+            self._stage = self.sweep.progress.stage(self.config.name, self.total)
+        self._stage.update(self.num_done, note)
+
+    def _best_so_far(self) -> str:
         try:
-            return f"best {self.sweep.experiment.metric} {search.best().final[self.sweep.experiment.metric]:.3f}"
+            value = self.search.best().final[self.sweep.experiment.metric]
         except TrialError:
             return "no trial has succeeded yet"
+        return f"best {self.sweep.experiment.metric} {value:.3f}"
+
+    def choose(self) -> str | None:
+        """Returns the checkpoint of the best trial; None when every trial failed, which ends the study."""
+        if self._stage is not None:
+            self._stage.finish()
+        try:
+            best = self.search.best()
+        except TrialError as error:
+            self.failure = str(error)
+            return None
+        assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
+        if self.config.mode == "linear_probe":
+            self.sweep.best_heads[self.config.encoder_name, self.config.shots] = Path(best.checkpoint)
+        return best.checkpoint
+
+    def settle(self, tested: dict[str, Any], job: dict[str, Any]) -> None:
+        """Takes what `worker.run_test` returned of this study."""
+        best = self.search.best()
+        self.outcome = finalize_search(
+            self.sweep, self.config, self.search.records, best, job=job, cache=self.cache, key=self.key, tested=tested
+        )
+        self._log(best.checkpoint, best.setting, best.number)
+
+    def conclude(self) -> dict[str, Any]:
+        """As `Study.conclude`; then deletes the weights of trials that were not chosen."""
+        if self.outcome is None and self.failure is None:
+            self.sweep.progress.say(f"{self.config.name}: all {self.num_done} trials are there, nothing left to do")
+        outcome = super().conclude()
+        if self.outcome is not None:  # eight fine-tunes of a large encoder would keep 10 GB
+            chosen = outcome["checkpoint"]
+            for record in self.search.records:
+                if record.checkpoint and record.checkpoint != chosen:
+                    Path(record.checkpoint).unlink(missing_ok=True)
+        return outcome

@@ -1,37 +1,28 @@
-"""One sweep, from the experiment to the leaderboard: the order of things, and nothing else."""
+"""One sweep, from the experiment to the leaderboard: what it holds while it runs, and what is started early."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from raysweep.cluster import check_resources, local_resources
-from raysweep.context import SweepContext, write_quarantine
-from raysweep.errors import ConfigError, TrialError
+from raysweep.cluster import RaySession, Resources, check_resources, local_resources
+from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.sources import ImageIndex, load_index
 from raysweep.images.splits import SPLITS
 from raysweep.paths import SweepPaths, write_atomically
 from raysweep.progress import Progress
-from raysweep.results.leaderboard import rank_rows, write_leaderboard
-from raysweep.results.tracking import Tracker, reported_as_ours
-from raysweep.search import study_space
-from raysweep.study import Study
+from raysweep.recorder import Recorder
 
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep leaves behind: the ranked rows, and how much had to be done for them this time."""
-
-    rows: list[dict[str, Any]]
-    num_new_trials: int
-    num_encoder_passes: int
-    failures: tuple[str, ...] = ()
+if TYPE_CHECKING:
+    from raysweep.stages import SweepResult
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
@@ -45,63 +36,35 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         check_resources(experiment.resources, local_resources())
     with ExitStack() as stack:
         stack.enter_context(only_sweep_in(paths.root))
+        stack.enter_context(ended_by_sigterm())
+        # Both start while torch is imported and the images are read: Ray where it is sure to be needed, MLflow always.
+        ray = RaySession(verbose, lambda present: describe_resources(present, progress))
+        stack.callback(ray.close)
+        if not paths.optuna_journal.exists():
+            ray.start()
+            if not paths.has_features:
+                ray.prepare(warm_up_pass)
+        recorder = Recorder(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
+        stack.callback(recorder.close)
         progress.say(f"reading {experiment.data.source}")
         index = load_index(experiment.data, experiment.seed)
         describe_index(index, progress)
         write_atomically(paths.resolved_experiment, resolved_yaml(experiment))
+        from raysweep.context import SweepContext, write_quarantine
+        from raysweep.stages import check_studies, run_stages
+
         write_quarantine(paths.quarantine, index.bad_rows)
-        stack.enter_context(reported_as_ours(experiment.tracking.uri))
-        tracker = Tracker(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
-        stack.callback(tracker.close)
-        context = SweepContext(experiment, paths, index, tracker, progress, verbose, stack)
+        context = SweepContext(experiment, paths, index, recorder, progress, ray)
         check_studies(context)
-        outcomes, failures = [], []
-        for config in experiment.studies():
-            try:
-                outcomes.append(Study(context, config).run())
-            except TrialError as error:  # what is wrong with one study need not be wrong with the others
-                failures.append(str(error))
-                progress.warn(f"{config.name} has no result: {error}")
-        if not outcomes:
-            raise TrialError("; ".join(failures))
-        return replace(conclude(context, outcomes), failures=tuple(failures))
+        recorder.wait()  # a store that cannot be used shows before hours of work
+        return run_stages(context)
 
 
-def check_studies(context: SweepContext) -> None:
-    """Loads every encoder and settles every search space, so that what is wrong with the last study shows at once.
+def warm_up_pass() -> None:
+    """Has Ray import what an encoder pass needs."""
+    from raysweep.images.passes import warm_up
 
-    Raises:
-        EncoderError: weights cannot be loaded.
-        ConfigError: an encoder has none of the feature sources asked for.
-    """
-    experiment = context.experiment
-    for config in experiment.studies():
-        encoder = context.encoder(config).encoder
-        study_space(experiment.search.block(config.mode), list(encoder.sources), config.encoder_name)
-
-
-def conclude(context: SweepContext, outcomes: list[dict[str, Any]]) -> SweepResult:
-    """Ranks the studies, writes the leaderboard, registers the winner, and ends the sweep's MLflow run.
-
-    The leaderboard is ordered by the test split; the model that is registered is the best by validation, so that
-    nothing is chosen on test.
-    """
-    experiment, tracker, run_id = context.experiment, context.tracker, context.run_id
-    rows = rank_rows([o["row"] for o in outcomes], [o["correct"] for o in outcomes], experiment.seed)
-    write_leaderboard(rows, context.paths.leaderboard_json, context.paths.leaderboard_csv)
-    for path in (context.paths.leaderboard_json, context.paths.leaderboard_csv, context.paths.quarantine):
-        tracker.log_file(run_id, path)
-    sign = 1 if experiment.direction == "maximize" else -1
-    winner = max(outcomes, key=lambda outcome: sign * outcome["val_metric"])
-    tracker.log_metrics(run_id, {"test/accuracy": winner["row"]["test_accuracy"]})
-    name = experiment.tracking.register_model
-    if name:
-        version = tracker.register(winner["model_uri"], name)
-        context.progress.say(
-            f"registered {winner['row']['study']}, the best by validation, as {name} version {version}"
-        )
-    tracker.finish(run_id)
-    return SweepResult(rows, context.num_new_trials, context.num_encoder_passes)
+    warm_up()
 
 
 @contextmanager
@@ -118,6 +81,25 @@ def only_sweep_in(root: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"{root}: another sweep is running here; wait for it, or give this one a name") from None
         yield
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the sweep as an exception does: there are runs to close."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def describe_resources(present: Resources, progress: Progress) -> None:
+    """Says what there is to run on."""
+    nodes = f" on {present.num_nodes} nodes" if present.num_nodes > 1 else ""
+    progress.say(f"Ray is up: {present.num_cpus} CPUs, {present.num_gpus} GPUs{nodes}")
 
 
 def describe_index(index: ImageIndex, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""One Tune trial: a Population in one Train run, and the test rows of the study's best."""
+"""One Tune trial: a Population in one Train run, or the test of what a group's studies chose."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.paths import write_atomically
-from raysweep.worker import predict_test_rows, train_worker
 
 
-def run_population(config: dict[str, Any], job: dict[str, Any]) -> None:
-    """Tune's trainable: trains one Population and reports every trial's `results`, or the `error` that ended it.
+def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
+    """Tune's trainable: does a piece of a group's work and reports its `results`, or the `error` that ended it.
 
     An error is reported rather than raised, so that the study's journal can say what went wrong, and a reused actor
     lives on.
     """
     from ray import tune
 
+    job = jobs[work["group"]]
     try:
-        tune.report({"results": json.dumps(_train(config["trials"], job))})
+        from raysweep.worker import run_test
+
+        if "trials" in work:
+            results: dict[str, Any] = {"trials": _train(work["trials"], job)}
+        else:
+            results = {"tested": run_test(job, work["test"], work["baselines"])}
+        tune.report({"results": json.dumps(results)})
     except Exception as error:
-        folder = Path(job["folder"]) / "trials" / str(config["trials"][0]["number"])
-        write_atomically(folder / "error.txt", traceback.format_exc())
+        if "trials" in work:
+            name = str(work["trials"][0]["number"])
+            study = job["studies"][work["trials"][0]["study"]]
+        else:
+            name, study = "test", job["studies"][[*work["test"], *work["baselines"]][0]]
+        write_atomically(Path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
         reason = " ".join(str(error).split()) or "no message"
         tune.report({"error": f"{type(error).__name__}: {reason[:500]}"})
 
@@ -38,6 +48,8 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, 
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from raysweep.worker import train_worker
+
     loop_config: dict[str, Any] = {"job": job, "trials": trials}
     if job["num_workers"] == 1:
         trainer = TorchTrainer(
@@ -50,13 +62,14 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, 
 
         # Named after its trials, so that Train's own recovery finds the run again.
         name = f"trials-{trials[0]['number']}-{trials[-1]['number']}"
+        folder = job["studies"][trials[0]["study"]]["folder"]
         trainer = TorchTrainer(
             train_worker,
             train_loop_config=loop_config | {"report": None},
             scaling_config=ScalingConfig(
                 num_workers=job["num_workers"], use_gpu=job["use_gpu"], resources_per_worker=worker_resources(job)
             ),
-            run_config=RunConfig(name=name, storage_path=f"{job['folder']}/train", callbacks=[TuneReportCallback()]),
+            run_config=RunConfig(name=name, storage_path=f"{folder}/train", callbacks=[TuneReportCallback()]),
         )
     results: list[dict[str, Any]] = trainer.fit().return_value
     return results
@@ -68,22 +81,11 @@ def worker_resources(job: dict[str, Any]) -> dict[str, float]:
     return {"CPU": job["cpus_per_worker"], **gpus}
 
 
-def trial_resources(job: dict[str, Any]) -> dict[str, float]:
+def work_resources(job: dict[str, Any], work: dict[str, Any]) -> dict[str, float]:
     """What a Tune trial itself holds.
 
-    With several workers that is next to nothing, since Train's placement group lies outside of it; Ray refuses an
-    empty bundle, and a fraction of a CPU would keep the last worker from ever fitting.
+    With several workers that is next to nothing while they train, since Train's placement group lies outside of it; Ray
+    refuses an empty bundle, and a fraction of a CPU would keep the last worker from ever fitting.
     """
-    return worker_resources(job) if job["num_workers"] == 1 else {"memory": 1}
-
-
-def run_test(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Evaluates the test rows once: probes in this process, from cached features; the rest on a worker's device."""
-    if job["mode"] == "linear_probe":
-        return predict_test_rows(job | {"use_gpu": False}, checkpoint)
-    import ray
-
-    resources = worker_resources(job)
-    task = ray.remote(predict_test_rows).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
-    result: dict[str, Any] = ray.get(task.remote(job, checkpoint))
-    return result
+    trains_elsewhere = job["num_workers"] > 1 and "trials" in work
+    return {"memory": 1} if trains_elsewhere else worker_resources(job)

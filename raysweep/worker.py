@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from raysweep.errors import TrialError
 from raysweep.images.cache import peak_memory_bytes
 from raysweep.images.features import load_arrays, load_features
 from raysweep.images.pixels import load_pixels
+from raysweep.results.selection import evaluate_test
+from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.distributed import rank
 from raysweep.training.loop import (
@@ -30,9 +32,11 @@ from raysweep.training.loop import (
     ranking_key,
     train_classifier,
 )
-from raysweep.training.population import FeatureSet, train_population
+from raysweep.training.population import FeatureSet, Subsets, train_population
 
 Report = Callable[[dict[str, Any]], None]
+
+TEST_ROWS = 4096  # that a probe's heads see at once
 
 # What the last job loaded: actors are reused from one Population to the next, and the data is the same.
 _loaded: dict[str, Any] = {}
@@ -42,13 +46,14 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Trains one Population.
 
     Args:
-        config: `job`, what all trials of the study share (`Study._job`); `trials`, a dict each with `number`,
-            `setting` and `continues` (the number of an interrupted trial of the same setting, or None); `report`,
-            called with each epoch's metrics when this runs inside the Tune trial itself, None in a worker process.
+        config: `job`, what all trials of the group share (`Group.build_job`); `trials`, a dict each with `study`,
+            `number`, `setting` and `continues` (the number of an interrupted trial of the same setting, or None);
+            `report`, called with each epoch's metrics when this runs inside the Tune trial itself, None in a worker
+            process.
 
     Returns:
-        One dict per trial: `number`, `history` by epoch, `final` metrics (a probe's last epoch, otherwise the best),
-        `best_epoch`, `checkpoint` path or None, `train_seconds`, `images_per_second`, and the memory peaks.
+        One dict per trial: `study`, `number`, `history` by epoch, `final` metrics (a probe's last epoch, otherwise the
+        best), `best_epoch`, `checkpoint` path or None, `train_seconds`, `images_per_second`, and the memory peaks.
     """
     job, trials = config["job"], config["trials"]
     local = config["report"] is not None
@@ -84,29 +89,42 @@ def _device(use_gpu: bool, local: bool) -> torch.device:
 
 
 def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Trains the heads of a Population, study by study: those of one number of shots read the same rows."""
+    results = []
+    for name in dict.fromkeys(trial["study"] for trial in trials):
+        members = [trial for trial in trials if trial["study"] == name]
+        results += _train_heads_of(job, job["studies"][name], members, device)
+    return results
+
+
+def _train_heads_of(
+    job: dict[str, Any], study: dict[str, Any], trials: list[dict[str, Any]], device: torch.device
+) -> list[dict[str, Any]]:
     train, validation = (feature_set(job, split, device) for split in ("train", "validation"))
+    subsets = _subsets(study, device)
     started = time.perf_counter()
     heads = train_population(
         train,
         validation,
         [trial["setting"] for trial in trials],
-        sources={source: tuple(parts) for source, parts in job["encoder"]["sources"].items()},
+        sources=_sources(job),
         num_classes=job["num_classes"],
         batch_size=job["loop"]["batch_size"],
         seed=job["loop"]["seed"],
+        subsets=subsets,
     )
     seconds = time.perf_counter() - started
     options = LoopOptions(**job["loop"])
     best = max(range(len(heads)), key=lambda index: ranking_key(heads[index].history[-1], options))
+    num_rows = subsets.train.numel() if subsets else len(train.labels)
     results = []
     for index, (trial, head) in enumerate(zip(trials, heads, strict=True)):
-        path = Path(job["folder"]) / "trials" / str(trial["number"]) / "best.safetensors"
+        path = Path(study["folder"]) / "trials" / str(trial["number"]) / "best.safetensors"
         if index == best and rank() == 0:
-            metadata = {"head": head.head.spec(), "source": trial["setting"]["features"], "trial": trial["number"]}
-            save_checkpoint(path, {f"head.{n}": t for n, t in head.head.state_dict().items()}, metadata)
-        num_images = len(train.labels) * len(head.history)
+            save_heads(path, head.heads, trial["setting"]["features"], {"trial": trial["number"]})
         results.append(
             {
+                "study": study["name"],
                 "number": trial["number"],
                 "history": head.history,
                 "final": head.history[-1],
@@ -114,10 +132,21 @@ def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torc
                 # Only the best head of a Population can be the study's best, so only that one is kept.
                 "checkpoint": str(path) if index == best else None,
                 "train_seconds": seconds,
-                "images_per_second": num_images / sum(epoch["time/epoch_s"] for epoch in head.history),
+                "images_per_second": num_rows * len(head.history) / sum(e["time/epoch_s"] for e in head.history),
             }
         )
     return results
+
+
+def _sources(job: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {source: tuple(parts) for source, parts in job["encoder"]["sources"].items()}
+
+
+def _subsets(study: dict[str, Any], device: torch.device) -> Subsets | None:
+    places = study["subsets"]
+    return (
+        Subsets(*(torch.from_numpy(places[split]).to(device) for split in ("train", "validation"))) if places else None
+    )
 
 
 def _train_classifier(
@@ -131,7 +160,7 @@ def _train_classifier(
 
         parallel = prepare_model(model, move_to_device=False)
     number = trial["number"] if trial["continues"] is None else trial["continues"]
-    folder = Path(job["folder"]) / "trials" / str(number)
+    folder = Path(job["studies"][trial["study"]]["folder"]) / "trials" / str(number)
     started = time.perf_counter()
     done: list[int] = []
 
@@ -154,6 +183,7 @@ def _train_classifier(
         (folder / "last.safetensors").unlink(missing_ok=True)
     speeds = [epoch["train/images_per_second"] for epoch in result.history]
     return {
+        "study": trial["study"],
         "number": trial["number"],
         "history": result.history,
         "final": result.best or result.history[-1],
@@ -172,15 +202,21 @@ def build_classifier(job: dict[str, Any]) -> Classifier:
     encoder = encoder_from_spec(job["encoder"])
     load_arrays(encoder, ray.get(job["weights"]))
     if job["head"] is not None:
-        head, source, _ = load_head(Path(job["head"]))
+        (head, *_), source = load_heads(Path(job["head"]))
     else:
         source = job["source"]
         head = Head(encoder.num_features(source), job["num_classes"])
     return Classifier(encoder, head, source)
 
 
-def load_head(path: Path) -> tuple[Head, str, dict[str, Any]]:
-    """Reads a probe's checkpoint: its head, the feature source that the head reads, and the metadata.
+def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: dict[str, Any]) -> None:
+    """Writes a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read."""
+    tensors = {f"head.{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
+    save_checkpoint(path, tensors, metadata | {"head": heads[0].spec(), "num_heads": len(heads), "source": source})
+
+
+def load_heads(path: Path) -> tuple[list[Head], str]:
+    """Reads a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read.
 
     Raises:
         TrialError: the file is not a probe's checkpoint.
@@ -188,42 +224,94 @@ def load_head(path: Path) -> tuple[Head, str, dict[str, Any]]:
     tensors, metadata = load_checkpoint(path)
     if "head" not in metadata:
         raise TrialError(f"{path}: not the checkpoint of a linear probe")
-    head = Head(**metadata["head"])
-    head.load_state_dict({name.removeprefix("head."): t for name, t in tensors.items() if name.startswith("head.")})
-    return head, metadata["source"], metadata
+    heads = []
+    for index in range(metadata["num_heads"]):
+        heads.append(Head(**metadata["head"]))
+        prefix = f"head.{index}."
+        heads[-1].load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    return heads, metadata["source"]
 
 
-def predict_test_rows(job: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Logits of the test rows, by a study's best checkpoint, on this worker's device.
+def run_test(job: dict[str, Any], checkpoints: dict[str, str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Evaluates the test rows once for each study, on this worker's device.
+
+    Args:
+        job: what the studies share.
+        checkpoints: what each searched study chose, by its name.
+        baselines: names of studies without trials, which are chosen on validation first.
 
     Returns:
-        `logits` float32 `(num_test, num_classes)`, and `peak_gpu_memory_bytes`.
+        By study: `test`, from `selection.evaluate_test`, and `peak_gpu_memory_bytes`; of a baseline also its
+        `checkpoint` (or None), `setting`, `num_settings`, `validation`, `seconds` and `peak_memory_bytes`.
     """
     torch.set_num_threads(job["num_threads"])
     device = torch.device("cuda" if job["use_gpu"] else "cpu")
-    if job["mode"] == "linear_probe":
-        logits = _probe_logits(job, checkpoint, device)
-    else:
-        model = build_classifier(job)
-        model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-        chunks = pixel_set(job, "test").pixels.split(EVALUATION_ROWS)
-        logits = torch.cat([predict_logits(model.to(device), c, job["loop"]["precision"]).cpu() for c in chunks])
+    tested = {}
+    for name, checkpoint in checkpoints.items():
+        logits = _probe_logits if job["mode"] == "linear_probe" else _classifier_logits
+        tested[name] = {"test": _evaluate(job, logits(job, checkpoint, device))}
+    for name in baselines:
+        tested[name] = _run_baseline(job, job["studies"][name], device)
     gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {"logits": logits.numpy(), "peak_gpu_memory_bytes": gpu_memory}
+    return {name: result | {"peak_gpu_memory_bytes": gpu_memory} for name, result in tested.items()}
+
+
+def _evaluate(job: dict[str, Any], logits: Sequence[Tensor]) -> dict[str, Any]:
+    scores = [one.numpy() for one in logits]
+    labels: np.ndarray = job["rows"]["test"][1]
+    return evaluate_test(scores if len(scores) > 1 else scores[0], labels, job["loop"]["seed"])
+
+
+def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    train, validation, test = (feature_set(job, split, device) for split in ("train", "validation", "test"))
+    run = {"knn": run_knn, "ridge": run_ridge}[study["mode"]]
+    result = run(
+        train,
+        validation,
+        test,
+        sources=_sources(job),
+        num_classes=job["num_classes"],
+        subsets=_subsets(study, device),
+        metric=job["loop"]["metric"],
+        direction=job["loop"]["direction"],
+    )
+    path = Path(study["folder"]) / "best.safetensors" if result.heads else None
+    if path is not None:
+        save_heads(path, result.heads, result.setting["features"], {"setting": result.setting})
+    return {
+        "test": _evaluate(job, result.test_logits),
+        "checkpoint": str(path) if path else None,
+        "setting": result.setting,
+        "num_settings": result.num_settings,
+        "validation": result.validation,
+        "seconds": result.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
+    model = build_classifier(job)
+    model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
+    chunks = pixel_set(job, "test").pixels.split(EVALUATION_ROWS)
+    return [torch.cat([predict_logits(model.to(device), c, job["loop"]["precision"]).cpu() for c in chunks])]
 
 
 @torch.inference_mode()
-def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> Tensor:
-    head, source, _ = load_head(Path(checkpoint))
-    features, head = feature_set(job, "test", device), head.to(device)
-    rows = torch.arange(len(features.labels), device=device).split(4096)
-    return torch.cat([head(features.source(job["encoder"]["sources"][source], chunk)).cpu() for chunk in rows])
+def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
+    heads, source = load_heads(Path(checkpoint))
+    features, parts = feature_set(job, "test", device), _sources(job)[source]
+    logits: list[list[Tensor]] = [[] for _ in heads]
+    for rows in torch.arange(len(features.labels), device=device).split(TEST_ROWS):
+        inputs = features.source(parts, rows)
+        for head, scores in zip(heads, logits, strict=True):
+            scores.append(head.to(device)(inputs).cpu())
+    return [torch.cat(scores) for scores in logits]
 
 
 def feature_set(job: dict[str, Any], split: str, device: torch.device) -> FeatureSet:
     """Cached features and labels of a split, on a device."""
     row_ids, labels = job["rows"][split]
-    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]))
+    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]), job["memory_bytes"])
     parts = _load_once(f"{job['data_key']}/{split}", load)
     return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
 

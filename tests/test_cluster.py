@@ -3,11 +3,22 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from raysweep import cluster
-from raysweep.cluster import Resources, check_resources, local_resources, num_concurrent_trials, ray_session, uses_gpu
+from raysweep.cluster import (
+    RaySession,
+    Resources,
+    check_resources,
+    local_resources,
+    num_concurrent_trials,
+    ray_session,
+    uses_gpu,
+)
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
 
@@ -121,3 +132,74 @@ def test_what_is_held_back_is_shown_when_the_block_fails(capfd):
     with pytest.raises(ValueError, match="boom"):
         fail_loudly()
     assert capfd.readouterr().err == "the reason\n"
+
+
+# Ray in a thread of its own
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """Stands for Ray: what is entered and left, with the thread that did; waits for `may_start`."""
+    found = SimpleNamespace(events=[], may_start=threading.Event(), error=None)
+
+    @contextmanager
+    def fake_session(verbose):
+        found.may_start.wait(10)
+        if found.error:
+            raise found.error
+        found.events.append(("started", threading.current_thread()))
+        yield Resources(4, 1)
+        found.events.append(("left", threading.current_thread()))
+
+    monkeypatch.setattr(cluster, "ray_session", fake_session)
+    return found
+
+
+def test_ray_starts_while_other_things_are_done(sessions):
+    told = []
+    session = RaySession(False, told.append)
+    session.start()
+    assert (sessions.events, told) == ([], []), "nobody waits for it yet"
+    sessions.may_start.set()
+    assert session.resources == Resources(4, 1)
+    assert told == [Resources(4, 1)]
+    session.close()
+
+
+def test_ray_is_started_once_and_left_by_the_thread_that_started_it(sessions):
+    sessions.may_start.set()
+    session = RaySession(False)
+    session.start()
+    session.start()
+    assert session.resources is session.resources
+    session.leave()
+    session.close()
+    assert [event for event, _ in sessions.events] == ["started", "left"]
+    (thread,) = {thread for _, thread in sessions.events}
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+
+
+def test_asking_for_resources_starts_ray(sessions):
+    sessions.may_start.set()
+    session = RaySession(False)
+    assert session.resources == Resources(4, 1)
+    session.close()
+    assert [event for event, _ in sessions.events] == ["started", "left"]
+
+
+def test_what_was_never_started_is_not_left(sessions):
+    session = RaySession(False)
+    session.leave()
+    session.close()
+    assert sessions.events == []
+
+
+def test_a_cluster_that_is_not_there_shows_when_it_is_needed(sessions):
+    sessions.may_start.set()
+    sessions.error = ResourceError("RAY_ADDRESS: no Ray cluster answers")
+    session = RaySession(False)
+    session.start()
+    with pytest.raises(ResourceError, match="no Ray cluster answers"):
+        _ = session.resources
+    session.close()

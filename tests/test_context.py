@@ -2,12 +2,14 @@ import csv
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from raysweep.context import SweepContext, select_rows, write_quarantine
+from raysweep.context import SweepContext, draw_subsets, select_rows, write_quarantine
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment
 from raysweep.images.sources import BadRow, ImageIndex
+from raysweep.images.splits import few_shot
 from raysweep.paths import SweepPaths
 
 
@@ -25,24 +27,63 @@ def by_split(rows):
 
 
 def test_every_usable_row_goes_to_its_split():
-    rows = select_rows(index_of(), [BadRow(100, "a.jpg", "truncated")], "all", 1)
+    rows = select_rows(index_of(), [BadRow(100, "a.jpg", "truncated")])
     assert {split: len(labels) for split, (_, labels) in rows.items()} == {"train": 59, "validation": 30, "test": 30}
     assert 100 not in by_split(rows)["train"]
 
 
-def test_few_shot_takes_shots_per_class_caps_validation_and_leaves_test_whole():
-    everything, few = select_rows(index_of(160), [], "all", 1), select_rows(index_of(160), [], 5, 1)
-    for split, expected in (("train", 5), ("validation", 16), ("test", 40)):
-        assert np.bincount(few[split][1]).tolist() == [expected] * 3
-    assert by_split(few)["test"] == by_split(everything)["test"]
-    assert by_split(few)["train"] <= by_split(everything)["train"]
-    assert by_split(few)["validation"] <= by_split(everything)["validation"]
+def test_a_split_that_lost_all_its_rows_is_named():
+    index = index_of()
+    test = index.table.filter(pc.equal(index.table["split"], "test"))["row_id"].to_pylist()
+    with pytest.raises(DataError, match=r"no test images left of 30: see quarantine\.csv"):
+        select_rows(index, [BadRow(row_id, "x.jpg", "truncated") for row_id in test])
 
 
-def test_few_shot_subsets_are_nested_and_follow_the_seed():
-    sets = [by_split(select_rows(index_of(), [], shots, 1))["train"] for shots in (1, 5, 10)]
-    assert sets[0] < sets[1] < sets[2]
-    assert by_split(select_rows(index_of(), [], 5, 2))["train"] != sets[1]
+# Few-shot draws
+
+
+def test_all_images_need_no_draw():
+    assert draw_subsets(select_rows(index_of(), []), "all", 5, 1) is None
+
+
+def test_each_draw_takes_shots_per_class_and_caps_validation():
+    rows = select_rows(index_of(160), [])
+    subsets = draw_subsets(rows, 5, 3, 1)
+    assert subsets.keys() == {"train", "validation"}, "the test split stays whole"
+    assert {split: (places.shape, places.dtype) for split, places in subsets.items()} == {
+        "train": ((3, 15), np.int64),
+        "validation": ((3, 48), np.int64),
+    }
+    for split, expected in (("train", 5), ("validation", 16)):
+        for places in subsets[split]:
+            assert len(set(places.tolist())) == len(places)
+            assert np.bincount(rows[split][1][places]).tolist() == [expected] * 3
+
+
+def test_a_class_with_fewer_images_gives_all_in_every_draw():
+    rows = select_rows(index_of(), [BadRow(row_id, "x.jpg", "truncated") for row_id in range(100, 117)])
+    subsets = draw_subsets(rows, 5, 4, 1)
+    assert [np.bincount(rows["train"][1][places]).tolist() for places in subsets["train"]] == [[3, 5, 5]] * 4
+
+
+def test_draws_are_nested_over_shots_and_differ_from_each_other():
+    rows = select_rows(index_of(), [])
+    one, five, ten = (draw_subsets(rows, shots, 4, 1)["train"] for shots in (1, 5, 10))
+    for draw in range(4):
+        assert set(one[draw]) < set(five[draw]) < set(ten[draw])
+    assert len({tuple(places) for places in five}) == 4
+
+
+def test_the_first_draw_is_that_of_the_seed_alone():
+    rows = select_rows(index_of(), [])
+    many, single, other = (draw_subsets(rows, 5, draws, seed) for draws, seed in ((3, 7), (1, 7), (1, 8)))
+    for split, limit in (("train", 5), ("validation", 16)):
+        expected = few_shot(rows[split][1], limit, 7)
+        assert many[split][0].tolist() == single[split][0].tolist() == expected.tolist()
+    assert other["train"].tolist() != single["train"].tolist()
+
+
+# The quarantine
 
 
 def test_a_few_more_bad_rows_than_allowed_stop_the_sweep(tmp_path):
@@ -51,7 +92,7 @@ def test_a_few_more_bad_rows_than_allowed_stop_the_sweep(tmp_path):
         strict=False,
     )
     paths = SweepPaths(tmp_path, "x")
-    context = SweepContext(experiment, paths, index_of(), None, None, False, None)
+    context = SweepContext(experiment, paths, index_of(), None, None, None)
     context.set_aside([BadRow(100, "a.jpg", "truncated"), BadRow(101, "b.jpg", "empty file")])
     with pytest.raises(DataError, match=r"3 of 120 images \(2.5%\).*max_bad_fraction.*2.0%.*truncated"):
         context.set_aside([BadRow(102, "c.jpg", "empty file")])

@@ -7,6 +7,7 @@ import pytest
 
 from raysweep import __main__, __version__, run
 from raysweep.errors import DataError
+from raysweep.experiment.config import load_experiment
 
 SCHEMA = Path(__file__).resolve().parents[1] / "experiments" / "schema.json"
 DIGITS = "data: {source: 'sklearn://digits'}\nencoders:\n  - type: stacked_cnn\n    image_size: 32\n"
@@ -111,6 +112,16 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(experiment, tmp_path):
     assert all(f" {digit} " in done.stdout.replace("(", " ") for digit in range(10))
     assert "present:" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["digits.yaml"]
+
+
+def test_the_next_steps_name_the_best_model_that_there_is(experiment, tmp_path):
+    loaded = load_experiment(Path(experiment()))
+    models = [None, f"{tmp_path}/runs/digits/models/ridge", "/elsewhere/probe"]
+    steps = run._next_steps(loaded, [{"model_path": model} for model in models])
+    assert [step for step in steps if step.startswith("predict")] == [
+        "predict    raysweep predict runs/digits/models/ridge IMAGE [IMAGE ...]"
+    ]
+    assert not any(step.startswith("predict") for step in run._next_steps(loaded, [{"model_path": None}]))
 
 
 def test_the_console_script_shares_its_commands(capsys, monkeypatch):

@@ -1,15 +1,12 @@
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 
-from raysweep import searcher as searchers
 from raysweep.errors import ConfigError, TrialError
 from raysweep.experiment.config import FineTuneSearch, FromScratchSearch, LinearProbeSearch
 from raysweep.experiment.space import recommended
-from raysweep.search import Listener, Search, TrialRecord, make_record, population_size, study_space
-from raysweep.searcher import PopulationSearcher
+from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
 
 SOURCES = ["cls", "cls+mean"]
 GRID = {"learning_rate": {"choices": [1e-3, 1e-2]}, "epochs": {"low": 5, "high": 7}}
@@ -277,113 +274,10 @@ def test_a_result_becomes_a_record():
     assert (lost.final, lost.history, lost.error) == ({}, [], "why")
 
 
-# The searcher that Tune asks
+# Budgets
 
 
-class Heard:
-    def __init__(self):
-        self.epochs, self.trials = [], []
-        self.listener = Listener(lambda *news: self.epochs.append(news), self.trials.append)
-
-
-@pytest.fixture
-def heard():
-    return Heard()
-
-
-def results_of(suggestion, accuracy=0.5):
-    details = {"best_epoch": 0, "train_seconds": 1.0, "images_per_second": 1.0, "peak_memory_bytes": 1,
-               "peak_gpu_memory_bytes": 0}  # fmt: skip
-    final = {"val/accuracy": accuracy, "val/loss": 1.0}
-    each = [{"number": trial["number"], "final": final, "history": [final], "checkpoint": None, **details}
-            for trial in suggestion["trials"]]  # fmt: skip
-    return {"results": json.dumps(each)}
-
-
-def test_suggestions_are_populations_until_the_budget_is_spent(tmp_path, heard):
-    search = open_search(tmp_path, probe(num_trials=8, population=3))
-    searcher = PopulationSearcher(search, heard.listener)
-    sizes = []
-    while isinstance(suggestion := searcher.suggest(f"t{len(sizes)}"), dict):
-        sizes.append(len(suggestion["trials"]))
-        searcher.on_trial_complete(f"t{len(sizes) - 1}", results_of(suggestion))
-    assert sizes == [3, 3, 2]
-    assert suggestion == PopulationSearcher.FINISHED
-    assert [one.number for one in heard.trials] == list(range(8))
-    assert search.num_remaining == 0
-    assert all(one.setting["learning_rate"] > 0 for one in heard.trials)
-
-
-def test_a_resumed_budget_is_what_is_left(tmp_path, heard):
-    play(open_search(tmp_path, probe(num_trials=8)), 1, 6)
-    searcher = PopulationSearcher(open_search(tmp_path, probe(num_trials=8)), heard.listener)
-    assert len(searcher.suggest("a")["trials"]) == 2
-    assert searcher.suggest("b") == PopulationSearcher.FINISHED
-
-
-def test_no_population_starts_after_the_time_budget(tmp_path, heard, monkeypatch):
-    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(searchers, "time", clock)
-    search = open_search(tmp_path, probe(num_trials=30, population=2, time_budget_s=60))
-    searcher = PopulationSearcher(search, heard.listener)
-    assert len(searcher.suggest("a")["trials"]) == 2
-    clock.now += 59
-    assert len(searcher.suggest("b")["trials"]) == 2
-    clock.now += 2
-    assert searcher.suggest("b") == PopulationSearcher.FINISHED
-
-
-def test_a_continued_trial_says_which_it_continues(tmp_path, heard):
-    block = fine_tune(num_trials=2)
-    open_search(tmp_path, block).ask(1)
-    searcher = PopulationSearcher(open_search(tmp_path, block), heard.listener)
-    suggested = [searcher.suggest(name)["trials"][0]["continues"] for name in "ab"]
-    assert sorted(suggested, key=str) == [0, None]
-
-
-@pytest.mark.parametrize(
-    ("result", "expected"),
-    [({"error": "DataError: no such cache"}, "DataError: no such cache"), (None, "the worker process died")],
-)
-def test_a_lost_population_fails_with_its_reason(tmp_path, heard, result, expected):
-    search = open_search(tmp_path, probe(num_trials=4, population=2))
-    searcher = PopulationSearcher(search, heard.listener)
-    searcher.suggest("t0")
-    searcher.on_trial_complete("t0", result, error=result is None)
-    assert [one.error for one in heard.trials] == [expected] * 2
-    assert states(search) == ["FAIL"] * 2
-    assert search.num_remaining == 4
-    searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
-    assert len(heard.trials) == 2
-
-
-def test_a_trial_missing_from_the_results_fails_alone(tmp_path, heard):
-    searcher = PopulationSearcher(open_search(tmp_path, probe(num_trials=2)), heard.listener)
-    suggestion = searcher.suggest("t0")
-    searcher.on_trial_complete("t0", results_of({"trials": suggestion["trials"][1:]}))
-    assert [one.error is None for one in heard.trials] == [False, True]
-
-
-def test_epochs_are_passed_on(tmp_path, heard):
-    searcher = PopulationSearcher(open_search(tmp_path, fine_tune(num_trials=1)), heard.listener)
-    (trial,) = searcher.suggest("t0")["trials"]
-    news = {"number": trial["number"], "epoch": 4, "metrics": {"val/loss": 0.5}}
-    searcher.on_trial_result("t0", {"epoch": json.dumps(news)})
-    searcher.on_trial_result("t0", results_of({"trials": [trial]}))
-    assert heard.epochs == [(trial["number"], trial["setting"], 4, {"val/loss": 0.5})]
-
-
-def test_the_first_population_runs_whatever_the_budget(tmp_path, heard, monkeypatch):
-    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(searchers, "time", clock)
-    searcher = PopulationSearcher(open_search(tmp_path, probe(population=2, time_budget_s=0.001)), heard.listener)
-    clock.now += 1
-    assert len(searcher.suggest("a")["trials"]) == 2
-    clock.now += 1
-    assert searcher.suggest("b") == PopulationSearcher.FINISHED
-
-
-def test_a_time_budget_that_is_spent_stays_spent(tmp_path, heard):
+def test_a_time_budget_that_is_spent_stays_spent(tmp_path):
     search = open_search(tmp_path, probe(num_trials=30, time_budget_s=1e-9))
     (trial,) = search.ask(1)
     search.tell(trial, record(trial.number, 0.5, setting=dict(trial.params)))

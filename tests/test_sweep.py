@@ -1,5 +1,6 @@
 """Whole sweeps, as a user runs them: in a process of their own, on real handwritten digits."""
 
+import itertools
 import json
 import os
 import signal
@@ -71,10 +72,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_study_gets_a_row_with_honest_figures(finished: Path):
     rows = leaderboard(finished)
-    assert set(rows) == {"stacked_cnn-from_scratch", "dinov2-linear_probe", "dinov2-fine_tune"}
+    probes = {"dinov2-linear_probe", "dinov2-knn", "dinov2-ridge"}
+    assert set(rows) == probes | {"stacked_cnn-from_scratch", "dinov2-fine_tune"}
     for row in rows.values():
         assert row["test_accuracy_low"] <= row["test_accuracy"] <= row["test_accuracy_high"]
-        assert row["num_test"] == 359
+        assert (row["num_test"], row["num_seeds"]) == (359, 1)
         assert row["train_seconds"] > 0
         assert row["study_seconds"] >= 0
         assert row["peak_memory_bytes"] > 10**8
@@ -83,6 +85,10 @@ def test_every_study_gets_a_row_with_honest_figures(finished: Path):
     assert probe["encoder_passes"] == 1
     assert probe["test_accuracy"] > 0.5, "even random features tell digits apart"
     assert set(probe["best_params"]) == {"learning_rate", "epochs", "weight_decay", "features", "normalize"}
+    for name, parameter in (("dinov2-knn", "k"), ("dinov2-ridge", "strength")):
+        assert rows[name]["test_accuracy"] > 0.5
+        assert parameter in rows[name]["best_params"]
+    assert rows["dinov2-knn"]["model_path"] is None, "its images are its model"
 
 
 def test_outputs_are_all_there_and_the_terminal_shows_them(finished: Path):
@@ -93,13 +99,14 @@ def test_outputs_are_all_there_and_the_terminal_shows_them(finished: Path):
     assert "dinov2" in stdout
     assert "raysweep predict" in stdout
     assert "24 new trials, 1 encoder passes" in stderr
+    assert "encoder pass (dinov2): 1,797 images" in stderr
     assert "Traceback" not in stderr
     assert "ray::" not in stderr, "Ray's own chatter is for --verbose"
 
 
 def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
     levels = runs_by_level(finished)
-    assert {level: len(runs) for level, runs in levels.items()} == {"sweep": 1, "study": 3, "trial": 24}
+    assert {level: len(runs) for level, runs in levels.items()} == {"sweep": 1, "study": 5, "trial": 24}
     assert {run.info.status for runs in levels.values() for run in runs} == {"FINISHED"}
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/mlflow.db")
     for trial in levels["trial"]:
@@ -113,10 +120,12 @@ def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
     for study in levels["study"]:
         assert study.data.metrics["test/accuracy"] == leaderboard(finished)[study.info.run_name]["test_accuracy"]
         names = {file.path for file in client.list_artifacts(study.info.run_id)}
-        assert {"checkpoint", "confusion_matrix.json"} <= names
+        wanted = {"confusion_matrix.json"} | ({"checkpoint"} if study.info.run_name != "dinov2-knn" else set())
+        assert wanted <= names
 
 
-def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_path: Path):
+@pytest.mark.parametrize("study", ["dinov2-linear_probe", "dinov2-ridge"])
+def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_path: Path, study: str):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -124,7 +133,7 @@ def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_p
     for number in range(40):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray((digits.images[number] / 16 * 255).astype(np.uint8)).save(files[-1])
-    row = leaderboard(finished)["dinov2-linear_probe"]
+    row = leaderboard(finished)[study]
     predict = [sys.executable, "-m", "raysweep.predict", row["model_path"], *map(str, files), "--format", "json"]
     done = subprocess.run(predict, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -172,7 +181,7 @@ def test_a_new_store_is_told_everything_again(finished: Path):
     assert "0 new trials" in done.stderr
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/other.db")
     runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id], max_results=1000)
-    assert sorted(run.data.tags["raysweep.level"] for run in runs) == ["study"] * 3 + ["sweep"] + ["trial"] * 28
+    assert sorted(run.data.tags["raysweep.level"] for run in runs) == ["study"] * 5 + ["sweep"] + ["trial"] * 28
     for row in leaderboard(finished).values():
         assert client.get_run(row["mlflow_run_id"]).data.metrics["test/accuracy"] == row["test_accuracy"]
 
@@ -206,20 +215,32 @@ def test_a_stopped_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path, numbe
     assert "RUNNING" not in statuses
 
 
-def test_few_shot_studies_train_on_just_their_images(tmp_path: Path):
+def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass(tmp_path: Path):
+    wider = TINY_DINOV2 | {"config": TINY_DINOV2["config"] | {"hidden_size": 48}}
     experiment = EXPERIMENT | {
         "data": {"source": "sklearn://digits", "shots": [5, "all"]},
-        "encoders": [TINY_DINOV2],
+        "encoders": [TINY_DINOV2, wider],
         "modes": ["linear_probe"],
     }
-    done = run(tmp_path, "--set", "search.linear_probe.num_trials=8", experiment=experiment)
+    done = run(tmp_path, "--set", "search.linear_probe.num_trials=4", experiment=experiment)
     assert done.returncode == 0, done.stderr
-    assert "16 new trials, 1 encoder passes" in done.stderr
+    assert "encoder pass (dinov2, dinov2-2): 1,797 images" in done.stderr
+    assert done.stderr.count("1,797 images in ") == 2, "what was found, and one pass"
+    assert "16 new trials, 2 encoder passes" in done.stderr
     rows = leaderboard(tmp_path)
-    assert rows["dinov2-linear_probe-5shot"]["test_accuracy"] < rows["dinov2-linear_probe"]["test_accuracy"]
-    (few,) = [s for s in runs_by_level(tmp_path)["study"] if s.data.params["shots"] == "5"]
-    assert few.data.params["num_train"] == "50"
-    assert few.data.params["num_test"] == "359"
+    assert len(rows) == 12
+    for encoder, mode in itertools.product(("dinov2", "dinov2-2"), ("linear_probe", "knn", "ridge")):
+        few, whole = rows[f"{encoder}-{mode}-5shot"], rows[f"{encoder}-{mode}"]
+        assert few["test_accuracy"] < whole["test_accuracy"]
+        assert (few["num_seeds"], whole["num_seeds"]) == (5, 1)
+        (result,) = (tmp_path / "runs" / "digits" / "studies" / few["study"]).glob("*/result.json")
+        accuracies = json.loads(result.read_text())["test"]["accuracies"]
+        assert len(set(accuracies)) > 1, "each draw has its own head"
+        assert few["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    few_studies = [study for study in runs_by_level(tmp_path)["study"] if study.data.params["shots"] == "5"]
+    assert len(few_studies) == 6
+    assert {study.data.params["num_train"] for study in few_studies} == {"50"}
+    assert {study.data.params["num_test"] for study in few_studies} == {"359"}
 
 
 def test_two_workers_give_what_one_gives(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""MLflow: the only importer of it, and the only writer to it, from the driver.
+"""MLflow: the only importer of it, and the only writer to it.
 
 Runs form a tree, sweep > study > trial. Each carries a `raysweep.key` tag and is looked up by it before it is created,
 so that a resumed sweep goes on in the runs it had.
@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.errors import RaysweepError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 METRICS_PER_BATCH = 1_000  # the server's limit
@@ -32,6 +33,18 @@ ROOT, MODEL_URI = "raysweep.root", "raysweep.model_uri"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
 KEY, LEVEL, PARENT = "raysweep.key", "raysweep.level", "mlflow.parentRunId"
+
+
+@dataclass(frozen=True)
+class LoggedTrial:
+    """What is logged of a trial that is over: `history` from `first_epoch` on, `final` what it is ranked by."""
+
+    setting: Mapping[str, Any]
+    history: Sequence[Mapping[str, float]]
+    final: Mapping[str, float]
+    failed: bool
+    error: str | None = None
+    first_epoch: int = 0
 
 
 class Tracker:
@@ -89,11 +102,6 @@ class Tracker:
         self._open.add(run.info.run_id)
         return run.info.run_id, True
 
-    def status(self, key: str, parent: str) -> str | None:
-        """Returns the status of the run that carries `key` under `parent`, as found; None where there is none."""
-        run = self._runs_under(parent).get(key)
-        return run.info.status if run else None
-
     def _runs_under(self, parent: str | None) -> dict[str, Run]:
         """Runs of ours by key; found once, then kept up to date by `start_run`."""
         slot = parent or ""
@@ -119,16 +127,39 @@ class Tracker:
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], first_epoch: int = 0) -> None:
         """Logs one dict of metrics per epoch; the step is the number of epochs done."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, value, now, epoch)
-            for epoch, values in enumerate(history, start=first_epoch + 1)
-            for name, value in values.items()
-        ]
+        metrics = _curve(history, first_epoch)
         for start in range(0, len(metrics), METRICS_PER_BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+    def log_epoch(
+        self, parent: str, key: str, name: str, setting: Mapping[str, Any], epoch: int, metrics: Mapping[str, float]
+    ) -> None:
+        """Logs an epoch of a trial that is still running; the first one starts its run."""
+        run_id, created = self.start_run(key, name, "trial", parent)
+        if created:
+            self.log_once(run_id, setting)
+        self.log_history(run_id, [metrics], epoch)
+
+    def log_trial(self, parent: str, key: str, name: str, trial: LoggedTrial) -> None:
+        """Logs a trial that is over, and ends its run; in as few calls as may be, since there can be hundreds."""
+        from mlflow.entities import Param, RunTag
+
+        run_id, created = self.start_run(key, name, "trial", parent)
+        best = {f"best/{name}": value for name, value in trial.final.items() if name.startswith("val/")}
+        metrics = [*_curve(trial.history, trial.first_epoch), *_curve([best], -1)]
+        params = [Param(name, str(value)) for name, value in trial.setting.items()] if created else []
+        tags = [RunTag("raysweep.error", trial.error[:MAX_TAG_LENGTH])] if trial.error else []
+        for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+        self.client.log_batch(run_id, metrics[:METRICS_PER_BATCH], params, tags)
+        self.finish(run_id, trial.failed)
+
+    def catch_up(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
+        """Logs trials `(key, name, trial)` that are not there whole: a sweep was killed, or has a new store."""
+        for key, name, trial in trials:
+            run = self._runs_under(parent).get(key)
+            if run is None or (run.info.status != "FINISHED" and not trial.failed):
+                self.log_trial(parent, key, name, trial)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float | None]) -> None:
         """Logs final figures, leaving out those that there are none of."""
@@ -221,6 +252,17 @@ class Tracker:
                 self.finish(run_id, failed=True)
             except MlflowException:  # a store that has gone away must not hide why the sweep ends, nor hold it up
                 return
+
+
+def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [
+        Metric(name, value, now, epoch)
+        for epoch, values in enumerate(history, start=first_epoch + 1)
+        for name, value in values.items()
+    ]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import RaysweepError
 from raysweep.results import tracking
 from raysweep.results.model import export_model, load_model
-from raysweep.results.tracking import Tracker, environment_tags, reported_as_ours
+from raysweep.results.tracking import LoggedTrial, Tracker, environment_tags, reported_as_ours
 
 ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
 
@@ -162,6 +162,93 @@ def test_files_folders_and_dicts_become_artifacts(open_tracker, tmp_path):
     paths = {item.path for item in tracker.client.list_artifacts(run_id)}
     assert paths == {"a.txt", "copies", "matrix.json"}
     assert [item.path for item in tracker.client.list_artifacts(run_id, "copies")] == ["copies/a.txt"]
+
+
+# Trials
+
+
+def start_study(tracker):
+    sweep = tracker.start_run("sweep", "beans", "sweep")[0]
+    return tracker.start_run("study", "probe", "study", parent=sweep)[0]
+
+
+def trial_of(tracker, study, key="s/0"):
+    (run,) = [run for run in runs_of(tracker, **{"mlflow.parentRunId": study}) if run.data.tags["raysweep.key"] == key]
+    return run
+
+
+def curve(tracker, run, name):
+    return [(point.step, point.value) for point in tracker.client.get_metric_history(run.info.run_id, name)]
+
+
+SETTING = {"learning_rate": 0.003, "epochs": 2}
+
+
+def test_a_trial_that_is_over_is_logged_whole(open_tracker, monkeypatch):
+    monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
+    tracker = open_tracker()
+    study = start_study(tracker)
+    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, ROWS, ROWS[-1], failed=False))
+    run = trial_of(tracker, study)
+    assert (run.info.run_name, run.info.status, run.data.tags["raysweep.level"]) == ("probe-0", "FINISHED", "trial")
+    assert run.data.params == {"learning_rate": "0.003", "epochs": "2"}
+    assert curve(tracker, run, "val/accuracy") == [(1, 0.5), (2, 0.75)]
+    assert curve(tracker, run, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert run.data.metrics["best/val/accuracy"] == 0.75
+    assert "best/train/loss" not in run.data.metrics
+
+
+def test_a_trial_that_failed_says_why(open_tracker):
+    tracker = open_tracker()
+    study = start_study(tracker)
+    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, [], {}, failed=True, error="lost " * 2_000))
+    run = trial_of(tracker, study)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["raysweep.error"].startswith("lost lost")
+    assert run.data.params["epochs"] == "2"
+
+
+def test_epochs_of_a_running_trial_come_one_by_one_and_once(open_tracker):
+    tracker = open_tracker()
+    study = start_study(tracker)
+    for epoch, metrics in enumerate(ROWS):
+        tracker.log_epoch(study, "s/0", "tune-0", SETTING, epoch, metrics)
+    run = trial_of(tracker, study)
+    assert (run.info.status, run.data.params["epochs"]) == ("RUNNING", "2")
+    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, [], ROWS[-1], failed=False, first_epoch=2))
+    run = trial_of(tracker, study)
+    assert (run.info.status, run.data.metrics["best/val/accuracy"]) == ("FINISHED", 0.75)
+    assert curve(tracker, run, "val/accuracy") == [(1, 0.5), (2, 0.75)]
+
+
+def test_epochs_that_were_not_seen_follow_those_that_were(open_tracker):
+    tracker = open_tracker()
+    study = start_study(tracker)
+    tracker.log_epoch(study, "s/0", "tune-0", SETTING, 0, ROWS[0])
+    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, ROWS[1:], ROWS[-1], failed=False, first_epoch=1))
+    assert curve(tracker, trial_of(tracker, study), "val/accuracy") == [(1, 0.5), (2, 0.75)]
+
+
+def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(open_tracker):
+    killed = open_tracker()
+    study = start_study(killed)
+    whole = LoggedTrial(SETTING, ROWS, ROWS[-1], failed=False)
+    lost = LoggedTrial(SETTING, [], {}, failed=True, error="out of memory")
+    killed.log_trial(study, "s/0", "t-0", whole)
+    killed.log_trial(study, "s/1", "t-1", lost)
+    diverged = LoggedTrial(SETTING, ROWS, {"val/accuracy": float("nan")}, failed=True)
+    killed.log_trial(study, "s/5", "t-5", diverged)
+    killed.start_run("s/2", "t-2", "trial", study)  # and was killed before it logged more
+    again = open_tracker()
+    assert start_study(again) == study
+    trials = (whole, lost, whole, whole, lost, diverged)
+    again.catch_up(study, [(f"s/{number}", f"t-{number}", trial) for number, trial in enumerate(trials)])
+    runs = {run.info.run_name: run for run in runs_of(again, **{"mlflow.parentRunId": study})}
+    statuses = {name: run.info.status for name, run in sorted(runs.items())}
+    assert list(statuses) == [f"t-{number}" for number in range(6)]
+    assert list(statuses.values()) == ["FINISHED", "FAILED", "FINISHED", "FINISHED", "FAILED", "FAILED"]
+    for name in ("t-0", "t-2", "t-3", "t-5"):
+        assert curve(again, runs[name], "val/accuracy") == [(1, 0.5), (2, 0.75)]
 
 
 # How runs end

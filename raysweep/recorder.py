@@ -1,0 +1,118 @@
+"""The one writer to MLflow, in a process of its own: logging a trial takes longer than training a probe's head.
+
+MLflow's import and its SQLite schema take seconds, and every logged trial some 25 ms of Python, which in a thread of
+the driver would be taken from the search. Calls are made in order; what goes wrong shows at the next call.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from typing import Any
+
+from raysweep.errors import RaysweepError
+from raysweep.results.tracking import Tracker, reported_as_ours
+
+_trackers: list[Tracker] = []  # in the writing process, its tracker
+
+
+class Recorder:
+    """Passes calls on to a `Tracker` in another process, one after another.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: name of the MLflow experiment.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        # Spawned, because a fork of a process with threads may hang; one worker keeps the order.
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _outlive_nothing)
+        self._sent: deque[Future[Any]] = deque([self._process.submit(_open, uri, experiment)])
+
+    def send(self, method: str, *arguments: Any) -> Future[Any]:
+        """Has a `Tracker` method called, without waiting for it; returns what it will return.
+
+        Raises:
+            RaysweepError: an earlier call has failed.
+        """
+        with self._explained():
+            self._drop_done()
+            self._sent.append(self._process.submit(_call, self.uri, method, arguments))
+        return self._sent[-1]
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Has a `Tracker` method called, after all that was sent before, and returns what it returned.
+
+        Raises:
+            RaysweepError: this or an earlier call has failed.
+        """
+        answer = self.send(method, *arguments)
+        self.wait()
+        return answer.result()
+
+    def wait(self) -> None:
+        """Waits until everything that was sent is done.
+
+        Raises:
+            RaysweepError: a call has failed.
+        """
+        with self._explained():
+            self._drop_done(waiting=True)
+
+    def _drop_done(self, waiting: bool = False) -> None:
+        """Forgets calls that are done, or waits for all; one that has failed stays, and is raised each time."""
+        while self._sent and (waiting or self._sent[0].done()):
+            self._sent[0].result()
+            self._sent.popleft()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool as error:
+            lost = "what is finished is kept, and the same command goes on from here"
+            raise RaysweepError(f"tracking.uri: the process that writes to '{self.uri}' has died; {lost}") from error
+
+    def close(self) -> None:
+        """Ends every run that is still open as FAILED, and the process; on the way out of a sweep, however it went."""
+        for future in self._sent:
+            future.cancel()
+        with suppress(BrokenProcessPool):
+            self._process.submit(_call, self.uri, "close", ())
+        self._process.shutdown()
+
+
+def _outlive_nothing() -> None:
+    """Leaves signals to the driver, ends with it should it be killed, and keeps MLflow's advice to itself."""
+    warnings.simplefilter("ignore")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _open(uri: str, experiment: str) -> None:
+    _trackers.append(Tracker(uri, experiment))
+
+
+def _call(uri: str, method: str, arguments: tuple[Any, ...]) -> Any:
+    if not _trackers:  # the store could not be opened, as its own call has said
+        return None
+    with reported_as_ours(uri):
+        return getattr(_trackers[0], method)(*arguments)
