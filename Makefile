@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install run test check ui schema clean
+.PHONY: install run test check bench ui schema clean
 
 install: $(INSTALLED)
 
@@ -22,10 +22,13 @@ test: install
 	$(BIN)/python -m pytest
 
 check: install
-	$(BIN)/ruff check raysweep tests
-	$(BIN)/ruff format --check raysweep tests
+	$(BIN)/ruff check raysweep tests benchmarks
+	$(BIN)/ruff format --check raysweep tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db

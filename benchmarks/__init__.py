@@ -1,0 +1,1 @@
+"""Benchmarks: what raysweep costs beside the work that cannot be avoided. `python -m benchmarks --help`."""

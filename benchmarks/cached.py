@@ -1,0 +1,69 @@
+"""A small data set whose features are cached already: what is left of a sweep is the search itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.figures import Options
+from benchmarks.images import shared_folder
+from benchmarks.sweeps import SEED, TINY_DINOV2, Finished, make_experiment, run_sweep
+from raysweep.encoders import build_encoder
+from raysweep.experiment.config import DataConfig
+from raysweep.images.features import load_features
+from raysweep.images.sources import load_index
+from raysweep.training.population import FeatureSet
+
+
+@dataclass(frozen=True)
+class CachedData:
+    """A folder in which sweeps find every feature cached."""
+
+    folder: Path
+    source: str
+    encoder: dict[str, Any]
+
+    def experiment(self, name: str, num_trials: int) -> dict[str, Any]:
+        """Returns an experiment on the cached features."""
+        return make_experiment(name, self.source, [self.encoder], num_trials)
+
+    def sweep(self, name: str, num_trials: int, *arguments: str) -> Finished:
+        """Runs a sweep of that name, with an MLflow store of its own."""
+        return run_sweep(self.folder, self.experiment(name, num_trials), *arguments)
+
+    def feature_sets(self) -> tuple[FeatureSet, FeatureSet, dict[str, tuple[str, ...]], int]:
+        """Returns train and validation features, the encoder's feature sources, and the number of classes."""
+        encoder = build_encoder(self.encoder, SEED)
+        index = load_index(DataConfig(source=self.source), SEED)
+        cache = next(path for path in (self.folder / "runs" / ".cache").iterdir() if _has(path, encoder.parts))
+        splits = np.array(index.table["split"].to_pylist())
+
+        def features_of(split: str) -> FeatureSet:
+            row_ids, labels = (index.table[name].to_numpy()[splits == split] for name in ("row_id", "label"))
+            parts = load_features(str(cache), row_ids.astype(np.int64), list(encoder.parts))
+            return FeatureSet(parts, torch.from_numpy(labels.astype(np.int64)))
+
+        return features_of("train"), features_of("validation"), encoder.sources, len(index.classes)
+
+
+def _has(cache: Path, parts: Iterable[str]) -> bool:
+    files = sorted(cache.glob("rows-*.parquet"))
+    return bool(files) and set(parts) <= set(pq.read_schema(files[0]).names)
+
+
+def prepare(options: Options) -> CachedData:
+    """Fills the cache by a small sweep: beans through MobileNetV2 where both are, else digits through a tiny ViT."""
+    images, weights = shared_folder("data/beans"), shared_folder("weights/mobilenet_v2")
+    if options.quick or images is None or weights is None:
+        data = CachedData(options.scratch / "cached", "sklearn://digits", TINY_DINOV2)
+    else:
+        encoder = {"type": "auto", "pretrained_model_name_or_path": str(weights)}
+        data = CachedData(options.scratch / "cached", str(images), encoder)
+    data.sweep("first", 4)
+    return data

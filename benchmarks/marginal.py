@@ -1,0 +1,100 @@
+"""What one more probe trial costs once features are cached: a sweep of many trials against one of few.
+
+The same work is then done part by part in this process, without Tune, to say where that time goes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.cached import CachedData, prepare
+from benchmarks.figures import Figure, Options, make_figure
+from benchmarks.sweeps import SEED
+from raysweep.experiment.config import LinearProbeSearch
+from raysweep.results.tracking import Tracker
+from raysweep.search import Search, TrialRecord, population_size, study_space
+from raysweep.training.population import train_population
+
+BATCH_SIZE = 64
+
+
+def trial_counts(options: Options) -> tuple[int, int]:
+    """Returns the trials of the small and of the large sweep."""
+    return (8, 16) if options.quick else (64, 256)
+
+
+def seconds_per_trial(options: Options, data: CachedData, repeats: int) -> tuple[float, dict[str, list[float]]]:
+    """Returns the marginal seconds of a trial, and the seconds of the sweeps, which alternate."""
+    small, large = trial_counts(options)
+    seconds: dict[str, list[float]] = {str(small): [], str(large): []}
+    for repeat in range(repeats):
+        for count in (small, large):
+            seconds[str(count)].append(data.sweep(f"trials-{count}-{repeat}", count).seconds)
+    medians = {count: statistics.median(values) for count, values in seconds.items()}
+    return (medians[str(large)] - medians[str(small)]) / (large - small), seconds
+
+
+def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
+    """Returns the milliseconds of a trial that its heads, Optuna and MLflow take, each by itself."""
+    train, validation, sources, num_classes = data.feature_sets()
+    num_trials = trial_counts(options)[1]
+    block = LinearProbeSearch(num_trials=num_trials)
+    space = study_space(block, list(sources), "encoder")
+    journal = data.folder / "split.journal"
+    search = Search(journal, "split", block, space, "val/accuracy", "maximize", SEED)
+    tracker = Tracker(f"sqlite:///{data.folder}/split.db", "split")
+    sweep, _ = tracker.start_run("sweep", "sweep", "sweep")
+    study, _ = tracker.start_run("study", "study", "study", parent=sweep)
+    seconds = {"heads": 0.0, "optuna": 0.0, "mlflow": 0.0}
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[part] += time.perf_counter() - started
+
+    for _ in range(num_trials // population_size(block)):
+        with timed("optuna"):
+            trials = search.ask(population_size(block))
+        with timed("heads"):
+            heads = train_population(
+                train,
+                validation,
+                [dict(trial.params) for trial in trials],
+                sources=sources,
+                num_classes=num_classes,
+                batch_size=BATCH_SIZE,
+                seed=SEED,
+            )
+        for trial, head in zip(trials, heads, strict=True):
+            record = TrialRecord(trial.number, head.setting, head.history[-1], head.history, None, {})
+            with timed("optuna"):
+                search.tell(trial, record)
+            with timed("mlflow"):
+                log_trial(tracker, study, record)
+    tracker.finish(study)
+    tracker.finish(sweep)
+    return {part: 1000 * total / num_trials for part, total in seconds.items()}
+
+
+def log_trial(tracker: Tracker, study: str, record: TrialRecord) -> None:
+    """Logs a trial as a study does."""
+    run, _ = tracker.start_run(f"trial/{record.number}", str(record.number), "trial", parent=study)
+    tracker.log_once(run, record.setting)
+    tracker.log_history(run, record.history)
+    tracker.log_metrics(run, {f"best/{name}": value for name, value in record.final.items() if name.startswith("val/")})
+    tracker.finish(run)
+
+
+def run(options: Options) -> Iterator[Figure]:
+    """Yields the marginal cost of a trial, then its parts; what is left over is Tune's and the start-up's share."""
+    data = prepare(options)
+    marginal, seconds = seconds_per_trial(options, data, 1 if options.quick else 2)
+    yield make_figure("marginal", "one more trial", 1000 * marginal, "ms", "<= 40", sweeps_s=seconds)
+    parts = split_of_a_trial(options, data)
+    for part, milliseconds in parts.items():
+        yield make_figure("marginal", f"of which {part}, alone", milliseconds, "ms")
+    yield make_figure("marginal", "the rest", 1000 * marginal - sum(parts.values()), "ms")

@@ -1,0 +1,111 @@
+"""100 probe heads as one stacked parameter, against a Python loop over heads that shares each batch, and one by one.
+
+The loop over heads is the pattern of DINOv2's eval/linear.py: one linear layer and one AdamW per head. Torch only.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.figures import Figure, Options, make_figure
+from raysweep.training.population import FeatureSet, train_population
+
+BATCH_SIZE, SEED, NUM_VALIDATION = 64, 0, 1_000
+SOURCES: dict[str, tuple[str, ...]] = {"cls": ("cls",)}
+
+
+def make_features(num_rows: int, num_features: int, num_classes: int, device: torch.device) -> FeatureSet:
+    """Returns random features that tell the classes apart, half floats as in a cache."""
+    generator = torch.Generator().manual_seed(num_rows)
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    centres = torch.randn(num_classes, num_features, generator=torch.Generator().manual_seed(0))
+    features = centres[labels] + torch.randn(num_rows, num_features, generator=generator)
+    return FeatureSet({"cls": features.half().to(device)}, labels.to(device))
+
+
+def make_settings(num_heads: int, num_epochs: int) -> list[dict[str, Any]]:
+    """Returns settings that differ in learning rate and weight decay."""
+    rates = torch.logspace(-4, -1, num_heads).tolist()
+    decays = torch.logspace(-6, -2, num_heads).tolist()
+    fixed = {"epochs": num_epochs, "features": "cls", "normalize": "none"}
+    return [{"learning_rate": r, "weight_decay": d, **fixed} for r, d in zip(rates, decays, strict=True)]
+
+
+def train_by_loop(
+    train: FeatureSet, validation: FeatureSet, settings: Sequence[dict[str, Any]], num_classes: int
+) -> list[float]:
+    """Trains one layer per setting in a Python loop, all on the same batch; returns their validation accuracies."""
+    features, device = train.parts["cls"].shape[1], train.labels.device
+    layers = [nn.Linear(features, num_classes, device=device) for _ in settings]
+    optimizers = [
+        torch.optim.AdamW(layer.parameters(), lr=one["learning_rate"], weight_decay=one["weight_decay"])
+        for layer, one in zip(layers, settings, strict=True)
+    ]
+    num_epochs = int(settings[0]["epochs"])
+    num_steps = num_epochs * math.ceil(len(train.labels) / BATCH_SIZE)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(one, num_steps) for one in optimizers]
+    accuracies: list[float] = []
+    for epoch in range(num_epochs):
+        generator = torch.Generator().manual_seed(epoch)
+        for rows in torch.randperm(len(train.labels), generator=generator).to(device).split(BATCH_SIZE):
+            inputs, labels = train.source(("cls",), rows), train.labels[rows]
+            for layer, optimizer, schedule in zip(layers, optimizers, schedules, strict=True):
+                optimizer.zero_grad()
+                F.cross_entropy(layer(inputs), labels).backward()
+                optimizer.step()
+                schedule.step()
+        held_out = validation.source(("cls",), torch.arange(len(validation.labels), device=device))
+        with torch.inference_mode():
+            accuracies = [(layer(held_out).argmax(1) == validation.labels).float().mean().item() for layer in layers]
+    return accuracies
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Returns the wall time of a call, with what it left queued on a GPU."""
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def compare(options: Options, device: torch.device, benchmark: str) -> Iterator[Figure]:
+    """Yields stacked heads against the loop over heads, and against one head at a time, on a device."""
+    num_rows, num_features, num_classes = (200, 32, 3) if options.quick else (4_000, 768, 10)
+    num_heads, num_alone, num_epochs, repeats = (20, 2, 2, 1) if options.quick else (100, 10, 10, 3)
+    train, validation = (make_features(n, num_features, num_classes, device) for n in (num_rows, NUM_VALIDATION))
+    settings = make_settings(num_heads, num_epochs)
+    alone = settings[:: num_heads // num_alone]
+
+    def stack(chosen: Sequence[dict[str, Any]]) -> None:
+        how: dict[str, Any] = {"sources": SOURCES, "num_classes": num_classes, "batch_size": BATCH_SIZE, "seed": SEED}
+        train_population(train, validation, chosen, **how)
+
+    by_loop = partial(train_by_loop, train, validation, num_classes=num_classes)
+    stack(settings[:2])  # what torch sets up on first use
+    stacked, loop, single = [], [], []
+    for _ in range(repeats):
+        stacked.append(seconds_of(partial(stack, settings), device))
+        loop.append(seconds_of(partial(by_loop, settings), device))
+        each = [seconds_of(partial(by_loop, [one]), device) for one in alone]
+        single.append(statistics.mean(each) * num_heads)
+    details = {"stacked_s": stacked, "loop_s": loop, "one_by_one_s": single, "num_heads": num_heads}
+    together = statistics.median(stacked)
+    yield make_figure(
+        benchmark, "loop over heads / stacked", statistics.median(loop) / together, "x", ">= 5", **details
+    )
+    yield make_figure(benchmark, "one by one / stacked", statistics.median(single) / together, "x", ">= 15", **details)
+
+
+def run(options: Options) -> Iterator[Figure]:
+    """Yields the comparison on the CPU."""
+    yield from compare(options, torch.device("cpu"), "population")

@@ -1,0 +1,149 @@
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import __main__ as command
+from benchmarks import gpu, population
+from benchmarks.bare_loop import decoded_batches
+from benchmarks.figures import Options, Skipped, make_figure, print_table
+from benchmarks.images import generate_images, repeat_images, source_images
+from benchmarks.sweeps import TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
+from raysweep.encoders import build_encoder
+from raysweep.experiment.config import DataConfig, Experiment
+from raysweep.images.sources import load_index
+
+
+@pytest.fixture
+def images(tmp_path):
+    generate_images(tmp_path / "generated", num_per_class=4, side=40)
+    return source_images(Options(quick=True, images=tmp_path / "generated", scratch=tmp_path))
+
+
+def quick(tmp_path):
+    return Options(quick=True, images=None, scratch=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [(1.05, "<= 1.05", True), (1.06, "<= 1.05", False), (5, ">= 5", True), (4, ">= 5", False)],
+)
+def test_a_figure_is_judged_by_its_target(value, target, met):
+    assert make_figure("bound", "slope", value, "x", target).met is met
+    assert make_figure("bound", "slope", value, "x").met is None
+
+
+def test_the_table_shows_what_is_missed():
+    console = Console(file=io.StringIO(), width=120)
+    print_table([make_figure("a", "one", 2, "s", "<= 1"), make_figure("b", "two", 0.5, "s", "<= 1")], console)
+    first, second = (line for line in console.file.getvalue().splitlines() if "<= 1" in line)
+    assert "one" in first
+    assert "NO" in first
+    assert "yes" in second
+
+
+def test_the_command_keeps_every_line_and_goes_on_after_one_that_breaks(tmp_path, monkeypatch, capsys):
+    def broken(options):
+        yield make_figure("bound", "first", 1, "s", "<= 2")
+        raise RuntimeError("no more")
+
+    def skipped(options):
+        raise Skipped("no device")
+
+    for name, run in (("bound", broken), ("gpu", skipped), ("warm", lambda _: [make_figure("warm", "last", 2, "s")])):
+        monkeypatch.setattr(f"benchmarks.{name}.run", run)
+    out = tmp_path / "out" / "results.jsonl"
+    assert command.main(["bound", "gpu", "warm", "--quick", "--out", str(out)]) == 1
+    machine, first, stopped, absent, last = map(json.loads, out.read_text().splitlines())
+    assert machine["machine"]["versions"]["torch"] == torch.__version__
+    assert machine["quick"] is True
+    assert (first["name"], first["value"], first["met"]) == ("first", 1, None)
+    assert "no more" in stopped["broken"]
+    assert absent == {"benchmark": "gpu", "skipped": "no device"}
+    assert last["name"] == "last"
+    assert "last" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        command.main(["bond", "--out", str(tmp_path / "out")])
+
+
+def test_repeated_images_are_distinct_balanced_and_in_every_split(images, tmp_path):
+    written = repeat_images(images, tmp_path / "repeated", 120)
+    assert len({path.read_bytes() for path in written}) == len(written) == 120
+    index = load_index(DataConfig(source=str(tmp_path / "repeated")), 0)
+    assert index.counts() == {
+        "train": {"a": 28, "b": 28, "c": 28},
+        "validation": {"a": 6, "b": 6, "c": 6},
+        "test": {"a": 6, "b": 6, "c": 6},
+    }
+    assert index.bad_rows == ()
+    assert not any("duplicate" in warning for warning in index.warnings)
+
+
+def test_both_ways_of_decoding_yield_every_image_in_order(images, tmp_path):
+    paths = repeat_images(images, tmp_path / "repeated", 27)
+    encoder = build_encoder(TINY_DINOV2, 0)
+    plain, threaded = (list(decoded_batches(encoder, paths, 2, threads)) for threads in (0, 2))
+    assert [len(batch) for batch in plain] == [len(batch) for batch in threaded] == [2] * 13 + [1]
+    for one, other in zip(plain, threaded, strict=True):
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+
+
+def test_experiments_are_valid():
+    experiment = Experiment.model_validate(make_experiment("x", "folder", [TINY_DINOV2], 8))
+    assert experiment.search.linear_probe.num_trials == 8
+    assert [study.mode for study in experiment.studies()] == ["linear_probe"]
+
+
+def test_a_command_is_timed_and_its_lines_are_read(tmp_path):
+    script = "import sys; print('out'); print('[   1.5 s] Ray is up', file=sys.stderr)"
+    done = run_command(["-c", script], tmp_path)
+    assert (done.stdout, done.stamp("Ray is up")) == ("out\n", 1.5)
+    assert done.seconds > 0
+    with pytest.raises(LookupError, match="done"):
+        done.stamp("done")
+    with pytest.raises(RuntimeError, match="some reason"):
+        run_command(["-c", "raise SystemExit('some reason')"], tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_the_peak_of_memory_stays_after_it_was_given_back():
+    before = peak_memory_bytes()
+    del [bytearray(b"x") * (before + 50_000_000)][0]
+    assert peak_memory_bytes() > before + 40_000_000
+
+
+def test_the_population_benchmark_yields_both_ratios(tmp_path):
+    loop, one_by_one = population.run(quick(tmp_path))
+    details = loop.details
+    assert loop.value == pytest.approx(details["loop_s"][0] / details["stacked_s"][0])
+    assert one_by_one.value == pytest.approx(details["one_by_one_s"][0] / details["stacked_s"][0])
+    assert details["num_heads"] == 20
+
+
+def test_the_loop_over_heads_learns():
+    train, validation = (population.make_features(n, 16, 3, torch.device("cpu")) for n in (300, 100))
+    settings = [{"learning_rate": rate, "weight_decay": 0.0, "epochs": 3} for rate in (1e-12, 1e-1)]
+    torch.manual_seed(0)
+    untrained, trained = population.train_by_loop(train, validation, settings, 3)
+    assert trained > 0.9
+    assert untrained < 0.9
+
+
+def test_flops_are_counted_as_two_for_a_multiplication_and_an_addition():
+    encoder = build_encoder(TINY_DINOV2, 0)
+    tokens, width, blocks = 5, 32, 2
+    patches = 2 * 4 * 3 * 14 * 14 * width
+    products = 2 * tokens * width * width * (4 + 8) + 4 * tokens * tokens * width
+    assert gpu.flops_per_image(encoder) == patches + blocks * products
+
+
+def test_the_gpu_benchmark_is_skipped_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Skipped, match="CUDA"):
+        list(gpu.run(quick(tmp_path)))
