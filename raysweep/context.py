@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from raysweep.cards import EncoderInUse
 from raysweep.cluster import RaySession, Resources, check_resources, local_resources, uses_gpu
-from raysweep.encoders import Encoder, build_encoder, weights_signature
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
@@ -84,24 +83,6 @@ def draw_subsets(rows: Rows, shots: int | str, num_draws: int, seed: int) -> dic
 
 
 @dataclass
-class EncoderInUse:
-    """An encoder built in the driver, with what is derived from it once."""
-
-    encoder: Encoder
-    weights: str
-    reference: Any = None
-    precision: str = ""
-
-    def put(self) -> Any:
-        """Reference to the weights in Ray's object store, shared by all studies of the encoder."""
-        import ray
-
-        if self.reference is None:
-            self.reference = ray.put({name: t.numpy() for name, t in self.encoder.state_dict().items()})
-        return self.reference
-
-
-@dataclass
 class SweepContext:
     """The state that the studies of one sweep share.
 
@@ -161,10 +142,9 @@ class SweepContext:
         return select_rows(self.index, list(self.bad_rows.values()))
 
     def encoder(self, config: StudyConfig) -> EncoderInUse:
-        """Builds an encoder on first use."""
+        """What is known of a study's encoder; loads it where that is nothing yet."""
         if config.encoder_name not in self.encoders:
-            encoder = build_encoder(config.encoder.model_dump(), self.experiment.seed)
-            self.encoders[config.encoder_name] = EncoderInUse(encoder, weights_signature(encoder))
+            self.encoders[config.encoder_name] = EncoderInUse(config.encoder, self.experiment.seed, self.paths.caches)
         return self.encoders[config.encoder_name]
 
     def caches(self, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
@@ -189,9 +169,9 @@ class SweepContext:
         for folder, config in missing.items():
             used = self.encoder(config)
             if config.mode == "linear_probe":
-                requests.append(FeatureRequest(folder, used.encoder, used.put(), self.precision(config)))
+                requests.append(FeatureRequest(folder, used.description, used.put(), self.precision(config)))
             else:
-                requests.append(PixelRequest(folder, used.encoder.preprocessing))
+                requests.append(PixelRequest(folder, used.description.preprocessing))
         encoded = [config.encoder_name for config in missing.values() if config.mode == "linear_probe"]
         label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
         stage = self.progress.stage(label, len(self.index.table))
@@ -218,8 +198,8 @@ class SweepContext:
     def _cache_folder(self, config: StudyConfig) -> Path:
         used = self.encoder(config)
         if config.mode != "linear_probe":
-            return self.paths.cache("pixels", pixel_signature(self.index, used.encoder.preprocessing))
-        key = feature_signature(self.index, used.encoder, used.weights, self.precision(config))
+            return self.paths.cache("pixels", pixel_signature(self.index, used.description.preprocessing))
+        key = feature_signature(self.index, used.description, used.weights, self.precision(config))
         return self.paths.cache("features", key)
 
     def precision(self, config: StudyConfig) -> str:
@@ -239,12 +219,12 @@ class SweepContext:
             used.precision = self._precision_of_cache(used)
         if not used.precision:
             cpu = torch.device("cpu")
-            used.precision = self._gpu_precision if on_gpu else faster_precision(used.encoder, cpu, TIMED_IMAGES)
+            used.precision = self._gpu_precision if on_gpu else faster_precision(used.model, cpu, TIMED_IMAGES)
         return used.precision
 
     def _precision_of_cache(self, used: EncoderInUse) -> str:
         for precision in ("bf16", "fp32"):
-            key = feature_signature(self.index, used.encoder, used.weights, precision)
+            key = feature_signature(self.index, used.description, used.weights, precision)
             if open_cache(self.paths.cache("features", key)):
                 return precision
         return ""

@@ -149,7 +149,7 @@ def make_outcome(
 def probe_classifier(sweep: SweepContext, config: StudyConfig, checkpoint: Path) -> Classifier:
     """The frozen encoder with a checkpoint's head, that of the first few-shot draw."""
     (head, *_), source = load_heads(checkpoint)
-    return Classifier(sweep.encoder(config).encoder, head, source)
+    return Classifier(sweep.encoder(config).model, head, source)
 
 
 def export(sweep: SweepContext, config: StudyConfig, classifier: Classifier, about: dict[str, Any]) -> None:

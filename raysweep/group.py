@@ -95,7 +95,7 @@ class Group:
             num_side_by_side: groups that may run at the same time.
         """
         sweep, first = self.sweep, self.first
-        experiment, present, encoder = sweep.experiment, sweep.resources, first.encoder.encoder
+        experiment, present, encoder = sweep.experiment, sweep.resources, first.encoder.description
         train, resources = experiment.train, experiment.resources
         precision = sweep.precision(first.config)
         is_probe = self.mode == "linear_probe"

@@ -83,14 +83,19 @@ class SweepPaths:
         """The sweep's own folder."""
         return self.storage.resolve() / self.name
 
+    @property
+    def caches(self) -> Path:
+        """Caches and what else all sweeps of one storage share."""
+        return self.storage.resolve() / ".cache"
+
     def cache(self, kind: str, key: str) -> Path:
         """A feature or pixel cache, by signature."""
-        return self.storage.resolve() / ".cache" / f"{kind}-{key}"
+        return self.caches / f"{kind}-{key}"
 
     @property
     def has_features(self) -> bool:
         """Whether any sweep of this storage has cached features of any encoder."""
-        return any((self.storage.resolve() / ".cache").glob("features-*/manifest.json"))
+        return any(self.caches.glob("features-*/manifest.json"))
 
     @property
     def optuna_journal(self) -> Path:

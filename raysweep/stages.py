@@ -36,8 +36,8 @@ def check_studies(context: SweepContext) -> None:
     """
     experiment = context.experiment
     for config in experiment.studies():
-        encoder = context.encoder(config).encoder
-        study_space(experiment.search.block(config.mode), list(encoder.sources), config.encoder_name)
+        sources = list(context.encoder(config).description.sources)
+        study_space(experiment.search.block(config.mode), sources, config.encoder_name)
 
 
 def run_stages(context: SweepContext) -> SweepResult:
@@ -95,6 +95,8 @@ def run_stage(context: SweepContext, groups: Sequence[Group]) -> None:
     """Works through groups side by side, as many as fit."""
     from raysweep.searcher import run_groups  # imports Ray Tune, which a finished sweep does not need
 
+    for group in groups:
+        group.first.encoder.load_ahead()  # for the export of its models, while they are trained
     resources = context.experiment.resources
     num_runs = num_concurrent_trials(resources, context.resources)
     limit = resources.max_concurrent_studies

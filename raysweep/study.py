@@ -52,12 +52,12 @@ class Study:
         num_draws = len(self.subsets["train"]) if self.subsets else 1
         return [
             [self.sweep.index.fingerprint, sorted(self.sweep.bad_rows)],
-            [used.encoder.spec(), used.weights, self.config.mode, self.config.shots, num_draws],
+            [used.description.spec(), used.weights, self.config.mode, self.config.shots, num_draws],
             [experiment.metric, experiment.seed],
         ]
 
     def _start_run(self) -> str:
-        sweep, config, origin = self.sweep, self.config, self.encoder.encoder.origin
+        sweep, config, origin = self.sweep, self.config, self.encoder.description.origin
         run_id, created = sweep.recorder.call("start_run", self.key, config.name, "study", sweep.run_id)
         if created:
             params = {
@@ -66,7 +66,7 @@ class Study:
                 "shots": config.shots,
                 "weights": origin["name"],
                 "revision": origin["revision"],
-                "image_size": self.encoder.encoder.preprocessing.output_size[0],
+                "image_size": self.encoder.description.preprocessing.output_size[0],
                 "metric": sweep.experiment.metric,
                 "seed": sweep.experiment.seed,
                 **{f"num_{split}": self.num_rows(split) for split in sweep.rows},
@@ -145,7 +145,7 @@ class SearchStudy(Study):
 
     def __init__(self, sweep: SweepContext, config: StudyConfig, cache: Cache) -> None:
         block = sweep.experiment.search.block(config.mode)
-        self.space = study_space(block, list(sweep.encoder(config).encoder.sources), config.encoder_name)
+        self.space = study_space(block, list(sweep.encoder(config).description.sources), config.encoder_name)
         self.head = None  # the best head of the probe of the same encoder and shots: fine-tuning starts there (LP-FT)
         if config.mode == "fine_tune":
             self.head = sweep.best_heads.get((config.encoder_name, config.shots))

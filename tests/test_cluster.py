@@ -14,6 +14,7 @@ from raysweep.cluster import (
     RaySession,
     Resources,
     check_resources,
+    let_tune_use_started_workers,
     local_resources,
     num_concurrent_trials,
     ray_session,
@@ -203,3 +204,31 @@ def test_a_cluster_that_is_not_there_shows_when_it_is_needed(sessions):
     with pytest.raises(ResourceError, match="no Ray cluster answers"):
         _ = session.resources
     session.close()
+
+
+def test_tune_gives_its_actors_no_environment_of_their_own(monkeypatch):
+    from ray.tune.execution import class_cache
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    for table in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE"):
+        assert getattr(class_cache, table), "nothing left to take away"
+        monkeypatch.setattr(class_cache, table, getattr(class_cache, table).copy())
+
+    def environment():
+        actor = class_cache._ActorClassCache().get(type("Trainable", (), {}))
+        return actor._default_options["runtime_env"]["env_vars"]
+
+    assert environment()["RAY_TRAIN_V2_ENABLED"] == "1"
+    let_tune_use_started_workers()
+    assert environment() == {}
+
+
+def test_on_a_cluster_tune_keeps_its_environment(monkeypatch):
+    from ray.tune.execution import class_cache
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    before = class_cache.DEFAULT_ENV_VARS.copy()
+    let_tune_use_started_workers()
+    assert before == class_cache.DEFAULT_ENV_VARS
+    assert before

@@ -207,7 +207,7 @@ def job_of(*searches, num_side_by_side=1, num_cpus=8, **resources):
     )
     encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
     for search in searches:
-        search.encoder = SimpleNamespace(encoder=encoder, put=lambda: "weights in the object store")
+        search.encoder = SimpleNamespace(description=encoder, put=lambda: "weights in the object store")
     sweep = SimpleNamespace(
         experiment=experiment,
         resources=Resources(num_cpus, 0),

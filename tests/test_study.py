@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from raysweep import study as module
-from raysweep.context import EncoderInUse, SweepContext
+from raysweep.context import SweepContext
 from raysweep.encoders import build_encoder
 from raysweep.encoders.head import Head
 from raysweep.errors import TrialError
@@ -67,7 +67,8 @@ def open_sweep(tmp_path):
         paths = SweepPaths(tmp_path, "x")
         sweep = SweepContext(experiment, paths, index_of(), recorder or FakeRecorder(), progress, None)
         # A small encoder stands in for the one that would be downloaded.
-        sweep.encoders["dinov2"] = EncoderInUse(build_encoder(CNN, 0), "weights")
+        encoder = build_encoder(CNN, 0)
+        sweep.encoders["dinov2"] = SimpleNamespace(description=encoder, model=encoder, weights="weights", precision="")
         return sweep
 
     return opened
