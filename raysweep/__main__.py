@@ -26,5 +26,12 @@ def main() -> int:
     return 0 if command in ("-h", "--help") else 2
 
 
+def script() -> None:
+    """The console script."""
+    from raysweep.run import exit_at_once
+
+    exit_at_once(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

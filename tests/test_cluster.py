@@ -217,7 +217,7 @@ def test_tune_gives_its_actors_no_environment_of_their_own(monkeypatch):
 
     def environment():
         actor = class_cache._ActorClassCache().get(type("Trainable", (), {}))
-        return actor._default_options["runtime_env"]["env_vars"]
+        return (actor._default_options.get("runtime_env") or {}).get("env_vars", {})
 
     assert environment()["RAY_TRAIN_V2_ENABLED"] == "1"
     let_tune_use_started_workers()
