@@ -99,21 +99,23 @@ class DiskRows:
             raise IndexError(f"rows {numbers[0]} to {numbers[-1]} of {len(self)}")
         values = np.empty((len(numbers), self.shape[1]), DTYPE)
         with open(self.path, "rb", buffering=0) as file:
-            for start, stop in _runs(numbers):
-                self._read(file.fileno(), int(numbers[start]), values[start:stop])
+            self._fill(values, numbers, file.fileno())
         found = torch.from_numpy(values)
         if not np.array_equal(places, np.arange(len(numbers))):
             found = found[torch.from_numpy(places)]
         return found.view(*rows.shape, self.shape[1]).to(self.device)
 
-    def _read(self, descriptor: int, first: int, values: np.ndarray) -> None:
-        """Fills `values` with consecutive rows from row number `first` on."""
-        buffer, offset = values.data.cast("B"), first * values.itemsize * self.shape[1]
-        while buffer:
-            count = os.preadv(descriptor, [buffer], offset)
-            if count == 0:
-                raise DataError(f"{self.path}: ends before row {first + len(values)} of {len(self)}")
-            buffer, offset = buffer[count:], offset + count
+    def _fill(self, values: np.ndarray, numbers: np.ndarray, descriptor: int) -> None:
+        """Reads the rows of ascending numbers, each run of consecutive ones at once."""
+        row_bytes = self.shape[1] * DTYPE.itemsize
+        whole, offsets = values.reshape(-1).data.cast("B"), (numbers * row_bytes).tolist()
+        for start, stop in _runs(numbers):
+            buffer, offset = whole[start * row_bytes : stop * row_bytes], offsets[start]
+            while buffer:
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise DataError(f"{self.path}: ends before row {numbers[stop - 1] + 1} of {len(self)}")
+                buffer, offset = buffer[count:], offset + count
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +25,15 @@ from raysweep.training.metrics import MetricSums
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+# Probabilities below 1e-16 count as that. It is nothing beside EPSILON, whereas the denormal numbers that gradients and
+# their squares become in heads that separate their classes make products and AdamW ten times slower and more.
+LEAST_LOG_PROBABILITY = -36.0
 VALIDATION_METRICS = ("loss", "accuracy", "macro_f1")
 STATISTICS_ROWS = 1024
 # Inputs normalised once instead of once per epoch, for all stacks together: little beside what a worker holds anyway
 # (Python, torch and Ray), and enough for the few thousand rows where epochs are so short that it counts.
 PREPARED_BYTES = 128 * 2**20
-# Inputs of all stacks that are read at once: several batches share the cost of a read, and still lie in the cache.
+# Inputs of all stacks that are read at once: several batches share the cost of a reading, and still lie in the cache.
 BLOCK_BYTES = 8 * 2**20
 # Logits of all heads that are evaluated at once.
 LOGITS_BYTES = 64 * 2**20
@@ -142,10 +143,11 @@ def _build_stacks(
 def _train_epoch(stacks: Sequence[_Stack], rows: _Rows, batches: Sequence[Tensor]) -> None:
     """Trains on global batches of places, several of them read at once."""
     length = max(1, rows.at_once // len(batches[0]))
-    blocks = [batches[start : start + length] for start in range(0, len(batches), length)]
-    chunks = [torch.cat([own_rows(batch) for batch in block]) for block in blocks]
-    for block, (inputs, labels) in zip(blocks, rows.read_each(chunks, stacks), strict=True):
-        sizes = [(len(batch), len(own_rows(batch))) for batch in block]
+    for start in range(0, len(batches), length):
+        block = batches[start : start + length]
+        own = [own_rows(batch) for batch in block]
+        inputs, labels = rows.read(torch.cat(own), stacks)
+        sizes = [(len(batch), len(share)) for batch, share in zip(block, own, strict=True)]
         for stack in stacks:
             stack.train(inputs[stack], labels, sizes)
 
@@ -155,7 +157,8 @@ def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Ro
     num_heads, num_classes = sum(stack.num_heads for stack in stacks), stacks[0].num_classes
     rows = min(validation.at_once, max(1, LOGITS_BYTES // (4 * num_heads * num_classes)))
     sums = [MetricSums(num_heads, num_classes, validation.labels.device) for _ in validation.labels]
-    for inputs, labels in validation.read_each(own_rows(torch.arange(validation.labels.shape[1])).split(rows), stacks):
+    for places in own_rows(torch.arange(validation.labels.shape[1])).split(rows):
+        inputs, labels = validation.read(places, stacks)
         logits = torch.cat([stack.logits(inputs[stack]) for stack in stacks], dim=2)
         for subset_sums, subset_logits, subset_labels in zip(sums, logits, labels, strict=True):
             subset_sums.add(subset_logits, subset_labels)
@@ -194,20 +197,6 @@ class _Rows:
         parts = {part: self.features.parts[part][rows] for part in {part for stack in stacks for part in stack.parts}}
         return {s: s.normalized(torch.cat([parts[part] for part in s.parts], dim=-1).float()) for s in stacks}, labels
 
-    def read_each(
-        self, chunks: Sequence[Tensor], stacks: Sequence[_Stack]
-    ) -> Iterator[tuple[dict[_Stack, Tensor], Tensor]]:
-        """Reads chunks of places one after the other; from disk, each while the one before it is worked on."""
-        if self.prepared or not any(isinstance(part, DiskRows) for part in self.features.parts.values()):
-            yield from (self.read(places, stacks) for places in chunks)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque([pool.submit(self.read, chunks[0], stacks)])
-            for places in chunks[1:]:
-                ahead.append(pool.submit(self.read, places, stacks))
-                yield ahead.popleft().result()
-            yield ahead.popleft().result()
-
 
 class _Stack:
     """Heads over the same inputs, longest schedule first, so that the heads still training are always a prefix.
@@ -242,22 +231,29 @@ class _Stack:
         self.scale = torch.ones_like(self.mean)
         if normalize == "standardize":
             self.mean, self.scale = feature_statistics(train, parts, subsets)
-        # (subsets, classes, heads, features) and (subsets, classes, heads): heads after classes, since a softmax over a
-        # short last dimension is many times slower. Each is followed by its gradient and Adam's two moments.
-        shape = (len(subsets), num_classes, self.num_heads)
-        self.weights = list(torch.zeros(4, *shape, self.num_features, device=device))
-        self.biases = list(torch.zeros(4, *shape, device=device))
-        self.adam_steps = [torch.zeros((), device=device) for _ in range(2)]
+        self.adam_steps = torch.zeros((), device=device)
+        num_parameters = len(subsets) * num_classes * self.num_heads * (self.num_features + 1)
+        self._lay_out(torch.zeros(4, num_parameters, device=device))
         self.units = self.learning_rates
-        self.losses: list[Tensor] = []
+
+    def _lay_out(self, state: Tensor) -> None:
+        """Takes parameters, gradients and Adam's two moments, each a flat vector of all weights, then all biases."""
+        shape = (len(self.mean), self.num_classes, self.num_heads)
+        num_biases = math.prod(shape)
+        weights, biases = state.split([num_biases * self.num_features, num_biases], dim=1)
+        self.state = state.unbind()
+        # Heads after classes, since a softmax over a short last dimension is many times slower.
+        self.weights, self.biases = weights.view(4, *shape, self.num_features), biases.view(4, *shape)
+        self.weight, self.weight_gradient = self.weights[:2]
+        self.bias, self.bias_gradient = self.biases[:2]
 
     def start_epoch(self, epoch: int) -> int:
         """Drops the heads whose epochs are over; returns how many still train."""
         active = sum(epochs > epoch for epochs in self.epochs)
         if active < self.num_heads:
             self.num_heads = active
-            self.weights = [tensor[:, :, :active].contiguous() for tensor in self.weights]
-            self.biases = [tensor[:, :, :active].contiguous() for tensor in self.biases]
+            kept = self.weights[:, :, :, :active].flatten(1), self.biases[:, :, :, :active].flatten(1)
+            self._lay_out(torch.cat(kept, dim=1))
             self.units = self.units[:active]
         if not active:
             return 0
@@ -267,8 +263,9 @@ class _Stack:
         before = torch.cat([self.units[None], rates[:-1]])
         growth = before / rates
         decay = growth * (1 - rates * self.weight_decays[:active])
-        self.schedule, self.units = torch.stack([before, growth, decay], dim=1).float().unbind(), rates[-1]
-        self.losses = []
+        self.schedule, self.units = torch.stack([before, growth, decay], dim=1).float(), rates[-1]
+        self.losses = torch.empty(len(steps), len(self.mean), active, device=steps.device)
+        self.step = 0
         return active
 
     def train(self, inputs: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
@@ -286,26 +283,29 @@ class _Stack:
             self._step(batch_inputs, batch_index, num_rows)
 
     def _step(self, inputs: Tensor, labels: Tensor, num_rows: int) -> None:
-        before, growth, decay = self.schedule[len(self.losses)]
+        before, growth, decay = self.schedule[self.step]
         log_probabilities = self._logits(inputs, before).log_softmax(2)
-        self.losses.append(log_probabilities.gather(2, labels).sum((1, 2)))
+        torch.sum(log_probabilities.gather(2, labels), (1, 2), out=self.losses[self.step])
+        self.step += 1
         # The gradient of mean cross-entropy in closed form: (softmax - one-hot) / batch, then one product per stack.
-        errors = log_probabilities.exp_().scatter_(2, labels, -1, reduce="add").div_(num_rows)
-        (weight, gradient, *_), (bias, bias_gradient, *_) = self.weights, self.biases
-        torch.bmm(errors.flatten(2).transpose(1, 2), inputs, out=gradient.flatten(1, 2))
-        torch.sum(errors, 1, out=bias_gradient)
-        sum_over_workers(gradient)
-        sum_over_workers(bias_gradient)
-        weight.mul_(decay[:, None])
-        bias.mul_(growth)
-        parameters, gradients, means, squares = ([*pair] for pair in zip(self.weights, self.biases, strict=True))
+        errors = (
+            log_probabilities.clamp_(min=LEAST_LOG_PROBABILITY)
+            .exp_()
+            .scatter_(2, labels, -1, reduce="add")
+            .div_(num_rows)
+        )
+        torch.bmm(errors.flatten(2).transpose(1, 2), inputs, out=self.weight_gradient.flatten(1, 2))
+        torch.sum(errors, 1, out=self.bias_gradient)
+        self.weight.mul_(decay[:, None])
+        self.bias.mul_(growth)
+        parameters, gradients, means, squares = self.state
         adamw(
-            parameters,
-            gradients,
-            means,
-            squares,
+            [parameters],
+            [sum_over_workers(gradients)],
+            [means],
+            [squares],
             [],
-            self.adam_steps,
+            [self.adam_steps],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -321,13 +321,13 @@ class _Stack:
         return self._logits(inputs, self.units.float()).transpose(2, 3).contiguous()
 
     def _logits(self, inputs: Tensor, units: Tensor) -> Tensor:
-        weight, bias = self.weights[0].flatten(1, 2), self.biases[0].flatten(1)
-        logits = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
+        weight, bias = self.weight.flatten(1, 2).transpose(1, 2), self.bias.flatten(1)[:, None]
+        logits = torch.baddbmm(bias, inputs, weight)
         return logits.view(*inputs.shape[:2], self.num_classes, self.num_heads).mul_(units)
 
     def loss_sums(self) -> Tensor:
         """The epoch's summed train losses, `(num_subsets, active heads)` float64."""
-        return -torch.stack(self.losses).sum(0, dtype=torch.float64)
+        return -self.losses.sum(0, dtype=torch.float64)
 
     def finish_epoch(self, metrics: list[list[dict[str, float]]], seconds: float) -> None:
         """Adds a line to every active head's history, given its metrics per subset; keeps the heads that are done."""
@@ -345,8 +345,8 @@ class _Stack:
     def _head(self, position: int, subset: int) -> Head:
         head = Head(self.num_features, self.num_classes, self.normalize)
         unit = self.units[position].float()
-        head.weight.data.copy_(self.weights[0][subset, :, position] * unit)
-        head.bias.data.copy_(self.biases[0][subset, :, position] * unit)
+        head.weight.data.copy_(self.weight[subset, :, position] * unit)
+        head.bias.data.copy_(self.bias[subset, :, position] * unit)
         head.mean.copy_(self.mean[subset])
         head.scale.copy_(self.scale[subset])
         return head
