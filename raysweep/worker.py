@@ -145,7 +145,9 @@ def _train_heads_of(
 
 
 def _width(job: dict[str, Any]) -> int:
-    return max(sum(job["encoder"]["parts"][part] for part in parts) for parts in _sources(job).values())
+    """Features of the widest source."""
+    widths: dict[str, int] = job["encoder"]["parts"]
+    return max(sum(widths[part] for part in parts) for parts in _sources(job).values())
 
 
 def _sources(job: dict[str, Any]) -> dict[str, tuple[str, ...]]:
