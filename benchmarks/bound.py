@@ -40,8 +40,7 @@ def run(options: Options) -> Iterator[Figure]:
         repeat_images(files, folder / "images", size)
         sweep = run_sweep(folder, make_experiment(f"cold-{size}", folder / "images", [encoder]))
         loops = [
-            run_bare_loop(folder, folder / "images", encoder, "--decode-threads", str(threads))
-            for threads in variants
+            run_bare_loop(folder, folder / "images", encoder, "--decode-threads", str(threads)) for threads in variants
         ]
         shutil.rmtree(folder)
         fastest = min(loops, key=lambda loop: float(loop["seconds"]))

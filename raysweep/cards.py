@@ -16,6 +16,8 @@ from typing import Any
 import raysweep.encoders
 from raysweep.encoders import Encoder, build_encoder, spec_arguments, weights_signature
 from raysweep.encoders.checkpoints import load_checkpoint
+from raysweep.encoders.families import VARIANTS
+from raysweep.errors import EncoderError
 from raysweep.experiment.config import EncoderConfig
 from raysweep.paths import read_json, signature, write_json
 
@@ -37,6 +39,7 @@ class EncoderInUse:
     def __init__(self, config: EncoderConfig, seed: int, cards: Path) -> None:
         self._config, self._seed = config.model_dump(), seed
         self._loaded: Future[Encoder] | None = None
+        self.weights = ""
         self.reference: Any = None
         self.precision = ""
         card = cards / f"encoder-{signature(self._identity())}.json"
@@ -44,14 +47,17 @@ class EncoderInUse:
             write_json(card, {"spec": self.model.spec(), "weights": weights_signature(self.model)})
         content = read_json(card)
         self.description = Encoder(**spec_arguments(content["spec"]))
-        self.weights: str = content["weights"]
+        self.weights = str(content["weights"])
 
     def _identity(self) -> list[Any]:
         code = Path(raysweep.encoders.__file__).parent.glob("*.py")
-        identity = [self._config, [path.read_text() for path in sorted(code)]]
-        if self._config["type"] == "stacked_cnn" or not self._config["use_pretrained"]:
-            return [*identity, self._seed, version("torch"), version("transformers")]
-        checkpoint = load_checkpoint(self._config["pretrained_model_name_or_path"], self._config["revision"])
+        versions = [version("torch"), version("transformers")]
+        identity = [self._config, self._seed, versions, [path.read_text() for path in sorted(code)]]
+        name, pretrained = self._config["pretrained_model_name_or_path"], self._config["use_pretrained"]
+        # Random weights of a known variant need no file; of another, its configuration.
+        if self._config["type"] == "stacked_cnn" or (not pretrained and name in VARIANTS):
+            return identity
+        checkpoint = load_checkpoint(name, self._config["revision"], with_weights=pretrained)
         files = sorted(path for path in checkpoint.folder.iterdir() if path.is_file())
         # Of a hub's snapshot, links to files that are named after their content.
         stats = [(path.name, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -67,7 +73,12 @@ class EncoderInUse:
         """The encoder with its weights, on the CPU, in evaluation mode."""
         self.load_ahead()
         assert self._loaded is not None
-        return self._loaded.result()
+        encoder = self._loaded.result()
+        if self.weights and weights_signature(encoder) != self.weights:
+            raise EncoderError(
+                f"{self._config['type']}: its weights have changed since the sweep began; start it again"
+            )
+        return encoder
 
     def put(self) -> Any:
         """Reference to the weights in Ray's object store, shared by all studies of the encoder."""

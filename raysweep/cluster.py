@@ -95,6 +95,7 @@ class RaySession:
         self._thread = ThreadPoolExecutor(1, "ray")
         self._stack = ExitStack()
         self._resources: Future[Resources] | None = None
+        self._preparation: Future[None] | None = None
 
     def start(self) -> None:
         """Begins to start Ray, or to join the cluster that RAY_ADDRESS names; returns at once."""
@@ -107,8 +108,8 @@ class RaySession:
         return resources
 
     def prepare(self, function: Callable[[], None]) -> None:
-        """Has something done in Ray's thread once Ray is up, without waiting for it."""
-        self._thread.submit(function)
+        """Has something done in Ray's thread once Ray is up, without waiting for it; not if Ray is left before."""
+        self._preparation = self._thread.submit(function)
 
     @property
     def resources(self) -> Resources:
@@ -123,6 +124,8 @@ class RaySession:
 
     def leave(self) -> None:
         """Begins to leave Ray, where it was started: nothing needs it any more."""
+        if self._preparation is not None:
+            self._preparation.cancel()
         if self._resources is not None:
             self._thread.submit(self._stack.close)
 

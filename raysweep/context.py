@@ -212,10 +212,10 @@ class SweepContext:
         if wanted != "auto":
             return wanted
         on_gpu = uses_gpu(self.experiment.resources, self.present)
-        if config.mode != "linear_probe" and not on_gpu:
-            return "fp32"
+        if config.mode in ("fine_tune", "from_scratch"):
+            return self._gpu_precision if on_gpu else "fp32"
         used = self.encoder(config)
-        if not used.precision and config.mode == "linear_probe":
+        if not used.precision:
             used.precision = self._precision_of_cache(used)
         if not used.precision:
             cpu = torch.device("cpu")

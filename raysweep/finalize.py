@@ -54,7 +54,7 @@ def finalize_search(
         classifier = build_classifier(job)
         classifier.load_state_dict(load_checkpoint(checkpoint)[0])
     about = {"study": config.name, "key": key, "trial": best.number, "setting": best.setting}
-    export(sweep, config, classifier, about | {"test_accuracy": tested["test"]["accuracy"]})
+    export(sweep, config, classifier, about | {"test_accuracy": tested["test"]["accuracies"][0]})
     if config.mode == "linear_probe" and config.encoder.saved_weights_in_checkpoint:
         add_encoder_weights(checkpoint, classifier)
     succeeded = [record for record in records if record.error is None]
@@ -83,7 +83,8 @@ def finalize_baseline(
     """Makes the row of a baseline, and exports its model where it is a head on the encoder; as `finalize_search`."""
     checkpoint, setting = tested["checkpoint"], tested["setting"]
     if checkpoint is not None:
-        about = {"study": config.name, "key": key, "setting": setting, "test_accuracy": tested["test"]["accuracy"]}
+        about = {"study": config.name, "key": key, "setting": setting}
+        about["test_accuracy"] = tested["test"]["accuracies"][0]  # of the draw that is exported
         export(sweep, config, probe_classifier(sweep, config, Path(checkpoint)), about)
     row = make_row(sweep, config, tested, setting=setting, validation=tested["validation"]) | {
         "num_trials": tested["num_settings"],

@@ -6,6 +6,7 @@ holds the next settings of each. A fine_tune or from_scratch study is a group of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class Group:
 
     def _begin(self, work: Work) -> Work:
         self.num_running += 1
-        return {"group": self.name, **work}
+        return {"group": self.name, "started": time.time(), **work}
 
     def on_epoch(self, epoch: dict[str, Any]) -> None:
         """Passes an epoch of a lone trial on."""
@@ -75,6 +76,11 @@ class Group:
         """
         self.num_running -= 1
         studies = {study.config.name: study for study in [*self.searches, *self.baselines]}
+        names = (
+            {trial["study"] for trial in work["trials"]} if "trials" in work else {*work["test"], *work["baselines"]}
+        )
+        for name in names:
+            studies[name].seconds += (time.time() - work["started"]) / len(names)
         if "trials" in work:
             found = {(one["study"], one["number"]): one for one in (results or {}).get("trials", [])}
             for trial in work["trials"]:
@@ -83,10 +89,11 @@ class Group:
                 study.tell(trial["number"], found.get((trial["study"], trial["number"])), reason)
             return
         for name in [*work["test"], *work["baselines"]]:
-            if results is None:
-                studies[name].failure = f"{name}: its test failed: {reason}"
+            tested = {"error": reason} if results is None else results["tested"][name]
+            if "error" in tested:
+                studies[name].failure = f"{name}: its test failed: {tested['error']}"
             else:
-                studies[name].settle(results["tested"][name], self.job)
+                studies[name].settle(tested, self.job)
 
     def build_job(self, num_side_by_side: int) -> dict[str, Any]:
         """Builds what all work of the group shares, as a plain dict; see `worker.train_worker`.

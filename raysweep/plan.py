@@ -33,6 +33,8 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) ->
         work = f"{block.num_trials} trials in {rounds} Populations of up to {size}" if size > 1 else ""
         budget = f", at most {describe_seconds(block.time_budget_s)}" if block.time_budget_s else ""
         lines.append(f"  {study.name}: {work or f'{block.num_trials} trials'} ({block.sampler}{budget})")
+        if study.mode == "linear_probe" and experiment.search.linear_probe.baselines:
+            lines.append(f"    and {', '.join(experiment.search.linear_probe.baselines)} on the same features")
     probed = {study.encoder_name for study in experiment.studies() if study.mode == "linear_probe"}
     lines.append(f"encoder passes for probes: {len(probed)} at most (one per encoder; none where features are cached)")
     resources = experiment.resources
@@ -41,5 +43,5 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) ->
         needed += f" and {resources.num_workers} x {resources.gpus_per_worker:g} GPUs"
     side_by_side = num_concurrent_trials(resources, present)
     lines.append(f"resources: a training run needs {needed}; present: {present.num_cpus} CPUs, {present.num_gpus} GPUs")
-    lines.append(f"  up to {side_by_side} training runs side by side (fine_tune, from_scratch)")
+    lines.append(f"  up to {side_by_side} training runs side by side; Populations of one encoder one by one")
     return lines

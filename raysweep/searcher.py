@@ -79,12 +79,14 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
             self._guarded(group.take, work, results, reason)
 
     def _guarded(self, listener: Any, *arguments: Any) -> None:
-        """Keeps an error for `run_groups`: Tune would wrap it in its own."""
-        if self.failure is None:
-            try:
-                listener(*arguments)
-            except Exception as error:
-                self.failure = error
+        """Keeps an error for `run_groups`: Tune would wrap it in its own.
+
+        What still runs then is listened to nevertheless: its results reach the journal before anything can fail.
+        """
+        try:
+            listener(*arguments)
+        except Exception as error:
+            self.failure = self.failure or error
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""

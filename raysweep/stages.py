@@ -28,7 +28,7 @@ class SweepResult:
 
 
 def check_studies(context: SweepContext) -> None:
-    """Loads every encoder and settles every search space, so that what is wrong with the last study shows at once.
+    """Looks at every encoder and search space, so that what is wrong with the last study shows at once.
 
     Raises:
         EncoderError: weights cannot be loaded.
@@ -117,7 +117,9 @@ def conclude(context: SweepContext, outcomes: list[dict[str, Any]]) -> SweepResu
     for path in (context.paths.leaderboard_json, context.paths.leaderboard_csv, context.paths.quarantine):
         recorder.send("log_file", run_id, path)
     sign = 1 if experiment.direction == "maximize" else -1
-    exported = [outcome for outcome in outcomes if outcome["model_uri"] is not None]
+    # Few-shot scores are means over capped validation splits: they compare among themselves only.
+    shots = max((outcome["row"]["shots"] for outcome in outcomes), key=lambda n: float("inf") if n == "all" else n)
+    exported = [o for o in outcomes if o["model_uri"] is not None and o["row"]["shots"] == shots]
     if exported:
         winner = max(exported, key=lambda outcome: sign * outcome["val_metric"])
         recorder.send("log_metrics", run_id, {"test/accuracy": winner["row"]["test_accuracy"]})

@@ -41,7 +41,7 @@ class Study:
         self.key = signature(self._identity())
         self.folder = sweep.paths.study(config.name, self.key)
         self.run_id = self._start_run()
-        self.started = time.perf_counter()
+        self.seconds = cache.seconds if cache.made_now else 0.0  # what all its pieces of work took, by this invocation
         self.outcome: dict[str, Any] | None = None
         self.model_uri: Future[str] | None = None
         self.failure: str | None = None
@@ -54,6 +54,8 @@ class Study:
             [self.sweep.index.fingerprint, sorted(self.sweep.bad_rows)],
             [used.description.spec(), used.weights, self.config.mode, self.config.shots, num_draws],
             [experiment.metric, experiment.seed],
+            # Features of another precision are other features.
+            [Path(self.cache.folder).name, self.sweep.precision(self.config)],
         ]
 
     def _start_run(self) -> str:
@@ -107,8 +109,12 @@ class Study:
         assert self.outcome is not None
         known = self._known()
         earlier = known["row"]["study_seconds"] if known else 0.0
-        self.outcome["row"]["study_seconds"] = earlier + time.perf_counter() - self.started
+        self.outcome["row"]["study_seconds"] = earlier + self.seconds
         self.model_uri = log_outcome(self.sweep, self.run_id, self.outcome, setting, checkpoint, best_trial)
+        self._write(self.outcome)  # a sweep that is killed from here on need not test it again
+
+    def _write(self, outcome: dict[str, Any]) -> None:
+        write_json(self.sweep.paths.study_result(self.config.name, self.key), outcome)
 
     def conclude(self) -> dict[str, Any]:
         """Returns the outcome: `row`, `correct` per test row, `val_metric`, `test`, `model_uri`; ends the MLflow run.
@@ -123,9 +129,10 @@ class Study:
         if self.outcome is None:
             self._reuse(outcome)
         if self.model_uri is not None:
+            self.sweep.recorder.wait()
             outcome["model_uri"] = self.model_uri.result()
         outcome["row"]["mlflow_run_id"] = self.run_id
-        write_json(self.sweep.paths.study_result(self.config.name, self.key), outcome)
+        self._write(outcome)
         self.sweep.recorder.send("finish", self.run_id)
         return outcome
 
@@ -273,15 +280,12 @@ class SearchStudy(Study):
             self.sweep, self.config, self.search.records, best, job=job, cache=self.cache, key=self.key, tested=tested
         )
         self._log(best.checkpoint, best.setting, best.number)
+        for record in self.search.records:  # eight fine-tunes of a large encoder would keep 10 GB
+            if record.checkpoint and record.checkpoint != best.checkpoint:
+                Path(record.checkpoint).unlink(missing_ok=True)
 
     def conclude(self) -> dict[str, Any]:
-        """As `Study.conclude`; then deletes the weights of trials that were not chosen."""
+        """As `Study.conclude`."""
         if self.outcome is None and self.failure is None:
             self.sweep.progress.say(f"{self.config.name}: all {self.num_done} trials are there, nothing left to do")
-        outcome = super().conclude()
-        if self.outcome is not None:  # eight fine-tunes of a large encoder would keep 10 GB
-            chosen = outcome["checkpoint"]
-            for record in self.search.records:
-                if record.checkpoint and record.checkpoint != chosen:
-                    Path(record.checkpoint).unlink(missing_ok=True)
-        return outcome
+        return super().conclude()

@@ -40,9 +40,9 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         # Both start while torch is imported and the images are read: Ray where it is sure to be needed, MLflow always.
         ray = RaySession(verbose, lambda present: describe_resources(present, progress))
         stack.callback(ray.close)
-        if not paths.optuna_journal.exists():
+        if not paths.optuna_journal.exists() and has_source(experiment):
             ray.start()
-            if not paths.has_features:
+            if not paths.has_features and not os.environ.get("RAY_ADDRESS"):
                 ray.prepare(warm_up_pass)
         recorder = Recorder(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
         stack.callback(recorder.close)
@@ -58,6 +58,12 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         check_studies(context)
         recorder.wait()  # a store that cannot be used shows before hours of work
         return run_stages(context)
+
+
+def has_source(experiment: Experiment) -> bool:
+    """Whether the images may be there; a misspelt folder is to be told before anything is started for it."""
+    source = experiment.data.source
+    return "://" in source or Path(source).expanduser().exists()
 
 
 def warm_up_pass() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raysweep.encoders import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
-from raysweep.images.cache import peak_memory_bytes
+from raysweep.images.cache import forget_peak_memory, peak_memory_bytes
 from raysweep.images.features import load_arrays, load_features
 from raysweep.images.pixels import load_pixels
 from raysweep.results.selection import evaluate_test
@@ -67,8 +67,7 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
         report = config["report"]
     torch.set_num_threads(job["num_threads"])
     device = _device(job["use_gpu"], local)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    _forget_peaks(device)
     if job["mode"] == "linear_probe":
         results = _train_heads(job, trials, device)
     else:
@@ -253,19 +252,34 @@ def run_test(job: dict[str, Any], checkpoints: dict[str, str], baselines: Sequen
         baselines: names of studies without trials, which are chosen on validation first.
 
     Returns:
-        By study: `test`, from `selection.evaluate_test`, and `peak_gpu_memory_bytes`; of a baseline also its
-        `checkpoint` (or None), `setting`, `num_settings`, `validation`, `seconds` and `peak_memory_bytes`.
+        By study: the `error` that ended it; or `test`, from `selection.evaluate_test`, and `peak_gpu_memory_bytes`, of
+        a baseline also its `checkpoint` (or None), `setting`, `num_settings`, `validation`, `seconds` and
+        `peak_memory_bytes`.
     """
     torch.set_num_threads(job["num_threads"])
     device = torch.device("cuda" if job["use_gpu"] else "cpu")
-    tested = {}
-    for name, checkpoint in checkpoints.items():
-        logits = _probe_logits if job["mode"] == "linear_probe" else _classifier_logits
-        tested[name] = {"test": _evaluate(job, logits(job, checkpoint, device))}
-    for name in baselines:
-        tested[name] = _run_baseline(job, job["studies"][name], device)
-    gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {name: result | {"peak_gpu_memory_bytes": gpu_memory} for name, result in tested.items()}
+    tested: dict[str, dict[str, Any]] = {}
+    for name in [*checkpoints, *baselines]:
+        _forget_peaks(device)
+        try:
+            if name in checkpoints:
+                logits = _probe_logits if job["mode"] == "linear_probe" else _classifier_logits
+                result = {"test": _evaluate(job, logits(job, checkpoints[name], device))}
+            else:
+                result = _run_baseline(job, job["studies"][name], device)
+        except Exception as error:  # what is wrong with one study need not be wrong with the others
+            tested[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        tested[name] = result | {"peak_gpu_memory_bytes": gpu_memory}
+    return tested
+
+
+def _forget_peaks(device: torch.device) -> None:
+    """Begins to measure memory anew: this process may have worked for other studies."""
+    forget_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _evaluate(job: dict[str, Any], logits: Sequence[Tensor]) -> dict[str, Any]:
@@ -325,7 +339,9 @@ def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) ->
 def feature_set(job: dict[str, Any], split: str, device: torch.device) -> FeatureSet:
     """Cached features and labels of a split, on a device."""
     row_ids, labels = job["rows"][split]
-    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]), job["memory_bytes"])
+    num_rows = sum(len(ids) for ids, _ in job["rows"].values())
+    budget = job["memory_bytes"] * len(row_ids) // num_rows  # of what all splits together may take
+    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]), budget)
     parts = _load_once(f"{job['data_key']}/{split}", load)
     return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
 

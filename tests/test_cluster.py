@@ -206,29 +206,31 @@ def test_a_cluster_that_is_not_there_shows_when_it_is_needed(sessions):
     session.close()
 
 
-def test_tune_gives_its_actors_no_environment_of_their_own(monkeypatch):
+@pytest.fixture
+def class_cache(monkeypatch):
+    """The tables of Ray that are emptied, filled as Ray fills them."""
     from ray.tune.execution import class_cache
 
+    for name, content in (("DEFAULT_ENV_VARS", {"PL_DISABLE_FORK": "1"}), ("ENV_VARS_TO_PROPAGATE", {"RAY_X"})):
+        assert isinstance(getattr(class_cache, name), type(content))
+        monkeypatch.setattr(class_cache, name, content)
+    return class_cache
+
+
+def environment_of_an_actor(class_cache):
+    actor = class_cache._ActorClassCache().get(type("Trainable", (), {}))
+    return (actor._default_options.get("runtime_env") or {}).get("env_vars", {})
+
+
+def test_tune_gives_its_actors_no_environment_of_their_own(class_cache, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
-    for table in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE"):
-        assert getattr(class_cache, table), "nothing left to take away"
-        monkeypatch.setattr(class_cache, table, getattr(class_cache, table).copy())
-
-    def environment():
-        actor = class_cache._ActorClassCache().get(type("Trainable", (), {}))
-        return (actor._default_options.get("runtime_env") or {}).get("env_vars", {})
-
-    assert environment()["RAY_TRAIN_V2_ENABLED"] == "1"
+    monkeypatch.setenv("RAY_X", "1")
+    assert environment_of_an_actor(class_cache) == {"PL_DISABLE_FORK": "1", "RAY_X": "1"}
     let_tune_use_started_workers()
-    assert environment() == {}
+    assert environment_of_an_actor(class_cache) == {}
 
 
-def test_on_a_cluster_tune_keeps_its_environment(monkeypatch):
-    from ray.tune.execution import class_cache
-
+def test_on_a_cluster_tune_keeps_its_environment(class_cache, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    before = class_cache.DEFAULT_ENV_VARS.copy()
     let_tune_use_started_workers()
-    assert before == class_cache.DEFAULT_ENV_VARS
-    assert before
+    assert environment_of_an_actor(class_cache) == {"PL_DISABLE_FORK": "1"}

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from raysweep import group as groups
 from raysweep.cluster import Resources
 from raysweep.encoders import build_encoder
 from raysweep.experiment.config import Experiment
@@ -19,7 +20,7 @@ class FakeSearch(SearchStudy):
         self.config = SimpleNamespace(name=name, mode=mode)
         self.sizes, self.checkpoint, self.subsets = list(sizes), checkpoint, subsets
         self.num_asked, self.told, self.epochs, self.settled_with = 0, [], [], None
-        self.failure = self.head = None
+        self.failure, self.head, self.seconds = None, None, 0.0
         self.key, self.folder, self.cache = "key", "folder", SimpleNamespace(folder="cache")
 
     @property
@@ -47,7 +48,7 @@ class FakeSearch(SearchStudy):
 class FakeBaseline:
     def __init__(self, name, is_settled=False):
         self.config, self.is_settled, self.failure = SimpleNamespace(name=name, mode="knn"), is_settled, None
-        self.settled_with, self.spec = None, {"name": name}
+        self.settled_with, self.spec, self.seconds = None, {"name": name}, 0.0
 
     def settle(self, tested, job):
         self.settled_with = tested, job
@@ -90,7 +91,8 @@ def test_other_studies_hand_out_as_many_as_run_at_once():
     for work in works:
         assert group.next_work() is None, "the test waits for every trial"
         finish(group, work)
-    assert group.next_work() == {"group": "tune", "test": {"tune": "best.safetensors"}, "baselines": []}
+    last = group.next_work()
+    assert (last["test"], last["baselines"]) == ({"tune": "best.safetensors"}, [])
 
 
 def test_the_test_is_the_last_piece_of_work():
@@ -254,3 +256,24 @@ def test_the_job_knows_every_study():
 def test_cpus_are_divided_among_what_runs_at_once(mode, num_left, num_side_by_side, resources, expected):
     job = job_of(FakeSearch("a", [num_left], mode=mode), num_side_by_side=num_side_by_side, **resources)
     assert job["num_threads"] == expected
+
+
+def test_a_study_that_fails_its_test_fails_alone():
+    one, baseline = FakeSearch("one", []), FakeBaseline("ridge")
+    group = group_of(one, baselines=[baseline])
+    group.take(group.next_work(), {"tested": {"one": {"test": 1}, "ridge": {"error": "LinAlgError: no"}}}, "unused")
+    assert one.settled_with is not None
+    assert baseline.settled_with is None
+    assert baseline.failure == "ridge: its test failed: LinAlgError: no"
+
+
+def test_a_piece_of_work_is_paid_for_by_its_studies_in_equal_parts(monkeypatch):
+    clock = SimpleNamespace(now=0.0, time=lambda: clock.now)
+    monkeypatch.setattr(groups, "time", clock)
+    one, five = FakeSearch("one", [1, 1]), FakeSearch("five", [1])
+    group = group_of(one, five)
+    for seconds in (8.0, 3.0):
+        work = group.next_work()
+        clock.now += seconds
+        finish(group, work)
+    assert (one.seconds, five.seconds) == (7.0, 4.0)

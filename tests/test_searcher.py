@@ -163,9 +163,10 @@ def test_an_error_of_a_listener_stops_the_search(listener):
         searcher.on_trial_complete("t0", done())
     assert isinstance(searcher.failure, BrokenStoreError)
     assert searcher.suggest("t2") == FINISHED
-    searcher.on_trial_complete("t1", done())  # what still runs comes to its end unheard
-    assert str(searcher.failure) == "the disk is full"
-    assert group.taken == []
+    first = searcher.failure
+    searcher.on_trial_complete("t1", done())  # what still runs may reach the journal
+    assert searcher.failure is first
+    assert len(group.taken) == (1 if listener == "on_epoch" else 0)
 
 
 def test_an_error_while_work_is_sought_stops_the_search():

@@ -109,7 +109,7 @@ class TrainConfig(Section):
 
     batch_size: Count = Field(default=64, description="Images a step, over all workers together.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the hardware has it."
+        default="auto", description="auto: bf16 where that is faster; training on CPUs stays fp32."
     )
     early_stopping_patience: Count = Field(
         default=5, description="Epochs without a better validation score before stopping."
@@ -205,7 +205,7 @@ class Experiment(Section):
         return "minimize" if self.metric == "val/loss" else "maximize"
 
     def studies(self) -> tuple[StudyConfig, ...]:
-        """Lists the studies in the order in which they run: by shots, then encoder, a probe before its fine-tuning."""
+        """Lists the studies by shots, then encoder, a probe before its fine-tuning."""
         return list_studies(self.encoders, self.modes, self.data.shots)
 
 

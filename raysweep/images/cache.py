@@ -122,7 +122,15 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: damaged ({reason}); delete the folder to have it rebuilt") from error
 
 
+def forget_peak_memory() -> None:
+    """Lets `peak_memory_bytes` begin anew, where the system can do that (Linux: proc_pid_clear_refs(5))."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
 def peak_memory_bytes() -> int:
-    """Returns the largest resident set that this process has had."""
+    """Returns the largest resident set that this process has had, since `forget_peak_memory`."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024  # Linux counts in KiB
