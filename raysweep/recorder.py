@@ -114,5 +114,8 @@ def _open(uri: str, experiment: str) -> None:
 def _call(uri: str, method: str, arguments: tuple[Any, ...]) -> Any:
     if not _trackers:  # the store could not be opened, as its own call has said
         return None
-    with reported_as_ours(uri):
-        return getattr(_trackers[0], method)(*arguments)
+    try:
+        with reported_as_ours(uri):
+            return getattr(_trackers[0], method)(*arguments)
+    except OSError as error:
+        raise RaysweepError(f"tracking.uri: nothing can be written to '{uri}' ({error})") from error
