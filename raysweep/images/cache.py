@@ -67,7 +67,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a pass that was cut short has left, perhaps in other blocks than the next one's."""
-    for pattern in ("rows-*.parquet", "rows-*.f16"):
+    for pattern in ("rows-*.parquet", "rows-*.f16", ".rows-*.f16.*"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 

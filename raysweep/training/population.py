@@ -155,7 +155,8 @@ def _train_epoch(stacks: Sequence[_Stack], rows: _Rows, batches: Sequence[Tensor
 def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Rows, started: float) -> None:
     """Evaluates every head on its validation rows, and adds a line to its history."""
     num_heads, num_classes = sum(stack.num_heads for stack in stacks), stacks[0].num_classes
-    rows = min(validation.at_once, max(1, LOGITS_BYTES // (4 * num_heads * num_classes)))
+    row_bytes = 4 * len(validation.labels) * num_heads * num_classes
+    rows = min(validation.at_once, max(1, LOGITS_BYTES // row_bytes))
     sums = [MetricSums(num_heads, num_classes, validation.labels.device) for _ in validation.labels]
     for places in own_rows(torch.arange(validation.labels.shape[1])).split(rows):
         inputs, labels = validation.read(places, stacks)
