@@ -35,7 +35,7 @@ TINY_CLIP = {
 def run(options: Options) -> Iterator[Figure]:
     """Yields the ratio; one sweep of each kind, a few minutes each."""
     first, second = (TINY_DINOV2, TINY_CLIP) if options.quick else (DINOV2_SMALL, CLIP_SMALL)
-    num_images, repeats = (60, 1) if options.quick else (650, 1)
+    num_images, repeats = (60, 1) if options.quick else (1_300, 1)
     images = options.scratch / "images"
     repeat_images(source_images(options), images, num_images)
     seconds: dict[str, list[float]] = {"one": [], "both": []}
