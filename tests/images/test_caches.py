@@ -484,7 +484,8 @@ class Crowded(torch.nn.Module):
         return {"mean": pixels.mean(dim=(2, 3))}
 
 
-def test_batches_that_do_not_fit_are_halved(encoder):
+def test_batches_that_do_not_fit_are_halved(encoder, monkeypatch):
+    monkeypatch.setitem(features_module.ENCODER_BATCH, ("cpu", "fp32"), 8)
     pixels = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), np.uint8)
     crowded, roomy = (Crowded(encoder.preprocessing, limit) for limit in (3, 100))
     found = encode(crowded, pixels, CPU, "fp32")["mean"]
