@@ -21,8 +21,8 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 recorder = Recorder(sys.argv[1], sys.argv[2])
 run_id, _ = recorder.call("start_run", "key", "name", "sweep")
-print(multiprocessing.active_children()[0].pid, flush=True)
 try:
+    print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(120)
 except KeyboardInterrupt:
     recorder.call("log_metrics", run_id, {"after": 1.0})
