@@ -102,12 +102,21 @@ class AugmentationConfig(Section):
         default=0.35, gt=0, le=1, description="Smallest share of the image that a crop keeps."
     )
     horizontal_flip: bool = Field(default=True, description="Mirror half of the images.")
+    mixup: float = Field(default=0, ge=0, description="Alpha of mixup, blends of two images and their labels; 0: off.")
+    cutmix: float = Field(
+        default=0, ge=0, description="Alpha of CutMix, a box out of another image; with mixup half of the images each."
+    )
 
 
 class TrainConfig(Section):
     """What every training loop shares."""
 
     batch_size: Count = Field(default=64, description="Images a step, over all workers together.")
+    micro_batch_size: Count | None = Field(
+        default=None,
+        description="Images that a worker trains on at once, accumulating gradients over its share of a step (default: "
+        "the whole share; halved when a GPU runs out of memory).",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 where that is faster; training on CPUs stays fp32."
     )
@@ -119,6 +128,17 @@ class TrainConfig(Section):
     )
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    label_smoothing: float = Field(default=0, ge=0, lt=1, description="Share of a label given to all classes alike.")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Keep the moving average of the weights over the steps, with this decay (0.999), instead of the last.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice instead of keeping them: less memory, slower."
+    )
+    compile: bool = Field(default=False, description="Compile the model with torch.compile: worth it for long trials.")
 
 
 class ResourcesConfig(Section):
@@ -137,6 +157,18 @@ class ResourcesConfig(Section):
     feature_memory_gb: float = Field(
         default=4, gt=0, description="Cached features a worker keeps in memory, in GB; more are read as needed."
     )
+    pixel_disk_gb: float | Literal["auto"] = Field(
+        default="auto",
+        ge=0,
+        description="Disk for cached pixels, in GB; larger sets are decoded anew in every epoch (auto: 0.8 of what is free).",
+    )
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _can_be_shared(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"a share of one GPU (0.25, 0.5), or a whole number of them, found {value:g}")
+        return value
 
 
 class TrackingConfig(Section):
@@ -197,6 +229,15 @@ class Experiment(Section):
         found = mode_problems(value, info.data["modes"]) if "modes" in info.data else []
         if found:
             raise problems_at(*found)
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _has_what_is_searched(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        for mode in ("fine_tune", "from_scratch") if value.augmentation is None and "search" in info.data else ():
+            if "augmentation_strength" in info.data["search"].block(mode).space:
+                searched = f"search.{mode}.space.augmentation_strength scales it; leave one of them out"
+                raise problems_at((("augmentation",), f"is null, and {searched}"))
         return value
 
     @property

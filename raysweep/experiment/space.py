@@ -134,13 +134,18 @@ _RULES = {
     "epochs": _Rule("Passes over the training images, the length of the schedule; 1 or more.", whole=True, at_least=1),
     "weight_decay": _Rule("Decoupled weight decay (AdamW); 0 or more.", at_least=0),
     "layer_decay": _Rule("Learning rate of a block over that of the block above it; in (0, 1].", above=0, at_most=1),
+    "augmentation_strength": _Rule(
+        "Scales train.augmentation, from 0 (crops of the whole image, no mixing) to 1 (as configured).",
+        at_least=0,
+        at_most=1,
+    ),
     "features": _Rule("Which encoder output the head reads (default: all it has).", words=FEATURE_SOURCES),
     "normalize": _Rule("How features are normalised before the head.", words=NORMALIZATIONS),
 }
 DIMENSIONS: dict[Mode, tuple[str, ...]] = {
     "linear_probe": ("learning_rate", "epochs", "weight_decay", "features", "normalize"),
-    "fine_tune": ("learning_rate", "epochs", "weight_decay", "layer_decay"),
-    "from_scratch": ("learning_rate", "epochs", "weight_decay"),
+    "fine_tune": ("learning_rate", "epochs", "weight_decay", "layer_decay", "augmentation_strength"),
+    "from_scratch": ("learning_rate", "epochs", "weight_decay", "layer_decay", "augmentation_strength"),
 }
 
 

@@ -1,0 +1,39 @@
+"""Pixels of a split, wherever they lie: what the training loop reads its batches from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class PixelRows(Protocol):
+    """Rows of uint8 pixels `(height, width, 3)` in an order of their own, numbered from 0."""
+
+    def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yields the pixels of each batch of row numbers, int64 `(n,)`, as uint8 `(n, height, width, 3)`.
+
+        In the order asked for; the next batch may be made ready while this one is worked on.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PixelSet:
+    """One split: its pixels and its labels `(num_rows,)` int64 in host memory."""
+
+    pixels: PixelRows
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class ResidentPixels:
+    """Pixels in the memory of one device: uint8 `(num_rows, height, width, 3)`."""
+
+    tensor: Tensor
+
+    def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """As `PixelRows.read`; on the device that they lie on."""
+        return (self.tensor[rows.to(self.tensor.device)] for rows in batches)
