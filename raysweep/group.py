@@ -13,6 +13,7 @@ from typing import Any
 from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import Rows, SweepContext
 from raysweep.study import SearchStudy, Study
+from raysweep.trial import share_of_batch
 
 Work = dict[str, Any]
 
@@ -32,6 +33,7 @@ class Group:
         self.name, self.mode = self.first.config.name, self.first.config.mode
         self.num_running, self.is_tested = 0, False
         self.job: dict[str, Any] = {}
+        self.micro_batch_size: int | None = None  # the largest that fits, once memory has run out
 
     @property
     def has_work(self) -> bool:
@@ -45,7 +47,7 @@ class Group:
             return None
         trials = [trial for study in self.searches if study.num_left for trial in study.ask()]
         if trials:
-            return self._begin({"trials": trials})
+            return self._begin({"trials": trials, "micro_batch_size": self.micro_batch_size})
         if self.num_running:
             return None
         chosen = self.choose()
@@ -64,7 +66,19 @@ class Group:
 
     def on_epoch(self, epoch: dict[str, Any]) -> None:
         """Passes an epoch of a lone trial on."""
+        self._note_micro_batch_size(epoch["metrics"].get("train/micro_batch_size"))
         self.first.on_epoch(epoch["number"], epoch["epoch"], epoch["metrics"])
+
+    def _note_micro_batch_size(self, size: float | None) -> None:
+        """Lets later trials begin with what has fitted, where memory has run out."""
+        before = self.micro_batch_size or share_of_batch(self.job)
+        if size is not None and size < before:
+            self.micro_batch_size = int(size)
+            batch_size = self.sweep.experiment.train.batch_size
+            self.sweep.progress.warn(
+                f"{self.name}: out of memory with {before} images at once; a worker takes {int(size)} and accumulates "
+                f"(the batch stays {batch_size}); train.micro_batch_size: {int(size)} would begin with that"
+            )
 
     def take(self, work: Work, results: dict[str, Any] | None, reason: str) -> None:
         """Takes what came of a piece of work.
@@ -126,6 +140,8 @@ class Group:
             "use_gpu": uses_gpu(resources, present),
             "cpus_per_worker": resources.cpus_per_worker,
             "gpus_per_worker": resources.gpus_per_worker,
+            "gradient_checkpointing": train.gradient_checkpointing,
+            "compile": train.compile,
             "num_threads": max(1, present.num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),
             "loop": {
                 "batch_size": train.batch_size,
@@ -137,6 +153,9 @@ class Group:
                 "augmentation": train.augmentation.model_dump() if train.augmentation else None,
                 "warmup_fraction": train.warmup_fraction,
                 "gradient_clip": train.gradient_clip,
+                "label_smoothing": train.label_smoothing,
+                "ema_decay": train.ema_decay,
+                "micro_batch_size": train.micro_batch_size,
             },
         }
         return self.job

@@ -21,6 +21,9 @@ from raysweep.results.tracking import LoggedTrial
 from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
 from raysweep.worker import load_heads
 
+# Keys of `train` that change how something is computed, and not what.
+HOW_NOT_WHAT = ("micro_batch_size", "gradient_checkpointing", "compile")
+
 
 class Study:
     """One row of the leaderboard: a classifier that is chosen on validation and then meets the test split once.
@@ -181,7 +184,7 @@ class SearchStudy(Study):
             *super()._identity(),
             {name: dimension.model_dump() for name, dimension in self.space.items()},
             experiment.search.block(self.config.mode).sampler,
-            experiment.train.model_dump(),
+            experiment.train.model_dump(exclude=set(HOW_NOT_WHAT)),
             weights_signature(load_heads(self.head)[0][0]) if self.head else None,
         ]
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raysweep.paths import write_atomically
+
+Results = list[dict[str, Any]]
 
 
 def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
@@ -23,7 +28,8 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
         from raysweep.worker import run_test
 
         if "trials" in work:
-            results: dict[str, Any] = {"trials": _train(work["trials"], job)}
+            train = partial(_train, work["trials"], job)
+            results: dict[str, Any] = {"trials": within_memory(train, work["micro_batch_size"], share_of_batch(job))}
         else:
             results = {"tested": run_test(job, work["test"], work["baselines"])}
         tune.report({"results": json.dumps(results)})
@@ -38,7 +44,36 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
         tune.report({"error": f"{type(error).__name__}: {reason[:500]}"})
 
 
-def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
+def share_of_batch(job: dict[str, Any]) -> int:
+    """Rows of a batch that one worker trains on."""
+    limit = job["loop"]["micro_batch_size"]
+    share: int = math.ceil(job["loop"]["batch_size"] / job["num_workers"])
+    return min(limit or share, share)
+
+
+def within_memory(train: Callable[[int | None], Results], micro_batch_size: int | None, share: int) -> Results:
+    """Trains, and again with micro-batches of half the size each time that memory runs out.
+
+    Starting the Train run again, rather than the step, needs no agreement among workers of which one has run out while
+    the others wait for its gradients; it goes on from the last epoch's checkpoint.
+
+    Args:
+        train: trains with micro-batches of a size; None for all rows of a worker's share at once.
+        micro_batch_size: to begin with.
+        share: rows of a batch that one worker trains on.
+    """
+    while True:
+        try:
+            return train(micro_batch_size)
+        except Exception as error:
+            # By name, for a worker's error comes as text within another; Ray's own, for host memory, is meant too.
+            if "OutOfMemoryError" not in f"{type(error).__name__} {error}" or (micro_batch_size or share) == 1:
+                raise
+        # Out here the error is gone, and with it the frames that hold the model.
+        micro_batch_size = math.ceil((micro_batch_size or share) / 2)
+
+
+def _train(trials: list[dict[str, Any]], job: dict[str, Any], micro_batch_size: int | None) -> Results:
     """Runs a Population through Ray Train.
 
     One worker runs in Train's local mode, inside the Tune trial, whose actor is reused: a Train run of its own costs
@@ -50,7 +85,7 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, 
 
     from raysweep.worker import train_worker
 
-    loop_config: dict[str, Any] = {"job": job, "trials": trials}
+    loop_config: dict[str, Any] = {"job": job, "trials": trials, "micro_batch_size": micro_batch_size}
     if job["num_workers"] == 1:
         trainer = TorchTrainer(
             train_worker,
@@ -61,7 +96,7 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, 
         from ray.tune.integration.ray_train import TuneReportCallback
 
         # Named after its trials, so that Train's own recovery finds the run again.
-        name = f"trials-{trials[0]['number']}-{trials[-1]['number']}"
+        name = f"trials-{trials[0]['number']}-{trials[-1]['number']}-{micro_batch_size or 'all'}"
         folder = job["studies"][trials[0]["study"]]["folder"]
         trainer = TorchTrainer(
             train_worker,
@@ -71,7 +106,7 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, 
             ),
             run_config=RunConfig(name=name, storage_path=f"{folder}/train", callbacks=[TuneReportCallback()]),
         )
-    results: list[dict[str, Any]] = trainer.fit().return_value
+    results: Results = trainer.fit().return_value
     return results
 
 

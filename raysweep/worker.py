@@ -24,20 +24,20 @@ from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.distributed import rank
 from raysweep.training.loop import (
-    EVALUATION_ROWS,
     LoopOptions,
-    PixelSet,
-    freeze_unused_parameters,
-    predict_logits,
+    predict_rows,
     ranking_key,
     train_classifier,
 )
+from raysweep.training.optimizer import freeze_unused_parameters
+from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets, train_population
 
 Report = Callable[[dict[str, Any]], None]
 
 WEIGHTS_PER_THREAD = 2**19  # of heads that train together
 FEATURES_PER_THREAD = 2**22  # of the train rows that a baseline reads
+CONTEXT_BYTES = 600_000_000  # of GPU memory that a process takes before its first tensor
 TEST_ROWS = 4096  # that a probe's heads see at once
 
 # What the last job loaded: actors are reused from one Population to the next, and the data is the same.
@@ -50,8 +50,8 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         config: `job`, what all trials of the group share (`Group.build_job`); `trials`, a dict each with `study`,
             `number`, `setting` and `continues` (the number of an interrupted trial of the same setting, or None);
-            `report`, called with each epoch's metrics when this runs inside the Tune trial itself, None in a worker
-            process.
+            `micro_batch_size` of a lone trial, None where memory has not run out; `report`, called with each epoch's
+            metrics when this runs inside the Tune trial itself, None in a worker process.
 
     Returns:
         One dict per trial: `study`, `number`, `history` by epoch, `final` metrics (a probe's last epoch, otherwise the
@@ -66,27 +66,38 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         report = config["report"]
     torch.set_num_threads(job["num_threads"])
-    device = _device(job["use_gpu"], local)
+    device = _device(job, local)
     _forget_peaks(device)
     if job["mode"] == "linear_probe":
         results = _train_heads(job, trials, device)
     else:
         assert len(trials) == 1, "fine_tune and from_scratch train one trial per Train run"
+        if config["micro_batch_size"] is not None:
+            job = job | {"loop": job["loop"] | {"micro_batch_size": config["micro_batch_size"]}}
         results = [_train_classifier(job, trials[0], device, local, report)]
     gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     memory = {"peak_memory_bytes": peak_memory_bytes(), "peak_gpu_memory_bytes": gpu_memory}
     return [result | memory for result in results]
 
 
-def _device(use_gpu: bool, local: bool) -> torch.device:
-    if not use_gpu:
+def _device(job: dict[str, Any], local: bool) -> torch.device:
+    if not job["use_gpu"]:
         return torch.device("cpu")
     if local:
-        return torch.device("cuda", torch.cuda.current_device())
-    import ray.train.torch
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        import ray.train.torch
 
-    device: torch.device = ray.train.torch.get_device()
+        device = ray.train.torch.get_device()
+    if job["gpus_per_worker"] < 1:
+        # A trial that runs out of memory shall feel it itself, not the others on its GPU.
+        torch.cuda.set_per_process_memory_fraction(_memory_share(job["gpus_per_worker"], device), device)
     return device
+
+
+def _memory_share(gpus_per_worker: float, device: torch.device) -> float:
+    """Share of a GPU's memory for the tensors of a worker, beside its CUDA context."""
+    return max(gpus_per_worker - CONTEXT_BYTES / torch.cuda.mem_get_info(device)[1], gpus_per_worker / 2)
 
 
 def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
@@ -165,11 +176,15 @@ def _train_classifier(
 ) -> dict[str, Any]:
     model = build_classifier(job).to(device)
     freeze_unused_parameters(model)
+    if job["gradient_checkpointing"]:
+        model.encoder.enable_gradient_checkpointing()
     parallel: nn.Module = model
     if not local:
         from ray.train.torch import prepare_model
 
         parallel = prepare_model(model, move_to_device=False)
+    if job["compile"]:
+        parallel = torch.compile(parallel)  # type: ignore[assignment]
     number = trial["number"] if trial["continues"] is None else trial["continues"]
     folder = Path(job["studies"][trial["study"]]["folder"]) / "trials" / str(number)
     started = time.perf_counter()
@@ -276,9 +291,10 @@ def run_test(job: dict[str, Any], checkpoints: dict[str, str], baselines: Sequen
 
 
 def _forget_peaks(device: torch.device) -> None:
-    """Begins to measure memory anew: this process may have worked for other studies."""
+    """Begins to measure memory anew: this process may have worked for other studies, or run out of memory."""
     forget_peak_memory()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -320,8 +336,9 @@ def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.devi
 def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
     model = build_classifier(job)
     model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-    chunks = pixel_set(job, "test").pixels.split(EVALUATION_ROWS)
-    return [torch.cat([predict_logits(model.to(device), c, job["loop"]["precision"]).cpu() for c in chunks])]
+    images = pixel_set(job, "test")
+    rows = torch.arange(len(images.labels))
+    return [torch.cat([p.cpu() for _, p in predict_rows(model.to(device), images, rows, LoopOptions(**job["loop"]))])]
 
 
 @torch.inference_mode()
@@ -350,7 +367,8 @@ def pixel_set(job: dict[str, Any], split: str) -> PixelSet:
     """Cached pixels and labels of a split, in host memory."""
     row_ids, labels = job["rows"][split]
     load = partial(load_pixels, job["cache"], row_ids, tuple(job["shape"]))
-    return PixelSet(_load_once(f"{job['data_key']}/{split}", load), torch.from_numpy(labels))
+    pixels = ResidentPixels(_load_once(f"{job['data_key']}/{split}", load))
+    return PixelSet(pixels, torch.from_numpy(labels))
 
 
 def _load_once(key: str, load: Callable[[], Any]) -> Any:

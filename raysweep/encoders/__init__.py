@@ -83,6 +83,10 @@ class Encoder(nn.Module):
                 (list(blocks.values())[-1] if blocks else stem).append(parameter)
         return [group for group in (stem, *blocks.values()) if group]
 
+    def enable_gradient_checkpointing(self) -> bool:
+        """Has activations computed again in the backward pass rather than kept; returns whether the encoder can."""
+        return False
+
     def spec(self) -> dict[str, Any]:
         """Returns a JSON-able dict from which `encoder_from_spec` rebuilds the architecture without a network."""
         return {

@@ -64,5 +64,8 @@ class Classifier(nn.Module):
         self.source = source
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels `(batch, 3, height, width)` to logits `(batch, num_classes)`."""
-        return self.head(self.encoder.select(self.encoder(pixel_values), self.source))  # type: ignore[no-any-return]
+        """Normalised pixels `(batch, 3, height, width)` to float32 logits `(batch, num_classes)`."""
+        features = self.encoder.select(self.encoder(pixel_values), self.source)
+        # In full precision under autocast too: standardised features are small differences of large numbers.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())  # type: ignore[no-any-return]

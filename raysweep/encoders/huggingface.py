@@ -78,6 +78,14 @@ class HuggingFaceEncoder(Encoder):
             return {"pooler": output.pooler_output, "mean": output.last_hidden_state.mean(dim=1)}
         return _pooled(output, self._num_patches(pixel_values))
 
+    def enable_gradient_checkpointing(self) -> bool:
+        """As `Encoder.enable_gradient_checkpointing`; most transformers can, most convolutional nets cannot."""
+        model: Any = self.model
+        if not model.supports_gradient_checkpointing:
+            return False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return True
+
     def _num_patches(self, pixel_values: torch.Tensor) -> int | None:
         patch = self.config.get("patch_size")
         return (pixel_values.shape[2] // patch) * (pixel_values.shape[3] // patch) if isinstance(patch, int) else None

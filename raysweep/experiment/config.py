@@ -133,7 +133,7 @@ class TrainConfig(Section):
         default=None,
         gt=0,
         lt=1,
-        description="Keep the moving average of the weights over the steps, with this decay (0.999), instead of the last.",
+        description="Keep a moving average of the weights over the steps, with this decay (0.999).",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice instead of keeping them: less memory, slower."
@@ -160,7 +160,7 @@ class ResourcesConfig(Section):
     pixel_disk_gb: float | Literal["auto"] = Field(
         default="auto",
         ge=0,
-        description="Disk for cached pixels, in GB; larger sets are decoded anew in every epoch (auto: 0.8 of what is free).",
+        description="Disk for cached pixels, in GB; more are decoded anew in every epoch (auto: 0.8 of what is free).",
     )
 
     @field_validator("gpus_per_worker")

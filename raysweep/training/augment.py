@@ -1,7 +1,11 @@
-"""Random resized crop and flip of whole batches on the device that trains."""
+"""Random resized crops, flips, mixup and CutMix of whole batches on the device that trains."""
+
+from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +14,64 @@ from raysweep.training.distributed import seeded_generator
 
 NUM_DRAWS = 5  # area, aspect ratio, horizontal place, vertical place, flip
 MAX_ASPECT_RATIO = 4 / 3  # and its inverse at the other end
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to training images.
+
+    Attributes:
+        min_crop_scale: smallest share of the image's area that a crop takes.
+        horizontal_flip: whether half of the images are mirrored.
+        mixup: alpha of mixup (Zhang et al. 2018), 0 for none.
+        cutmix: alpha of CutMix (Yun et al. 2019), 0 for none; where both are on, each row gets one or the other.
+        mixing_share: of the rows that are mixed.
+    """
+
+    min_crop_scale: float
+    horizontal_flip: bool
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixing_share: float = 1.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any row is mixed with another."""
+        return self.mixing_share > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def scaled(self, strength: float) -> Augmentation:
+        """Returns what lies between nothing, for 0, and itself, for 1; a flip is a symmetry and has no degree."""
+        return replace(
+            self, min_crop_scale=1 - strength * (1 - self.min_crop_scale), mixing_share=strength * self.mixing_share
+        )
+
+
+def mixing_draws(num_rows: int, augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
+    """Returns `(num_rows, 4)`: share of a row's own image, whether the other is put in as a box, and its centre (y, x).
+
+    Drawn by row, as are `augmentation_draws`; every row is mixed with another of its global batch.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    is_on = [augmentation.mixup > 0, augmentation.cutmix > 0]
+    boxed = generator.random(num_rows) < is_on[1] / sum(is_on)
+    alphas = np.where(boxed, augmentation.cutmix, augmentation.mixup)
+    shares = np.where(generator.random(num_rows) < augmentation.mixing_share, generator.beta(alphas, alphas), 1.0)
+    centres = generator.random((2, num_rows))
+    return torch.from_numpy(np.stack([shares, boxed, *centres], axis=1)).float()
+
+
+def mixing_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns how much of each pixel is a row's own: `(batch, 1, height, width)`; a mean over it is the label's share.
+
+    Args:
+        draws: `(batch, 4)` from `mixing_draws`.
+        size: height and width.
+    """
+    shares, boxed, *centres = (column[:, None, None] for column in draws.unbind(1))
+    reach = (1 - shares).sqrt() / 2  # of a box that reaches out of the image only a part counts
+    rows, columns = ((torch.arange(side, device=draws.device) + 0.5) / side for side in size)
+    inside = ((rows[:, None] - centres[0]).abs() < reach) & ((columns - centres[1]).abs() < reach)
+    return torch.where(boxed > 0, (~inside).float(), shares)[:, None]
 
 
 def augmentation_draws(num_rows: int, seed: int, epoch: int) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from raysweep.encoders.head import Classifier
-from raysweep.training.augment import augmentation_draws, random_resized_crop
+from raysweep.training.augment import Augmentation
+from raysweep.training.batches import EpochInputs, plan_epoch
 from raysweep.training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
@@ -26,31 +28,22 @@ from raysweep.training.distributed import (
     copy_from_first,
     own_rows,
     rank,
-    seeded_generator,
     sum_over_workers,
     world_size,
 )
 from raysweep.training.metrics import MetricSums
+from raysweep.training.optimizer import average_weights, build_optimizer, warmup_cosine
+from raysweep.training.pixel_rows import PixelSet, read_ahead
 
 EVALUATION_ROWS = 128
-# In the names of parameters that are inputs of their own rather than weights; not "token": token mixers are weights.
-LEARNED_INPUTS = ("position", "pos_embed", "_token", "head.probe", "class_embedding")
-
-
-@dataclass(frozen=True)
-class PixelSet:
-    """Cached pixels of one split: uint8 `(num_rows, side, side, 3)` and labels `(num_rows,)` int64, in host memory."""
-
-    pixels: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
 class LoopOptions:
     """What all trials of a study share.
 
-    `batch_size` is global. `augmentation` holds `min_crop_scale` and `horizontal_flip`, or is None. `precision` is
-    `fp32` or `bf16`.
+    `batch_size` is global; `micro_batch_size` is the rows that a worker trains on at once, None for its whole share of
+    a batch. `augmentation` holds the fields of `augment.Augmentation`, or is None. `precision` is `fp32` or `bf16`.
     """
 
     batch_size: int
@@ -62,6 +55,9 @@ class LoopOptions:
     augmentation: dict[str, Any] | None = None
     warmup_fraction: float = 0.05
     gradient_clip: float = 1.0
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    micro_batch_size: int | None = None
 
 
 @dataclass
@@ -95,19 +91,23 @@ def train_classifier(
 
     Args:
         model: the classifier, on the device to train on.
-        parallel: what to call for a forward pass: `model`, or its DistributedDataParallel wrapper.
-        train: training rows; every worker holds them all and takes its share of each global batch.
+        parallel: what to call for a forward pass: `model`, its DistributedDataParallel wrapper, or either compiled.
+        train: training rows, which every worker can read; each takes its share of every global batch.
         validation: rows that each epoch is evaluated on.
-        setting: `learning_rate`, `epochs`, `weight_decay` and, optionally, `layer_decay`.
+        setting: `learning_rate`, `epochs`, `weight_decay` and, optionally, `layer_decay`, `augmentation_strength`.
         options: what all trials share.
         folder: where `best.safetensors` and `last.safetensors` go (rank 0 writes).
         on_epoch: called on every rank with the epoch's metrics.
     """
-    num_epochs, num_rows = int(setting["epochs"]), len(train.labels)
-    steps_per_epoch = math.ceil(num_rows / options.batch_size)
-    optimizer = build_optimizer(model, setting)
-    schedule = warmup_cosine(num_epochs * steps_per_epoch, options.warmup_fraction)
-    result = _restore(model, optimizer, folder)
+    num_epochs, num_rows, device = int(setting["epochs"]), len(train.labels), device_of(model)
+    augmentation = Augmentation(**options.augmentation) if options.augmentation is not None else None
+    if augmentation is not None:
+        augmentation = augmentation.scaled(float(setting.get("augmentation_strength", 1.0)))
+    num_steps = num_epochs * math.ceil(num_rows / options.batch_size)
+    optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay)
+    evaluated = cast(Classifier, average.module) if average else model
+    schedule = warmup_cosine(num_steps, options.warmup_fraction)
+    result = _restore(model, average, optimizer, folder)
     for metrics in result.history:
         on_epoch(metrics)
     for epoch in range(len(result.history), num_epochs):
@@ -117,32 +117,53 @@ def train_classifier(
         # Dropout and the like draw from the global state: a function of epoch and rank, so a resumed trial agrees.
         torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
         model.train()
-        order = torch.randperm(num_rows, generator=seeded_generator(options.seed, epoch))
-        draws = augmentation_draws(num_rows, options.seed, epoch)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device_of(model))
-        # Cut into batches of nearly equal size: a last one of a few rows would spoil the batch-norm statistics.
-        for step, batch in enumerate(order.tensor_split(steps_per_epoch)):
+        inputs_of = EpochInputs.draw(
+            model.encoder.preprocessing,
+            train.labels.to(device),
+            model.head.weight.shape[0],
+            augmentation,
+            options.seed,
+            epoch,
+        )
+        batches = plan_epoch(
+            num_rows, options.batch_size, options.micro_batch_size, options.seed, epoch, mixes=inputs_of.mixes
+        )
+        reads = [part.reads for batch in batches for part in batch.micro_batches]
+        pixels = read_ahead(train.pixels.read(reads), device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for step, batch in enumerate(batches, start=epoch * len(batches)):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(epoch * steps_per_epoch + step)
-            loss = _batch_loss(model, parallel, train, batch, draws, options)
+                group["lr"] = group["peak_lr"] * schedule(step)
             optimizer.zero_grad(set_to_none=True)
-            # DistributedDataParallel averages over workers; the loss is a share of the global mean.
-            (loss * world_size()).backward()
+            for part in batch.micro_batches:
+                inputs, targets = inputs_of(part, next(pixels))
+                with nullcontext() if part is batch.micro_batches[-1] else _unsynchronised(parallel):
+                    with autocast(device, options.precision):
+                        logits = parallel(inputs)
+                    loss = part.weight * F.cross_entropy(
+                        logits, targets, reduction="sum", label_smoothing=options.label_smoothing
+                    )
+                    # A share of the mean over the global batch, and DistributedDataParallel averages over workers.
+                    (loss * (world_size() / batch.num_rows)).backward()
+                loss_sum += loss.detach()
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
             optimizer.step()
-            loss_sum += loss.detach() * len(batch)
+            if average:
+                average.update_parameters(model)
         train_loss = float(sum_over_workers(loss_sum)) / num_rows
         # Batch-norm statistics come from each worker's own rows; all must evaluate the model that is saved.
-        copy_from_first(model.buffers())
+        copy_from_first([*model.buffers(), *(average.buffers() if average else ())])
         seconds = time.perf_counter() - started
         metrics = {"train/loss": train_loss, "train/images_per_second": num_rows / seconds}
-        metrics |= evaluate_classifier(model, validation, options)
+        metrics |= evaluate_classifier(evaluated, validation, options)
         metrics |= {"train/learning_rate": optimizer.param_groups[-1]["lr"], "time/epoch_s": seconds}
+        if options.micro_batch_size is not None:
+            metrics["train/micro_batch_size"] = options.micro_batch_size
         result.history.append(metrics)
         if _improves(metrics, result.best, options):
             result.best_epoch = epoch
         if rank() == 0:
-            _save(model, optimizer, result, folder)
+            _save(model, average, optimizer, result, folder)
         on_epoch(metrics)
     return result
 
@@ -155,37 +176,32 @@ def _is_over(result: LoopResult, options: LoopOptions) -> bool:
     return diverged or len(result.history) - 1 - result.best_epoch >= options.patience
 
 
-def _batch_loss(
-    model: Classifier, parallel: nn.Module, train: PixelSet, batch: Tensor, draws: Tensor, options: LoopOptions
-) -> Tensor:
-    """This worker's share of the mean cross-entropy over the global batch of row indices."""
-    rows = own_rows(batch)
-    weight = 1.0 if len(rows) else 0.0
-    if len(rows) == 0:  # a worker without a row must still join the others' gradient synchronisation
-        rows = batch[:1]
-    device = device_of(model)
-    pixels, labels = train.pixels[rows].to(device, non_blocking=True), train.labels[rows].to(device)
-    preprocessing = model.encoder.preprocessing
-    if options.augmentation is None:
-        pixels = preprocessing.centre_crop(pixels)
-    else:
-        scale, flip = options.augmentation["min_crop_scale"], options.augmentation["horizontal_flip"]
-        pixels = random_resized_crop(pixels, draws[rows].to(device), preprocessing.output_size, scale, flip)
-    with autocast(device, options.precision):
-        logits = parallel(preprocessing.normalize(pixels))
-    return F.cross_entropy(logits.float(), labels, reduction="sum") * weight / len(batch)
+def _unsynchronised(parallel: nn.Module) -> AbstractContextManager[None]:
+    """Gradients of all micro-batches but the last stay with their worker; a lone worker has none to wait for."""
+    no_sync: Any = getattr(parallel, "no_sync", nullcontext)
+    return no_sync()  # type: ignore[no-any-return]
 
 
 def evaluate_classifier(model: Classifier, validation: PixelSet, options: LoopOptions) -> dict[str, float]:
     """Returns `val/loss`, `val/accuracy`, `val/macro_f1`; every row is evaluated by exactly one worker."""
     sums = MetricSums(1, model.head.weight.shape[0], device_of(model))
     rows = own_rows(torch.arange(len(validation.labels)))
-    for chunk in rows.split(EVALUATION_ROWS):
-        logits = predict_logits(model, validation.pixels[chunk], options.precision)
+    for chunk, logits in predict_rows(model, validation, rows, options):
         sums.add(logits[:, None], validation.labels[chunk].to(logits.device))
     metrics = {name: float(values[0]) for name, values in sums.compute().items()}
     assert metrics["num_rows"] == len(validation.labels), "evaluation must count every row once"
     return {f"val/{name}": metrics[name] for name in ("loss", "accuracy", "macro_f1")}
+
+
+def predict_rows(
+    model: Classifier, images: PixelSet, rows: Tensor, options: LoopOptions
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields chunks of `rows` with their logits `(chunk, num_classes)`, as `predict_logits`."""
+    # Without gradients twice as many images take less memory than training does.
+    size = min(EVALUATION_ROWS, 2 * (options.micro_batch_size or EVALUATION_ROWS))
+    chunks = rows.split(size) if len(rows) else ()
+    for chunk, pixels in zip(chunks, read_ahead(images.pixels.read(chunks), device_of(model)), strict=True):
+        yield chunk, predict_logits(model, pixels, options.precision)
 
 
 @torch.inference_mode()
@@ -194,57 +210,7 @@ def predict_logits(model: Classifier, pixels: Tensor, precision: str = "fp32") -
     model.eval()
     device, preprocessing = device_of(model), model.encoder.preprocessing
     with autocast(device, precision):
-        logits = model(preprocessing.normalize(preprocessing.centre_crop(pixels.to(device))))
-    return logits.float()  # type: ignore[no-any-return]
-
-
-def build_optimizer(model: Classifier, setting: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW whose groups' `peak_lr` decays by `layer_decay` for every block below the head.
-
-    Norms, biases, position embeddings and learned tokens take no weight decay. Frozen parameters are left out.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    blocks = [*model.encoder.blocks(), list(model.head.parameters())]
-    layer_decay = float(setting.get("layer_decay", 1.0))
-    groups: list[dict[str, Any]] = []
-    for depth, block in enumerate(blocks):
-        rate = float(setting["learning_rate"]) * layer_decay ** (len(blocks) - 1 - depth)
-        for decays in (True, False):
-            members = [p for p in block if p.requires_grad and _takes_weight_decay(names[id(p)], p) is decays]
-            if members:
-                decay = float(setting["weight_decay"]) if decays else 0.0
-                groups.append({"params": members, "peak_lr": rate, "lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, fused=device_of(model).type == "cuda")
-
-
-def _takes_weight_decay(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and not any(word in name for word in LEARNED_INPUTS)
-
-
-def freeze_unused_parameters(model: Classifier) -> None:
-    """Freezes what a forward pass never reaches: a mask token, the projection of another feature source.
-
-    To be called before DistributedDataParallel wraps the model: it would wait for gradients that never come.
-    """
-    model.eval()  # batch-norm statistics must not see this made-up image
-    with torch.enable_grad():
-        logits = model(torch.zeros(1, 3, *model.encoder.preprocessing.output_size, device=device_of(model)))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
-
-
-def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Returns step -> factor of the peak rate: linear warm-up, then cosine to zero at `num_steps`."""
-    num_warmup = int(num_steps * warmup_fraction)
-
-    def factor(step: int) -> float:
-        if step < num_warmup:
-            return (step + 1) / (num_warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
-
-    return factor
+        return model(preprocessing.normalize(preprocessing.centre_crop(pixels.to(device))))  # type: ignore[no-any-return]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -268,19 +234,32 @@ def ranking_key(metrics: dict[str, float], options: LoopOptions) -> tuple[float,
     return (sign * value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf)
 
 
-def _save(model: Classifier, optimizer: torch.optim.Optimizer, result: LoopResult, folder: Path) -> None:
-    weights = model.state_dict()
+def _save(
+    model: Classifier,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    result: LoopResult,
+    folder: Path,
+) -> None:
     if result.best_epoch == len(result.history) - 1:
+        weights = (average.module if average else model).state_dict()
         save_checkpoint(result.checkpoint, weights, {"epoch": result.best_epoch, "metrics": result.best})
+    averages = {f"average.{name}": tensor for name, tensor in average.state_dict().items()} if average else {}
+    tensors = model.state_dict() | averages | optimizer_tensors(optimizer)
     state = {"history": result.history, "best_epoch": result.best_epoch}
-    save_checkpoint(folder / "last.safetensors", weights | optimizer_tensors(optimizer), state)
+    save_checkpoint(folder / "last.safetensors", tensors, state)
 
 
-def _restore(model: Classifier, optimizer: torch.optim.Optimizer, folder: Path) -> LoopResult:
+def _restore(
+    model: Classifier, average: AveragedModel | None, optimizer: torch.optim.Optimizer, folder: Path
+) -> LoopResult:
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
     if last.exists() and result.checkpoint.exists():
         tensors, state = load_checkpoint(last)
-        model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith("optimizer.")})
+        model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})
+        if average:
+            averages = {n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")}
+            average.load_state_dict(averages)
         load_optimizer_tensors(optimizer, tensors)
         result.history, result.best_epoch = state["history"], state["best_epoch"]
     return result

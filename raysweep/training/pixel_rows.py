@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+BATCHES_AHEAD = 2
 
 
 class PixelRows(Protocol):
@@ -37,3 +42,23 @@ class ResidentPixels:
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """As `PixelRows.read`; on the device that they lie on."""
         return (self.tensor[rows.to(self.tensor.device)] for rows in batches)
+
+
+def read_ahead(pixels: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yields batches on a device; while one is worked on, the next ones are read and pinned by another thread.
+
+    On a CPU reading costs as much in a thread as without, so there they are read when they are due.
+    """
+    if device.type == "cpu":
+        yield from pixels
+        return
+
+    def fetch() -> Tensor | None:
+        batch = next(pixels, None)
+        return batch if batch is None or batch.device == device else batch.pin_memory()
+
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(reader.submit(fetch) for _ in range(BATCHES_AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(fetch))
+            yield batch.to(device, non_blocking=True)

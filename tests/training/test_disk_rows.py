@@ -114,4 +114,5 @@ def test_a_file_that_has_become_shorter(rows):
 
 
 def test_runs_are_of_consecutive_numbers():
-    assert disk_rows._runs(np.array([1, 2, 3, 7, 9, 10])) == [(0, 3), (3, 4), (4, 6)]
+    assert disk_rows.runs(np.array([1, 2, 3, 7, 9, 10])) == [(0, 3), (3, 4), (4, 6)]
+    assert disk_rows.runs(np.array([1, 2, 3, 4]), np.array([5, 6, 0, 1])) == [(0, 2), (2, 4)]

@@ -17,14 +17,10 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.training import distributed
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.distributed import copy_from_first, own_rows, rank, sum_over_workers, world_size
-from raysweep.training.loop import (
-    LoopOptions,
-    PixelSet,
-    evaluate_classifier,
-    freeze_unused_parameters,
-    train_classifier,
-)
+from raysweep.training.loop import LoopOptions, evaluate_classifier, train_classifier
 from raysweep.training.metrics import MetricSums
+from raysweep.training.optimizer import freeze_unused_parameters
+from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, train_population
 
 WORLD_SIZES = (2, 3)
@@ -48,7 +44,7 @@ def rows(num_rows, seed):
     features = torch.randn(num_rows, 10, generator=generator) + labels[:, None]
     pixels = torch.randint(0, 180, (num_rows, 32, 32, 3), generator=generator)
     pixels += 50 * nn.functional.one_hot(labels, NUM_CLASSES)[:, None, None]
-    return FeatureSet({"cls": features}, labels), PixelSet(pixels.to(torch.uint8), labels)
+    return FeatureSet({"cls": features}, labels), PixelSet(ResidentPixels(pixels.to(torch.uint8)), labels)
 
 
 def options(augmentation):

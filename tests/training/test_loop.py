@@ -13,15 +13,13 @@ from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.distributed import seeded_generator
 from raysweep.training.loop import (
     LoopOptions,
-    PixelSet,
-    build_optimizer,
     evaluate_classifier,
-    freeze_unused_parameters,
     predict_logits,
     ranking_key,
     train_classifier,
-    warmup_cosine,
 )
+from raysweep.training.optimizer import build_optimizer, freeze_unused_parameters, warmup_cosine
+from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 
 NUM_CLASSES = 3
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,7 +48,7 @@ def pixel_set(num_rows, seed, side=32):
     labels = torch.randint(0, NUM_CLASSES, (num_rows,), generator=generator)
     pixels = torch.randint(0, 180, (num_rows, side, side, 3), generator=generator)
     pixels += 50 * F.one_hot(labels, NUM_CLASSES)[:, None, None]
-    return PixelSet(pixels.to(torch.uint8), labels)
+    return PixelSet(ResidentPixels(pixels.to(torch.uint8)), labels)
 
 
 def options(**more):
@@ -120,7 +118,7 @@ def test_equals_a_plain_loop(tmp_path):
     for epoch in range(SETTING["epochs"]):
         order, losses = torch.randperm(21, generator=seeded_generator(7, epoch)), []
         for rows in (order[:7], order[7:14], order[14:]):  # 21 rows in 3 batches of at most 8
-            loss = F.cross_entropy(logits(images.pixels[rows]), images.labels[rows])
+            loss = F.cross_entropy(logits(images.pixels.tensor[rows]), images.labels[rows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -128,7 +126,7 @@ def test_equals_a_plain_loop(tmp_path):
             schedule.step()
             losses += [loss.item()] * len(rows)
         with torch.no_grad():
-            outputs = logits(held_out.pixels)
+            outputs = logits(held_out.pixels.tensor)
         history.append([sum(losses) / 21, F.cross_entropy(outputs, held_out.labels).item()])
     result = train(model, tmp_path, warmup_fraction=0.25, gradient_clip=0.5)
     found = [[epoch["train/loss"], epoch["val/loss"]] for epoch in result.history]
@@ -304,7 +302,7 @@ def test_bfloat16_trains_in_mixed_precision(tmp_path):
     assert mixed.history[-1]["val/loss"] == pytest.approx(full.history[-1]["val/loss"], abs=0.05)
     assert mixed.history[-1]["val/loss"] != full.history[-1]["val/loss"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert predict_logits(model, pixel_set(3, 0).pixels, "bf16").dtype == torch.float32
+    assert predict_logits(model, pixel_set(3, 0).pixels.tensor, "bf16").dtype == torch.float32
 
 
 def test_evaluation_is_the_plain_mean_over_all_rows(monkeypatch):
@@ -313,7 +311,7 @@ def test_evaluation_is_the_plain_mean_over_all_rows(monkeypatch):
     nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     before = copy.deepcopy(model.state_dict())
     metrics = evaluate_classifier(model, rows, options())
-    logits = predict_logits(model, rows.pixels)
+    logits = predict_logits(model, rows.pixels.tensor)
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, rows.labels).item(), rel=1e-5)
     assert metrics["val/accuracy"] == pytest.approx((logits.argmax(1) == rows.labels).float().mean().item())
     assert_equal_weights(model.state_dict(), before)

@@ -1,0 +1,136 @@
+"""What one worker trains on in an epoch: its rows of every global batch, in micro-batches, augmented on its device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raysweep.encoders.preprocess import Preprocessing
+from raysweep.training.augment import Augmentation, augmentation_draws, mixing_draws, mixing_masks, random_resized_crop
+from raysweep.training.distributed import own_rows, seeded_generator
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model at once.
+
+    Attributes:
+        rows: int64 `(n,)`.
+        partners: int64 `(n,)`, what each row is mixed with; None without mixing.
+        weight: of their loss: 0 for a row that stands in for a worker that has none, which must still join the others'
+            gradient synchronisation.
+    """
+
+    rows: Tensor
+    partners: Tensor | None
+    weight: float
+
+    @property
+    def reads(self) -> Tensor:
+        """The rows whose pixels are needed: first `rows`, then `partners`."""
+        return self.rows if self.partners is None else torch.cat([self.rows, self.partners])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: the rows of all workers together, and this worker's share of them."""
+
+    num_rows: int
+    micro_batches: list[MicroBatch]
+
+
+def plan_epoch(
+    num_rows: int, batch_size: int, micro_batch_size: int | None, seed: int, epoch: int, *, mixes: bool
+) -> list[Batch]:
+    """Cuts an epoch's permutation of all rows into batches, and this worker's share of each into micro-batches.
+
+    Batches differ by one row at the most: a last one of a few rows would spoil the batch-norm statistics.
+    """
+    order = torch.randperm(num_rows, generator=seeded_generator(seed, epoch))
+    batches = []
+    for batch in order.tensor_split(math.ceil(num_rows / batch_size)):
+        rows, partners = own_rows(batch), own_rows(batch.flip(0))
+        weight = 1.0 if len(rows) else 0.0
+        if len(rows) == 0:
+            rows = partners = batch[:1]
+        size = micro_batch_size or len(rows)
+        pairs = zip(rows.split(size), partners.split(size), strict=True)
+        parts = [MicroBatch(part, mixed_with if mixes else None, weight) for part, mixed_with in pairs]
+        batches.append(Batch(len(batch), parts))
+    return batches
+
+
+@dataclass(frozen=True)
+class EpochInputs:
+    """Turns pixels of micro-batches into what the model is given.
+
+    Attributes:
+        preprocessing: the encoder's.
+        labels: int64 `(num_rows,)`, of all training rows; like the draws on the device that trains.
+        num_classes: how many labels there may be.
+        augmentation: None for centre crops.
+        crops: from `augmentation_draws`.
+        mixing: from `mixing_draws`, None without mixing.
+    """
+
+    preprocessing: Preprocessing
+    labels: Tensor
+    num_classes: int
+    augmentation: Augmentation | None
+    crops: Tensor
+    mixing: Tensor | None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows are mixed."""
+        return self.mixing is not None
+
+    @classmethod
+    def draw(
+        cls,
+        preprocessing: Preprocessing,
+        labels: Tensor,
+        num_classes: int,
+        augmentation: Augmentation | None,
+        seed: int,
+        epoch: int,
+    ) -> EpochInputs:
+        """Draws an epoch's augmentation, by row, so that it does not depend on how many workers share the epoch."""
+        mixing = mixing_draws(len(labels), augmentation, seed, epoch) if augmentation and augmentation.mixes else None
+        crops = augmentation_draws(len(labels), seed, epoch).to(labels.device)
+        mixing = mixing if mixing is None else mixing.to(labels.device)
+        return cls(preprocessing, labels, num_classes, augmentation, crops, mixing)
+
+    def __call__(self, micro_batch: MicroBatch, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what a micro-batch is trained on.
+
+        Args:
+            micro_batch: the rows.
+            pixels: uint8 `(len(micro_batch.reads), height, width, 3)`.
+
+        Returns:
+            Normalised pixels `(n, 3, height, width)`; and int64 labels `(n,)`, or with mixing the classes' shares
+            `(n, num_classes)`.
+        """
+        reads = micro_batch.reads.to(self.labels.device)
+        labels = self.labels[reads]
+        if self.augmentation is None:
+            return self.preprocessing.normalize(self.preprocessing.centre_crop(pixels)), labels
+        size, augmentation = self.preprocessing.output_size, self.augmentation
+        scale, flip = augmentation.min_crop_scale, augmentation.horizontal_flip
+        inputs = self.preprocessing.normalize(random_resized_crop(pixels, self.crops[reads], size, scale, flip))
+        if self.mixing is None:
+            return inputs, labels
+        masks = mixing_masks(self.mixing[reads[: len(micro_batch.rows)]], size)
+        targets = F.one_hot(labels, self.num_classes).float()
+        return _mixed(inputs, masks), _mixed(targets, masks.mean((2, 3)))
+
+
+def _mixed(values: Tensor, share: Tensor) -> Tensor:
+    """Mixes the first half of the values, by its share, with the second."""
+    first, second = values.chunk(2)
+    return share * first + (1 - share) * second

@@ -1,0 +1,82 @@
+"""The optimiser of fine_tune and from_scratch: AdamW by depth of layer, its schedule, and the average of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raysweep.encoders.head import Classifier
+
+# In the names of parameters that are inputs of their own rather than weights; not "token": token mixers are weights.
+LEARNED_INPUTS = ("position", "pos_embed", "_token", "head.probe", "class_embedding")
+
+
+def build_optimizer(model: Classifier, setting: dict[str, Any]) -> torch.optim.AdamW:
+    """AdamW whose groups' `peak_lr` decays by `layer_decay` for every block below the head.
+
+    Norms, biases, position embeddings and learned tokens take no weight decay. Frozen parameters are left out.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    blocks = [*model.encoder.blocks(), list(model.head.parameters())]
+    layer_decay = float(setting.get("layer_decay", 1.0))
+    groups: list[dict[str, Any]] = []
+    for depth, block in enumerate(blocks):
+        rate = float(setting["learning_rate"]) * layer_decay ** (len(blocks) - 1 - depth)
+        for decays in (True, False):
+            members = [p for p in block if p.requires_grad and _takes_weight_decay(names[id(p)], p) is decays]
+            if members:
+                decay = float(setting["weight_decay"]) if decays else 0.0
+                groups.append({"params": members, "peak_lr": rate, "lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups, fused=model.head.weight.is_cuda)
+
+
+def _takes_weight_decay(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and not any(word in name for word in LEARNED_INPUTS)
+
+
+def freeze_unused_parameters(model: Classifier) -> None:
+    """Freezes what a forward pass never reaches: a mask token, the projection of another feature source.
+
+    To be called before DistributedDataParallel wraps the model: it would wait for gradients that never come.
+    """
+    model.eval()  # batch-norm statistics must not see this made-up image
+    with torch.enable_grad():
+        image = torch.zeros(1, 3, *model.encoder.preprocessing.output_size, device=model.head.weight.device)
+        logits = model(image)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """Returns step -> factor of the peak rate: linear warm-up, then cosine to zero at `num_steps`."""
+    num_warmup = int(num_steps * warmup_fraction)
+
+    def factor(step: int) -> float:
+        if step < num_warmup:
+            return (step + 1) / (num_warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+    return factor
+
+
+def average_weights(model: Classifier, decay: float | None) -> AveragedModel | None:
+    """A moving average of the model over its steps, batch-norm statistics included; None where there is no `decay`.
+
+    Early on it forgets faster, as in Tarvainen & Valpola 2017: after t steps by (1 + t) / (10 + t) at the most, or the
+    first weights would weigh on short trials to their end.
+    """
+    if decay is None:
+        return None
+
+    def update(averages: Any, values: Any, num_averaged: Tensor | int) -> None:
+        num_steps = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
