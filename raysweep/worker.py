@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
 from raysweep.images.cache import forget_peak_memory, peak_memory_bytes
 from raysweep.images.features import load_arrays, load_features
-from raysweep.images.pixels import load_pixels
+from raysweep.images.pixels import open_pixels
 from raysweep.results.selection import evaluate_test
 from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ from raysweep.training.loop import (
     train_classifier,
 )
 from raysweep.training.optimizer import freeze_unused_parameters
-from raysweep.training.pixel_rows import PixelSet, ResidentPixels
+from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets, train_population
 
 Report = Callable[[dict[str, Any]], None]
@@ -39,6 +40,8 @@ WEIGHTS_PER_THREAD = 2**19  # of heads that train together
 FEATURES_PER_THREAD = 2**22  # of the train rows that a baseline reads
 CONTEXT_BYTES = 600_000_000  # of GPU memory that a process takes before its first tensor
 TEST_ROWS = 4096  # that a probe's heads see at once
+RESIDENT_SHARE = 0.3  # of a worker's GPU memory, for the pixels of all splits
+RESIDENT_ROWS = 256  # that are copied to it at once
 
 # What the last job loaded: actors are reused from one Population to the next, and the data is the same.
 _loaded: dict[str, Any] = {}
@@ -198,8 +201,8 @@ def _train_classifier(
     result = train_classifier(
         model,
         parallel,
-        pixel_set(job, "train"),
-        pixel_set(job, "validation"),
+        pixel_set(job, "train", device),
+        pixel_set(job, "validation", device),
         trial["setting"],
         LoopOptions(**job["loop"]),
         folder,
@@ -336,7 +339,7 @@ def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.devi
 def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
     model = build_classifier(job)
     model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-    images = pixel_set(job, "test")
+    images = pixel_set(job, "test", device)
     rows = torch.arange(len(images.labels))
     return [torch.cat([p.cpu() for _, p in predict_rows(model.to(device), images, rows, LoopOptions(**job["loop"]))])]
 
@@ -363,12 +366,31 @@ def feature_set(job: dict[str, Any], split: str, device: torch.device) -> Featur
     return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
 
 
-def pixel_set(job: dict[str, Any], split: str) -> PixelSet:
-    """Cached pixels and labels of a split, in host memory."""
+def pixel_set(job: dict[str, Any], split: str, device: torch.device) -> PixelSet:
+    """Pixels and labels of a split: on a GPU with room for all splits of the job there, else where they are read."""
     row_ids, labels = job["rows"][split]
-    load = partial(load_pixels, job["cache"], row_ids, tuple(job["shape"]))
-    pixels = ResidentPixels(_load_once(f"{job['data_key']}/{split}", load))
-    return PixelSet(pixels, torch.from_numpy(labels))
+    load = partial(_load_pixels, job, row_ids, device)
+    return PixelSet(_load_once(f"{job['data_key']}/{split}", load), torch.from_numpy(labels))
+
+
+def _load_pixels(job: dict[str, Any], row_ids: np.ndarray, device: torch.device) -> PixelRows:
+    shape = (*job["shape"], 3)
+    pixels = open_pixels(job["cache"], row_ids, shape)
+    num_bytes = math.prod(shape) * sum(len(ids) for ids, _ in job["rows"].values())
+    if device.type == "cpu" or not fits_on_device(
+        num_bytes, torch.cuda.mem_get_info(device)[1], job["gpus_per_worker"]
+    ):
+        return pixels
+    resident = torch.empty((len(row_ids), *shape), dtype=torch.uint8, device=device)
+    parts = resident.split(RESIDENT_ROWS)
+    for part, read in zip(parts, pixels.read(torch.arange(len(row_ids)).split(RESIDENT_ROWS)), strict=True):
+        part.copy_(read)
+    return ResidentPixels(resident)
+
+
+def fits_on_device(num_bytes: int, total_memory: int, gpus_per_worker: float) -> bool:
+    """Whether pixels leave enough of a worker's share of a GPU's memory to what trains on them."""
+    return num_bytes <= RESIDENT_SHARE * total_memory * min(1.0, gpus_per_worker)
 
 
 def _load_once(key: str, load: Callable[[], Any]) -> Any:

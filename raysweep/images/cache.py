@@ -1,4 +1,4 @@
-"""What feature and pixel caches share: a folder of Parquet files, keyed by a signature, and its `manifest.json`.
+"""What feature and pixel caches share: a folder of files of rows, keyed by a signature, and its `manifest.json`.
 
 The manifest is written last: a folder without one was never finished and is written again (see `passes`). Labels and
 splits are not in it, so relabelling costs no pass.
@@ -28,13 +28,14 @@ class Cache:
     """A finished cache.
 
     Attributes:
-        folder: where its Parquet files lie.
+        folder: where its files lie.
         num_rows: images in it.
         bad_rows: images that could be listed but not decoded.
         seconds: its share of the wall time of the pass that wrote it: what was done for it alone, and an equal part
             of the decoding; those of all caches of a pass add up to its wall time.
         peak_memory_bytes: largest resident set of a process of that pass; `peak_gpu_memory_bytes` likewise on a GPU.
         made_now: whether this call made the pass, rather than finding the cache.
+        streamed: whether the pass has but looked for bad rows, as there was no room for pixels (see `streaming`).
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Cache:
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int
     made_now: bool
+    streamed: bool = False
 
 
 def open_cache(folder: Path) -> Cache | None:
@@ -54,6 +56,12 @@ def open_cache(folder: Path) -> Cache | None:
     values = read_json(manifest)
     bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
     return Cache(folder=str(folder.resolve()), bad_rows=bad_rows, made_now=False, **values)
+
+
+def has_cache(folder: Path, *, streamed: bool = False) -> bool:
+    """Whether a pass has finished in `folder`; one that has but looked for bad rows counts where `streamed`."""
+    cache = open_cache(folder)
+    return cache is not None and (streamed or not cache.streamed)
 
 
 @contextmanager
@@ -67,15 +75,25 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a pass that was cut short has left, perhaps in other blocks than the next one's."""
-    for pattern in ("rows-*.parquet", "rows-*.f16", ".rows-*.f16.*"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
+    for leftover in leftovers(folder):
+        leftover.unlink()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files of a cache, whole ones and begun ones."""
+    patterns = ("rows-*.parquet", "rows-*.arrow", ".rows-*.arrow.*", "rows-*.f16", ".rows-*.f16.*")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def write_rows(folder: str, table: pa.Table) -> None:
     """Writes one file of a cache, named after its first row, so that a retried task replaces its own file."""
     if len(table):
-        pq.write_table(table, f"{folder}/rows-{table['row_id'][0].as_py():012d}.parquet", compression="none")
+        pq.write_table(table, file_of_rows(folder, table["row_id"][0].as_py(), "parquet"), compression="none")
+
+
+def file_of_rows(folder: str, first: int, suffix: str) -> Path:
+    """The file of a cache that begins with the row id `first`."""
+    return Path(folder) / f"rows-{first:012d}.{suffix}"
 
 
 def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
@@ -87,7 +105,7 @@ def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Ite
     order = np.argsort(row_ids)
     wanted, num_found = row_ids[order], 0
     for path in sorted(Path(folder).glob("rows-*.parquet")):
-        with _reading(path):
+        with reading_file(path):
             table = pq.read_table(path, columns=["row_id", *columns])
         ids = table["row_id"].to_numpy()
         places = np.searchsorted(wanted, ids)
@@ -97,7 +115,12 @@ def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Ite
             num_found += int(hits.sum())
             yield order[places[hits]], table.filter(pa.array(hits))
     if num_found != len(row_ids):
-        raise DataError(f"{folder}: {len(row_ids) - num_found} rows are missing; delete the folder to have it rebuilt")
+        raise missing_rows(folder, len(row_ids) - num_found)
+
+
+def missing_rows(folder: str, count: int) -> DataError:
+    """The error of a cache that lacks wanted rows."""
+    return DataError(f"{folder}: {count} rows are missing; delete the folder to have it rebuilt")
 
 
 def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
@@ -107,14 +130,15 @@ def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
         DataError: the cache is empty or damaged.
     """
     for path in Path(folder).glob("rows-*.parquet"):
-        with _reading(path):
+        with reading_file(path):
             schema = pq.read_schema(path)
             return {column: schema.field(column).type.list_size for column in columns}
     raise DataError(f"{folder}: no rows; delete the folder to have it rebuilt")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading_file(path: Path) -> Iterator[None]:
+    """Turns what Arrow and the file system raise into a DataError that names the file of a cache."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:

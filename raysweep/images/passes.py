@@ -23,9 +23,17 @@ import torch
 
 from raysweep.encoders import Encoder, encoder_from_spec
 from raysweep.errors import DataError
-from raysweep.images.cache import Cache, only_writer, open_cache, peak_memory_bytes, remove_leftovers, write_rows
+from raysweep.images.cache import (
+    Cache,
+    has_cache,
+    only_writer,
+    open_cache,
+    peak_memory_bytes,
+    remove_leftovers,
+    write_rows,
+)
 from raysweep.images.features import FeatureRequest, encode, feature_table, load_arrays
-from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, pixel_table
+from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, write_pixels
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.paths import write_json
 
@@ -61,11 +69,11 @@ def build_caches(
     Raises:
         DataError: the pass has not seen every image.
     """
-    missing = {request.folder: request for request in requests if open_cache(request.folder) is None}
+    missing = {request.folder: request for request in requests if not _is_there(request)}
     with ExitStack() as locks:
         for folder in sorted(missing):  # in one order, so that no two sweeps wait for each other
             locks.enter_context(only_writer(folder))
-        missing = {folder: request for folder, request in missing.items() if open_cache(folder) is None}
+        missing = {folder: request for folder, request in missing.items() if not _is_there(request)}
         if missing:
             _make_pass(list(missing.values()), index, num_gpus, num_nodes, on_progress)
     caches = []
@@ -74,6 +82,10 @@ def build_caches(
         assert cache is not None
         caches.append(replace(cache, made_now=request.folder in missing))
     return caches
+
+
+def _is_there(request: Request) -> bool:
+    return has_cache(request.folder, streamed=isinstance(request, PixelRequest) and request.streamed)
 
 
 def warm_up() -> None:
@@ -115,6 +127,7 @@ def _make_pass(
             "seconds": seconds,
             "peak_memory_bytes": tally.memory,
             "peak_gpu_memory_bytes": tally.gpu_memory,
+            "streamed": isinstance(request, PixelRequest) and request.streamed,
         }
         write_json(request.folder / "manifest.json", manifest)
 
@@ -191,7 +204,7 @@ def _target(request: Request) -> dict[str, Any]:
     """A request as it travels to the workers."""
     if isinstance(request, PixelRequest):
         geometry = Geometry.of(request.preprocessing, for_training=True)
-        return {"folder": str(request.folder), "geometry": geometry, "encoder": None}
+        return {"folder": str(request.folder), "geometry": geometry, "encoder": None, "streamed": request.streamed}
     return {
         "folder": str(request.folder),
         "geometry": Geometry.of(request.encoder.preprocessing, for_training=False),
@@ -218,10 +231,9 @@ def _decode(block: pa.Table, job: dict[str, Any], num_threads: int = 1) -> pa.Ta
     seconds[0] = time.perf_counter() - started
     row_ids, good = rows["row_id"].to_numpy(), np.array([error is None for error in errors])
     for number, target in enumerate(targets):
-        if target["encoder"] is None:
-            started = time.perf_counter()
-            images = (image for image, is_good in zip(pixels[target["geometry"]], good, strict=True) if is_good)
-            write_rows(target["folder"], pixel_table(row_ids[good], images))
+        if target["encoder"] is None and not target["streamed"]:
+            started, images = time.perf_counter(), pixels[target["geometry"]]
+            write_pixels(target["folder"], row_ids[good], images if good.all() else images[good])
             seconds[1 + number] = time.perf_counter() - started
     columns = {f"pixels_{number}": _fixed_lists(pixels[geometry]) for number, geometry in enumerate(_encoded(job))}
     return pa.table(_receipts(row_ids, pa.array(errors, pa.string()), seconds) | columns)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +17,28 @@ import torch
 
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
-from raysweep.images.cache import read_blocks
+from raysweep.images.cache import file_of_rows, missing_rows, reading_file
 from raysweep.images.decode import decode_images
 from raysweep.images.sources import ImageIndex, read_image_bytes
 from raysweep.paths import signature
+from raysweep.training.disk_rows import read_into, runs
+
+PIXEL_FORMAT = "arrow"  # of the files; another name makes every pixel cache anew
 
 
 @dataclass(frozen=True)
 class PixelRequest:
-    """A pixel cache to be had: `folder` is named after `pixel_signature`."""
+    """A pixel cache to be had.
+
+    Attributes:
+        folder: named after `pixel_signature`.
+        preprocessing: the encoder's.
+        streamed: whether there is no room for pixels: rows that cannot be decoded are looked for all the same.
+    """
 
     folder: Path
     preprocessing: Preprocessing
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,18 +117,111 @@ def pixel_signature(index: ImageIndex, preprocessing: Preprocessing) -> str:
     geometry = preprocessing.to_dict()
     kept = {key: geometry[key] for key in ("resize", "resize_size", "crop_size", "resample")}
     rows = signature([index.table["row_id"].to_pylist(), index.table["content_hash"].to_pylist()])
-    return signature(["pixels", rows, kept])
+    return signature(["pixels", PIXEL_FORMAT, rows, kept])
 
 
-def pixel_table(row_ids: np.ndarray, pixels: Iterable[np.ndarray]) -> pa.Table:
-    """Rows of a pixel cache: `row_id`, and `pixels` as the bytes of uint8 (height, width, 3)."""
-    return pa.table({"row_id": row_ids, "pixels": pa.array([image.tobytes() for image in pixels], pa.large_binary())})
+def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
+    """Writes one file of a pixel cache, whole or not at all, so that a retried task replaces its own file.
+
+    Args:
+        folder: the cache's.
+        row_ids: int64 `(n,)`.
+        pixels: uint8 `(n, height, width, 3)`.
+    """
+    if not len(row_ids):
+        return
+    kind, flat = pa.binary(pixels[0].nbytes), pa.py_buffer(np.ascontiguousarray(pixels))
+    values = pa.FixedSizeBinaryArray.from_buffers(kind, len(row_ids), [None, flat])
+    rows = pa.record_batch({"row_id": row_ids, "pixels": values})
+    path = file_of_rows(folder, int(row_ids[0]), "arrow")
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+            writer.write_batch(rows)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
-def load_pixels(folder: str, row_ids: np.ndarray, shape: tuple[int, int]) -> torch.Tensor:
-    """Reads cached pixels, uint8 `(len(row_ids), height, width, 3)`, in the order of `row_ids`."""
-    pixels = np.empty((len(row_ids), *shape, 3), np.uint8)
-    for places, table in read_blocks(folder, row_ids, ["pixels"]):
-        for place, value in zip(places, table["pixels"], strict=True):
-            pixels[place] = np.frombuffer(value.as_buffer(), np.uint8).reshape(*shape, 3)
-    return torch.from_numpy(pixels)
+@dataclass(frozen=True, eq=False)
+class PixelFiles:
+    """Rows of a pixel cache, of which those asked for are read from its files: `PixelRows`.
+
+    The copy that stays in memory is the system's own of the files, which all trials of a node share. As in `DiskRows`
+    they are neither mapped nor kept open.
+
+    Attributes:
+        paths: of the files.
+        offsets: int64, where in each the pixels begin, in bytes.
+        starts: int64, how many rows of other files come before each.
+        numbers: int64 `(num_rows,)`, places of the rows among those of all files.
+        shape: (height, width, 3).
+    """
+
+    paths: tuple[Path, ...]
+    offsets: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
+    shape: tuple[int, int, int]
+
+    def read(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `PixelRows.read`; each batch is read when it is due.
+
+        Raises:
+            DataError: a file has become shorter, or is gone.
+        """
+        return (self._read(rows.numpy()) for rows in batches)
+
+    def _read(self, rows: np.ndarray) -> torch.Tensor:
+        numbers = self.numbers[rows]
+        places = np.argsort(numbers)
+        numbers = numbers[places]
+        files = np.searchsorted(self.starts, numbers, side="right") - 1
+        pixels = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
+        whole, row_bytes = pixels.numpy().reshape(-1).data, math.prod(self.shape)
+        for file in np.unique(files).tolist():
+            held = slice(*np.searchsorted(files, [file, file + 1]))
+            offsets = self.offsets[file] + (numbers[held] - self.starts[file]) * row_bytes
+            with reading_file(self.paths[file]), open(self.paths[file], "rb", buffering=0) as opened:
+                for start, stop in runs(numbers[held], places[held]):
+                    first = int(places[held][start]) * row_bytes
+                    buffer = whole[first : first + (stop - start) * row_bytes]
+                    if not read_into(opened.fileno(), buffer, int(offsets[start])):
+                        raise OSError("it has become shorter")
+        return pixels
+
+
+def open_pixels(folder: str, row_ids: np.ndarray, shape: tuple[int, int, int]) -> PixelFiles:
+    """Finds rows of a pixel cache in its files.
+
+    Args:
+        folder: the cache's.
+        row_ids: of the rows wanted, int64 `(n,)`.
+        shape: (height, width, 3) of the pixels.
+
+    Raises:
+        DataError: a wanted row is not in the cache, or a file is damaged or of another shape.
+    """
+    paths = tuple(sorted(Path(folder).glob("rows-*.arrow")))
+    layouts = [_layout(path, math.prod(shape)) for path in paths]
+    lengths = np.array([len(ids) for ids, _ in layouts], np.int64)
+    ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in layouts)])
+    order = np.argsort(ids)
+    places = np.searchsorted(ids[order], row_ids)
+    found = places < len(ids)
+    found[found] = ids[order][places[found]] == row_ids[found]
+    if not found.all():
+        raise missing_rows(folder, int((~found).sum()))
+    offsets = np.array([offset for _, offset in layouts], np.int64)
+    return PixelFiles(paths, offsets, np.cumsum(lengths) - lengths, order[places], shape)
+
+
+def _layout(path: Path, row_bytes: int) -> tuple[np.ndarray, int]:
+    """Row ids of a file, and where in it the pixels begin."""
+    with reading_file(path):
+        whole = pa.memory_map(str(path)).read_buffer()
+        rows = pa.ipc.open_file(whole).get_batch(0)
+        if rows["pixels"].type != pa.binary(row_bytes):
+            raise pa.ArrowInvalid(f"{rows['pixels'].type} where {row_bytes} bytes are expected")
+        return rows["row_id"].to_numpy().copy(), rows["pixels"].buffers()[1].address - whole.address

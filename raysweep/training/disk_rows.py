@@ -109,27 +109,34 @@ class DiskRows:
         """Reads the rows of ascending numbers, each run of consecutive ones at once."""
         row_bytes = self.shape[1] * DTYPE.itemsize
         whole, offsets = values.reshape(-1).data.cast("B"), (numbers * row_bytes).tolist()
-        for start, stop in _runs(numbers):
-            buffer, offset = whole[start * row_bytes : stop * row_bytes], offsets[start]
-            while buffer:
-                count = os.preadv(descriptor, [buffer], offset)
-                if count == 0:
-                    raise DataError(f"{self.path}: ends before row {numbers[stop - 1] + 1} of {len(self)}")
-                buffer, offset = buffer[count:], offset + count
+        for start, stop in runs(numbers):
+            if not read_into(descriptor, whole[start * row_bytes : stop * row_bytes], offsets[start]):
+                raise DataError(f"{self.path}: ends before row {numbers[stop - 1] + 1} of {len(self)}")
 
 
-def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Splits ascending numbers into runs of consecutive ones: (start, stop) of each."""
-    if len(numbers) == 0:
+def runs(*numbers: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of the stretches in which each of some arrays, all `(n,)`, counts up one by one."""
+    if len(numbers[0]) == 0:
         return []
-    breaks = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
-    return list(zip([0, *breaks], [*breaks, len(numbers)], strict=True))
+    is_break = np.any([np.diff(array) != 1 for array in numbers], axis=0)
+    breaks = (np.flatnonzero(is_break) + 1).tolist()
+    return list(zip([0, *breaks], [*breaks, len(numbers[0])], strict=True))
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> bool:
+    """Fills a buffer of bytes with what a file has from `offset` on; returns whether that was enough."""
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        if count == 0:
+            return False
+        buffer, offset = buffer[count:], offset + count
+    return True
 
 
 def _write(descriptor: int, places: np.ndarray, rows: np.ndarray) -> None:
     order = np.argsort(places)
     places, rows = places[order], rows[order]
-    for start, stop in _runs(places):
+    for start, stop in runs(places):
         buffer, offset = rows[start:stop].data.cast("B"), int(places[start]) * rows.itemsize * rows.shape[1]
         while buffer:
             count = os.pwrite(descriptor, buffer, offset)

@@ -1,7 +1,10 @@
 import io
 import json
+import os
+import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +20,19 @@ from raysweep.encoders import build_encoder, weights_signature
 from raysweep.errors import DataError
 from raysweep.images import decode, passes
 from raysweep.images import features as features_module
+from raysweep.images import pixels as pixels_module
 from raysweep.images.cache import only_writer, open_cache, write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
 from raysweep.images.passes import build_caches
-from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, load_pixels, pixel_signature, pixel_table
+from raysweep.images.pixels import (
+    Geometry,
+    PixelRequest,
+    decode_rows,
+    open_pixels,
+    pixel_signature,
+    write_pixels,
+)
 from raysweep.images.sources import ImageIndex
 
 NUM_ROWS, ROWS_PER_BLOCK = 25, 8  # three blocks, and one of a single row
@@ -135,8 +146,18 @@ def directly(encoder, images, numbers):
         return encoder(encoder.preprocessing.normalize(torch.from_numpy(np.stack(pixels))))
 
 
+def names(folder, pattern):
+    return sorted(path.name for path in folder.glob(pattern))
+
+
 def number_of(row_ids):
     return ((row_ids - FIRST_ID) // 2).tolist()
+
+
+def load_pixels(folder, row_ids, size):
+    """All rows, in one batch."""
+    (pixels,) = open_pixels(folder, row_ids, (*size, 3)).read([torch.arange(len(row_ids))])
+    return pixels
 
 
 # Feature caches
@@ -221,6 +242,94 @@ def test_the_pixel_cache_has_the_same_bad_rows(pixels, features):
     assert pixels.num_rows == NUM_ROWS - 2
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), np.uint8)
+ROW_IDS = 100 + 2 * np.arange(20)
+
+
+@pytest.fixture
+def pixel_files(tmp_path):
+    """Twenty images in files of seven; opened without every fourth, from the last to the first."""
+    for start in range(0, 20, 7):
+        write_pixels(str(tmp_path), ROW_IDS[start : start + 7], PIXELS[start : start + 7])
+    kept = np.flatnonzero(np.arange(20) % 4 != 0)[::-1].copy()
+    return open_pixels(str(tmp_path), ROW_IDS[kept], (6, 5, 3)), torch.from_numpy(PIXELS[kept])
+
+
+BATCHES = [[3], [5, 6, 7], [14, 0, 3, 3, 4, 2], list(range(15)), [], [9, 8, 7, 1]]
+
+
+def test_rows_are_read_in_exactly_the_batches_asked_for(pixel_files):
+    files, expected = pixel_files
+    batches = [torch.tensor(batch, dtype=torch.int64) for batch in BATCHES]
+    found = list(files.read(batches))
+    assert [(len(batch), batch.dtype) for batch in found] == [(len(batch), torch.uint8) for batch in BATCHES]
+    assert all(torch.equal(one, expected[batch]) for one, batch in zip(found, batches, strict=True))
+
+
+def test_rows_in_a_row_are_read_at_once(pixel_files, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(pixels_module, "read_into", lambda _file, buffer, _offset: reads.append(len(buffer)) or True)
+    list(open_pixels(str(tmp_path), ROW_IDS, (6, 5, 3)).read([torch.arange(20)]))
+    assert reads == [7 * 90, 7 * 90, 6 * 90]
+
+
+def test_opened_pixels_travel_and_are_read_by_several_threads(pixel_files):
+    files, expected = pixel_files
+    batches = torch.from_numpy(np.random.default_rng(1).integers(0, 15, (200, 8)))
+    copy = pickle.loads(pickle.dumps(files))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda rows: next(copy.read([rows])), batches))
+    assert torch.equal(torch.stack(found), expected[batches])
+
+
+def test_pixels_are_neither_mapped_nor_held_open(pixel_files):
+    files, _ = pixel_files
+    list(files.read([torch.arange(15)]))
+    open_files = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+                  if os.path.exists(f"/proc/self/fd/{name}")]  # fmt: skip
+    assert not [path for path in open_files if path.endswith(".arrow")]
+    assert str(files.paths[0].parent) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_named(pixel_files):
+    files, _ = pixel_files
+    middle = files.paths[1]
+    os.truncate(middle, middle.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(it has become shorter\); delete the folder"):
+        list(files.read([torch.arange(15)]))
+    middle.unlink()
+    with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(.*No such file"):
+        list(files.read([torch.arange(15)]))
+
+
+def test_missing_rows_and_pixels_of_another_shape_are_told(pixel_files, tmp_path):
+    with pytest.raises(DataError, match="2 rows are missing; delete the folder"):
+        open_pixels(str(tmp_path), np.array([100, 101, 102, 999]), (6, 5, 3))
+    with pytest.raises(DataError, match=r"rows-0+100\.arrow: damaged \(.*75 bytes are expected"):
+        open_pixels(str(tmp_path), ROW_IDS, (5, 5, 3))
+    with pytest.raises(DataError, match="1 rows are missing"):
+        open_pixels(str(tmp_path / "empty"), ROW_IDS[:1], (6, 5, 3))
+
+
+def test_a_retried_task_replaces_its_own_file(tmp_path):
+    for value in (1, 2):
+        write_pixels(str(tmp_path), ROW_IDS[:3], np.full((3, 2, 2, 3), value, np.uint8))
+    assert names(tmp_path, "*") == ["rows-000000000100.arrow"]
+    assert (load_pixels(str(tmp_path), ROW_IDS[:3], (2, 2)) == 2).all()
+    write_pixels(str(tmp_path), ROW_IDS[:0], PIXELS[:0])
+    assert len(names(tmp_path, "*")) == 1
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pixels_module.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_pixels(str(tmp_path), ROW_IDS, PIXELS)
+    assert names(tmp_path, "*") == []
+
+
 # Passes
 
 
@@ -283,14 +392,16 @@ def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
 def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
     # A pass that was cut short had put the same rows into other blocks.
-    write_rows(str(tmp_path), pixel_table(np.array([1002]), [np.zeros(5, np.uint8)]))
-    (tmp_path / "rows-0123456789abcdef.f16").touch()
+    write_pixels(str(tmp_path), np.array([1002]), np.zeros((1, 40, 40, 3), np.uint8))
+    for name in ("rows-0123456789abcdef.f16", ".rows-000000001002.arrow.abc", "rows-000000000007.parquet"):
+        (tmp_path / name).touch()
     assert open_cache(tmp_path) is None
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
     assert cache.made_now
     found = load_pixels(cache.folder, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
-    assert not list(tmp_path.glob("*.f16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json", *names(tmp_path, "*.arrow")]
+    assert names(tmp_path, "*.arrow")[0] == "rows-000000001000.arrow"
 
 
 def receipts(row_ids, seconds, errors=None, memory=1):
@@ -325,9 +436,9 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
-    ids, file = index.table["row_id"].to_numpy(), min(tmp_path.glob("rows-*.parquet"))
+    ids, file = index.table["row_id"].to_numpy(), min(tmp_path.glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"rows-0+1000\.parquet: damaged .*delete the folder"):
+    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete the folder"):
         load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
     file.unlink()
     with pytest.raises(DataError, match="1 rows are missing; delete the folder"):
