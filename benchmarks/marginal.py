@@ -74,7 +74,7 @@ def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
             with timed("optuna"):
                 search.tell(trial, record)
             history = [{k: v for k, v in epoch.items() if k != "time/epoch_s"} for epoch in record.history]
-            logged = LoggedTrial(record.setting, history, record.final, failed=False)
+            logged = LoggedTrial(record.setting, history, record.final, "FINISHED")
             with timed("mlflow"):
                 tracker.log_trial(study, f"trial/{record.number}", str(record.number), logged)
     tracker.finish(study)

@@ -59,8 +59,9 @@ def finalize_search(
         add_encoder_weights(checkpoint, classifier)
     succeeded = [record for record in records if record.error is None]
     is_probe = config.mode == "linear_probe"
-    peak = max(int(record.details["peak_memory_bytes"]) for record in succeeded)
-    gpu_peak = max(int(record.details["peak_gpu_memory_bytes"]) for record in succeeded)
+    # Of trials that were stopped early nobody has measured the memory.
+    peak = max(int(record.details.get("peak_memory_bytes", 0)) for record in succeeded)
+    gpu_peak = max(int(record.details.get("peak_gpu_memory_bytes", 0)) for record in succeeded)
     row = make_row(sweep, config, tested, setting=best.setting, validation=best.final) | {
         "num_trials": len(succeeded),
         "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in succeeded),

@@ -64,10 +64,10 @@ class Group:
         self.num_running += 1
         return {"group": self.name, "started": time.time(), **work}
 
-    def on_epoch(self, epoch: dict[str, Any]) -> None:
-        """Passes an epoch of a lone trial on."""
+    def on_epoch(self, epoch: dict[str, Any]) -> bool:
+        """Passes an epoch of a lone trial on; returns whether the trial is to be stopped."""
         self._note_micro_batch_size(epoch["metrics"].get("train/micro_batch_size"))
-        self.first.on_epoch(epoch["number"], epoch["epoch"], epoch["metrics"])
+        return self.first.on_epoch(epoch["number"], epoch["epoch"], epoch["metrics"])
 
     def _note_micro_batch_size(self, size: float | None) -> None:
         """Lets later trials begin with what has fitted, where memory has run out."""

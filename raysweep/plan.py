@@ -32,7 +32,8 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) ->
         rounds = -(-block.num_trials // size)
         work = f"{block.num_trials} trials in {rounds} Populations of up to {size}" if size > 1 else ""
         budget = f", at most {describe_seconds(block.time_budget_s)}" if block.time_budget_s else ""
-        lines.append(f"  {study.name}: {work or f'{block.num_trials} trials'} ({block.sampler}{budget})")
+        stopped = f", bad trials stopped early by {block.scheduler}" if block.scheduler != "none" else ""
+        lines.append(f"  {study.name}: {work or f'{block.num_trials} trials'} ({block.sampler}{stopped}{budget})")
         if study.mode == "linear_probe" and experiment.search.linear_probe.baselines:
             lines.append(f"    and {', '.join(experiment.search.linear_probe.baselines)} on the same features")
     probed = {study.encoder_name for study in experiment.studies() if study.mode == "linear_probe"}

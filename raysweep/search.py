@@ -7,6 +7,7 @@ it again and goes on, and Tune is started afresh for what is left of the budget.
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from raysweep.experiment.space import (
     Choices,
     Dimension,
     FloatRange,
+    Scheduler,
     Setting,
     fit_to_space,
     grid,
@@ -34,10 +36,16 @@ MAX_POPULATION = 64
 MIN_POPULATION = 8
 POPULATIONS_PER_STUDY = 4
 
+RUNG = "completed_rung_"  # where Optuna's asha notes, in a trial's system attributes, what it has compared
+MEDIAN_NEEDS = 4  # trials that ran to their end, before others are compared with them
+
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none."""
+    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none.
+
+    A scheduler ended one that is `pruned`: `history` is what it reported, and it has no checkpoint.
+    """
 
     number: int
     setting: Setting
@@ -46,6 +54,7 @@ class TrialRecord:
     checkpoint: str | None
     details: dict[str, float]
     error: str | None = None
+    pruned: bool = False
 
 
 def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
@@ -86,7 +95,7 @@ class Search:
     Args:
         journal: file of the journal storage; holds the studies of all invocations.
         name: of the study; made unique by the signature of all that its results depend on.
-        block: sampler and budget.
+        block: sampler, scheduler and budget.
         space: from `study_space`.
         metric: key among a trial's final metrics that is optimised.
         direction: `maximize` or `minimize`.
@@ -120,6 +129,7 @@ class Search:
                 study_name=name,
                 direction=direction,
                 sampler=_sampler(block.sampler, seed),
+                pruner=_pruner(block.scheduler),
                 load_if_exists=True,
             )
         past = self.optuna_study.get_trials(deepcopy=False)
@@ -150,8 +160,24 @@ class Search:
                 self._tell(trial.number, TrialRecord(**trial.user_attrs["record"]))
                 continue
             self.optuna_study.tell(trial.number, state=TrialState.FAIL)
-            first = trial.user_attrs.get("continues", trial.number)
-            self.optuna_study.enqueue_trial(trial.params, user_attrs={"continues": first})
+            self.optuna_study.add_trial(self._continuation(trial))
+
+    def _continuation(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        """What `enqueue_trial` would add, and with it what has been reported: no epoch is judged twice."""
+        from optuna.trial import TrialState, create_trial
+
+        rungs = {name: value for name, value in trial.system_attrs.items() if name.startswith(RUNG)}
+        return create_trial(
+            state=TrialState.WAITING,
+            system_attrs={"fixed_params": trial.params, **rungs},
+            user_attrs={"continues": self.folder_number(trial.number)},
+            intermediate_values=trial.intermediate_values,
+        )
+
+    def folder_number(self, number: int) -> int:
+        """The trial in whose folder this one works: itself, or the interrupted one that it continues."""
+        trial = self.optuna_study.get_trials(deepcopy=False)[number]
+        return int(trial.user_attrs.get("continues", number))
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -193,6 +219,29 @@ class Search:
         """Draws settings for a Population."""
         return [self.optuna_study.ask(self.distributions) for _ in range(num_trials)]
 
+    def should_stop(self, trial: optuna.trial.Trial, history: Sequence[dict[str, float]]) -> bool:
+        """Reports a trial's last epoch to the scheduler; returns whether it stops the trial.
+
+        What is compared is the best epoch so far, since that is what a trial is ranked by in the end.
+        """
+        if self.block.scheduler == "none":
+            return False
+        step, reported = len(history), self.optuna_study.get_trials(deepcopy=False)[trial.number].last_step
+        if reported is not None and step <= reported:  # a trial that goes on passes its earlier epochs on again
+            return False
+        trial.report(max(history, key=self._rank)[self.metric], step)
+        return step < trial.params["epochs"] and trial.should_prune()
+
+    def stopped_record(self, trial: optuna.trial.Trial, history: list[dict[str, float]]) -> TrialRecord:
+        """What is known of a trial that was stopped after an epoch."""
+        best = max(range(len(history)), key=lambda epoch: self._rank(history[epoch]))
+        details = {
+            "best_epoch": best,
+            "train_seconds": sum(epoch["time/epoch_s"] for epoch in history),
+            "images_per_second": statistics.median(epoch["train/images_per_second"] for epoch in history),
+        }
+        return TrialRecord(trial.number, dict(trial.params), history[best], history, None, details, pruned=True)
+
     def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
         """Records a trial's end; one without a finite value failed, and is never left running."""
         trial.set_user_attr("record", vars(record))
@@ -201,7 +250,9 @@ class Search:
     def _tell(self, number: int, record: TrialRecord) -> None:
         from optuna.trial import TrialState
 
-        if self._is_usable(record):
+        if record.pruned:
+            self.optuna_study.tell(number, state=TrialState.PRUNED)  # with the last value reported
+        elif self._is_usable(record):
             self.optuna_study.tell(number, record.final[self.metric])
         else:
             self.optuna_study.tell(number, state=TrialState.FAIL)
@@ -212,22 +263,28 @@ class Search:
     def best(self) -> TrialRecord:
         """The trial with the best value; among equals the one with the lowest validation loss, then the first.
 
+        Trials that were stopped early are not chosen: there are no weights of theirs.
+
         Raises:
-            TrialError: every trial failed.
+            TrialError: no trial ran to its end without an error.
         """
         records = self.records
-        usable = [record for record in records if self._is_usable(record)]
+        usable = [record for record in records if self._is_usable(record) and not record.pruned]
         if not usable:
-            reasons = sorted({record.error or f"{self.metric} was not a finite number" for record in records})
-            why = "; ".join(reasons[:3]) or "none was run"
+            why = "; ".join(sorted({self._why_not(record) for record in records})[:3]) or "none was run"
             raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {why}")
+        return max(usable, key=lambda record: (self._rank(record.final), -record.number))
+
+    def _why_not(self, record: TrialRecord) -> str:
+        if record.pruned:
+            return f"{self.block.scheduler} stopped some early"
+        return record.error or f"{self.metric} was not a finite number"
+
+    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Larger is better: the metric, then the lower validation loss, as the training loop ranks epochs."""
         sign = 1 if self.direction == "maximize" else -1
-
-        def rank(record: TrialRecord) -> tuple[float, float, int]:
-            loss = record.final["val/loss"]
-            return sign * record.final[self.metric], -loss if math.isfinite(loss) else -math.inf, -record.number
-
-        return max(usable, key=rank)
+        value, loss = sign * metrics[self.metric], -metrics["val/loss"]
+        return value if math.isfinite(value) else -math.inf, loss if math.isfinite(loss) else -math.inf
 
 
 def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -243,6 +300,16 @@ def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
             # The constant liar keeps the settings of one Population, all asked for at once, apart.
             return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         return optuna.samplers.RandomSampler(seed=seed)  # a grid's settings are enqueued, none is drawn
+
+
+def _pruner(scheduler: Scheduler) -> optuna.pruners.BasePruner:
+    import optuna
+
+    if scheduler == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    if scheduler == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_NEEDS, n_warmup_steps=1)
+    return optuna.pruners.NopPruner()
 
 
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:

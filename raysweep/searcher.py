@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysweep.cluster import let_tune_use_started_workers
@@ -60,10 +61,11 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
                 return work
         return None if self.running else Searcher.FINISHED
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Passes an epoch of a lone trial on."""
-        if "epoch" in result:
-            self._guarded(self.running[trial_id][0].on_epoch, json.loads(result["epoch"]))
+    def should_stop(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Passes an epoch of a lone trial on; returns whether the trial is to be stopped."""
+        if "epoch" not in result:
+            return False
+        return bool(self._guarded(self.running[trial_id][0].on_epoch, json.loads(result["epoch"])))
 
     def on_trial_complete(
         self,
@@ -71,20 +73,20 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: ARG002
     ) -> None:
-        """Tells a group what came of a piece of its work, or that it failed and why."""
+        """Tells a group what came of a piece of its work, or that it failed and why; nothing of a stopped trial."""
         reason = (result or {}).get("error", "the worker process died")
         results = json.loads((result or {}).get("results", "null"))
         if trial_id in self.running:
             group, work = self.running.pop(trial_id)
             self._guarded(group.take, work, results, reason)
 
-    def _guarded(self, listener: Any, *arguments: Any) -> None:
+    def _guarded(self, listener: Any, *arguments: Any) -> Any:
         """Keeps an error for `run_groups`: Tune would wrap it in its own.
 
         What still runs then is listened to nevertheless: its results reach the journal before anything can fail.
         """
         try:
-            listener(*arguments)
+            return listener(*arguments)
         except Exception as error:
             self.failure = self.failure or error
 
@@ -93,6 +95,23 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
 
     def restore(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""
+
+
+class EpochScheduler(FIFOScheduler):  # type: ignore[misc]  # mypy is told not to look into ray
+    """Stops what its study wants stopped (docs/decisions/0013).
+
+    It is here that epochs are listened to, because Tune asks its scheduler first, and then hides from its search
+    algorithm the result after which a trial is stopped.
+    """
+
+    def __init__(self, searcher: GroupSearcher) -> None:
+        super().__init__()
+        self.searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
+        """Returns Tune's word for going on or for stopping."""
+        stops = self.searcher.should_stop(trial.trial_id, result)
+        return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
 
 def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: int) -> None:
@@ -114,6 +133,7 @@ def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, n
         ),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=EpochScheduler(searcher),
             num_samples=-1,
             reuse_actors=all(job["num_workers"] == 1 for job in jobs.values()),
             # Without it Tune writes the whole population into a folder's name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from concurrent.futures import Future
 from functools import cached_property
@@ -17,7 +18,7 @@ from raysweep.finalize import finalize_baseline, finalize_search, has_model, log
 from raysweep.images.cache import Cache
 from raysweep.paths import read_json, signature, write_json
 from raysweep.progress import Stage
-from raysweep.results.tracking import LoggedTrial
+from raysweep.results.tracking import LoggedTrial, RunStatus
 from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
 from raysweep.worker import load_heads
 
@@ -173,17 +174,20 @@ class SearchStudy(Study):
         self.num_left = self.search.num_remaining
         self.num_done, self.total = self.search.num_done, self.search.block.num_trials
         self.waiting: dict[int, Any] = {}
-        self.num_epochs_logged: dict[int, int] = {}
+        self.histories: dict[int, list[dict[str, float]]] = {}  # of trials that still run, as far as they are logged
+        self.stopped: set[int] = set()
         self.errors: set[str] = set()
         self._stage: Stage | None = None
         self._asked: float | None = None
 
     def _identity(self) -> list[Any]:
         experiment = self.sweep.experiment
+        block = experiment.search.block(self.config.mode)
         return [
             *super()._identity(),
             {name: dimension.model_dump() for name, dimension in self.space.items()},
-            experiment.search.block(self.config.mode).sampler,
+            block.sampler,
+            *([] if block.scheduler == "none" else [block.scheduler]),
             experiment.train.model_dump(exclude=set(HOW_NOT_WHAT)),
             weights_signature(load_heads(self.head)[0][0]) if self.head else None,
         ]
@@ -217,38 +221,58 @@ class SearchStudy(Study):
             for trial in trials
         ]
 
-    def on_epoch(self, number: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Logs an epoch of a trial that is still running."""
-        sweep, setting = self.sweep, dict(self.waiting[number].params)
+    def on_epoch(self, number: int, epoch: int, metrics: dict[str, float]) -> bool:
+        """Logs an epoch of a trial that is still running; returns whether the trial is to be stopped."""
+        sweep, trial, history = self.sweep, self.waiting[number], self.histories.setdefault(number, [])
+        if epoch < len(history):  # the trial began again from its last epoch, with less memory
+            return False
+        history.append(metrics)
         key, name = f"{self.key}/{number}", f"{self.config.name}-{number}"
-        sweep.recorder.send("log_epoch", self.run_id, key, name, setting, epoch, metrics)
-        self.num_epochs_logged[number] = epoch + 1
+        sweep.recorder.send("log_epoch", self.run_id, key, name, dict(trial.params), epoch, metrics)
         score = f"{sweep.experiment.metric} {metrics[sweep.experiment.metric]:.3f}"
         self._show(f"trial {number} epoch {epoch + 1}: {score}")
+        if self.search.should_stop(trial, history):
+            self.stopped.add(number)
+        return number in self.stopped
 
     def tell(self, number: int, result: dict[str, Any] | None, reason: str) -> None:
         """Records the end of a trial: what `worker.train_worker` returned of it, or why there is nothing."""
-        trial, sweep = self.waiting.pop(number), self.sweep
-        record = make_record(number, dict(trial.params), result, reason)
+        trial, sweep, history = self.waiting.pop(number), self.sweep, self.histories.pop(number, [])
+        if number in self.stopped:
+            record = self.search.stopped_record(trial, history)
+        else:
+            record = make_record(number, dict(trial.params), result, reason)
         self.search.tell(trial, record)
-        sweep.recorder.send("log_trial", self.run_id, *self._logged(record, self.num_epochs_logged.get(number, 0)))
+        sweep.recorder.send("log_trial", self.run_id, *self._logged(record, len(history)))
         if record.error and record.error not in self.errors:
             self.errors.add(record.error)
             sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
             sweep.progress.say(f"its traceback is in {self.folder}/trials/")
         self.num_done += 1
         sweep.num_new_trials += 1
+        if record.pruned:
+            self._discard(number)
+            self._show(f"trial {number} stopped after epoch {len(history)} ({self.search.block.scheduler})")
         if not self.waiting:
             self._show(self._best_so_far())
 
+    def _discard(self, number: int) -> None:
+        """Deletes what a stopped trial wrote: no weights of it are kept."""
+        folder = self.folder / "trials" / str(self.search.folder_number(number))
+        shutil.rmtree(folder, ignore_errors=True)
+
     def _logged(self, record: TrialRecord, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
-        value = record.final.get(self.sweep.experiment.metric, math.nan)
-        failed = record.error is not None or not math.isfinite(value)
         history = record.history[num_logged:]
         if self.config.mode == "linear_probe":  # hundreds of trials, whose epochs take no time of their own
             history = [{k: v for k, v in epoch.items() if not k.startswith("time/")} for epoch in history]
-        trial = LoggedTrial(record.setting, history, record.final, failed, record.error, num_logged)
+        trial = LoggedTrial(record.setting, history, record.final, self._status(record), record.error, num_logged)
         return f"{self.key}/{record.number}", f"{self.config.name}-{record.number}", trial
+
+    def _status(self, record: TrialRecord) -> RunStatus:
+        if record.pruned:
+            return "KILLED"
+        has_value = math.isfinite(record.final.get(self.sweep.experiment.metric, math.nan))
+        return "FINISHED" if record.error is None and has_value else "FAILED"
 
     def _show(self, note: str) -> None:
         if self._stage is None:
@@ -260,12 +284,18 @@ class SearchStudy(Study):
             value = self.search.best().final[self.sweep.experiment.metric]
         except TrialError:
             return "no trial has succeeded yet"
-        return f"best {self.sweep.experiment.metric} {value:.3f}"
+        return ", ".join(filter(None, [f"best {self.sweep.experiment.metric} {value:.3f}", self._how_many_stopped()]))
+
+    def _how_many_stopped(self) -> str:
+        num_stopped = sum(record.pruned for record in self.search.records)
+        return f"{num_stopped} of {self.num_done} trials stopped early" if num_stopped else ""
 
     def choose(self) -> str | None:
         """Returns the checkpoint of the best trial; None when every trial failed, which ends the study."""
         if self._stage is not None:
             self._stage.finish()
+            if stopped := self._how_many_stopped():
+                self.sweep.progress.say(f"{self.config.name}: {stopped} ({self.search.block.scheduler})")
         try:
             best = self.search.best()
         except TrialError as error:
@@ -286,6 +316,8 @@ class SearchStudy(Study):
         for record in self.search.records:  # eight fine-tunes of a large encoder would keep 10 GB
             if record.checkpoint and record.checkpoint != best.checkpoint:
                 Path(record.checkpoint).unlink(missing_ok=True)
+            if record.pruned:  # a worker on its way out may have written once more
+                self._discard(record.number)
 
     def conclude(self) -> dict[str, Any]:
         """As `Study.conclude`."""

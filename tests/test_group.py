@@ -21,7 +21,7 @@ class FakeSearch(SearchStudy):
         self.sizes, self.checkpoint, self.subsets = list(sizes), checkpoint, subsets
         self.num_asked, self.told, self.epochs, self.settled_with = 0, [], [], None
         self.failure, self.head, self.seconds = None, None, 0.0
-        self.key, self.folder, self.cache = "key", "folder", SimpleNamespace(folder="cache")
+        self.key, self.folder, self.cache = "key", "folder", SimpleNamespace(folder="cache", streamed=False)
 
     @property
     def num_left(self):
@@ -37,6 +37,7 @@ class FakeSearch(SearchStudy):
 
     def on_epoch(self, number, epoch, metrics):
         self.epochs.append((number, epoch, metrics))
+        return epoch == 5
 
     def choose(self):
         return self.checkpoint
@@ -189,10 +190,13 @@ def test_a_test_that_failed_fails_the_studies_it_was_of():
     assert group.next_work() is None
 
 
-def test_epochs_go_to_the_study():
+def test_epochs_go_to_the_study_which_says_whether_to_stop():
     search = FakeSearch("tune", [1], mode="fine_tune")
-    group_of(search).on_epoch({"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}})
-    assert search.epochs == [(3, 4, {"val/loss": 0.5})]
+    group = group_of(search)
+    group.job = {"num_workers": 1, "loop": {"batch_size": 64, "micro_batch_size": None}}
+    assert not group.on_epoch({"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}})
+    assert group.on_epoch({"number": 3, "epoch": 5, "metrics": {"val/loss": 0.5}})
+    assert search.epochs == [(3, 4, {"val/loss": 0.5}), (3, 5, {"val/loss": 0.5})]
 
 
 # The job that its work shares
@@ -216,6 +220,7 @@ def job_of(*searches, num_side_by_side=1, num_cpus=8, **resources):
         precision=lambda config: "fp32",
         index=SimpleNamespace(classes=("a", "b")),
         rows=ROWS,
+        stream={"rows": "index in the object store"},
     )
     return Group(sweep, searches, [FakeBaseline("knn")]).build_job(num_side_by_side)
 
@@ -256,6 +261,25 @@ def test_the_job_knows_every_study():
 def test_cpus_are_divided_among_what_runs_at_once(mode, num_left, num_side_by_side, resources, expected):
     job = job_of(FakeSearch("a", [num_left], mode=mode), num_side_by_side=num_side_by_side, **resources)
     assert job["num_threads"] == expected
+
+
+def streamed(name, sizes):
+    search = FakeSearch(name, sizes, mode="fine_tune")
+    search.cache.streamed = True
+    return search
+
+
+@pytest.mark.parametrize(("num_cpus", "num_left", "expected"), [(8, 3, 2), (8, 1, 7), (8, 8, 1), (2, 8, 1), (4, 2, 1)])
+def test_a_cpu_is_kept_from_training_where_images_are_decoded_meanwhile(num_cpus, num_left, expected):
+    job = job_of(streamed("a", [num_left]), num_cpus=num_cpus)
+    assert job["num_threads"] == expected
+    assert job["stream"] == {"rows": "index in the object store"}
+
+
+def test_what_is_cached_needs_no_stream_and_no_cpu_for_it():
+    search = FakeSearch("a", [1], mode="fine_tune")
+    assert job_of(search)["stream"] is None
+    assert (group_of(search).reserved_cpus, group_of(streamed("b", [1])).reserved_cpus) == (0, 1)
 
 
 def test_a_study_that_fails_its_test_fails_alone():

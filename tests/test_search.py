@@ -225,6 +225,189 @@ def test_recommendations_are_not_tried_again_when_the_budget_grows(tmp_path):
     assert second[1]["learning_rate"] not in (first[0]["learning_rate"], second[0]["learning_rate"])
 
 
+# Schedulers
+
+
+def epoch_of(accuracy, loss=1.0):
+    return {"val/accuracy": accuracy, "val/loss": loss, "time/epoch_s": 2.0, "train/images_per_second": 50.0}
+
+
+def run_epochs(search, trial, accuracies, begin=0):
+    """Reports epochs from `begin` on; returns how many the trial had in the end, and whether it was stopped."""
+    history = [epoch_of(accuracy) for accuracy in accuracies]
+    for epoch in range(begin, len(history)):
+        if search.should_stop(trial, history[: epoch + 1]):
+            return epoch + 1, True
+    return len(history), False
+
+
+def end(search, trial, accuracies):
+    """Runs a trial and tells how it ended; returns how many epochs it had."""
+    num_epochs, stopped = run_epochs(search, trial, accuracies)
+    history = [epoch_of(accuracy) for accuracy in accuracies[:num_epochs]]
+    if stopped:
+        search.tell(trial, search.stopped_record(trial, history))
+    else:
+        best = max(history, key=lambda epoch: epoch["val/accuracy"])
+        search.tell(trial, TrialRecord(trial.number, dict(trial.params), best, history, f"/trials/{trial.number}", {}))
+    return num_epochs
+
+
+def scheduled(scheduler="asha", epochs=9, num_trials=8, **keys):
+    return fine_tune(scheduler=scheduler, num_trials=num_trials, space={"epochs": epochs}, **keys)
+
+
+def test_asha_stops_a_trial_that_is_not_among_the_best_third_after_one_three_or_nine_epochs(tmp_path):
+    search = open_search(tmp_path, scheduled(epochs=12))
+    one, two, three, four = search.ask(4)
+    assert end(search, one, [0.5] * 12) == 12
+    assert end(search, two, [0.4] * 12) == 1
+    assert end(search, three, [0.6, 0.6, 0.4] + [0.4] * 9) == 12, "its best epoch is the best of all"
+    assert end(search, four, [0.7, 0.7, 0.7] + [0.6] * 9) == 12
+    (five,) = search.ask(1)
+    assert end(search, five, [0.7, 0.7, 0.65, 0.65] + [0.6] * 8) == 12
+    (six,) = search.ask(1)
+    assert end(search, six, [0.65, 0.66, 0.66, 0.8] + [0.8] * 8) == 1
+    assert states(search) == ["COMPLETE", "PRUNED", "COMPLETE", "COMPLETE", "COMPLETE", "PRUNED"]
+    assert (search.num_done, search.num_remaining) == (6, 2)
+
+
+def test_median_stops_what_is_below_the_median_once_four_ran_to_their_end(tmp_path):
+    search = open_search(tmp_path, scheduled("median", epochs=3))
+    for trial, level in zip(search.ask(4), (0.2, 0.4, 0.6, 0.1), strict=True):
+        assert end(search, trial, [level, level + 0.1, level + 0.2]) == 3
+    worse, better = search.ask(2)
+    assert end(search, worse, [0.2, 0.2, 0.2]) == 1
+    assert end(search, better, [0.35, 0.35, 0.9]) == 2
+
+
+def test_a_scheduler_knows_the_direction(tmp_path):
+    search = open_search(tmp_path, scheduled(), metric="val/loss", direction="minimize")
+    one, two, three = search.ask(3)
+    assert not search.should_stop(one, [epoch_of(0.5, 0.4)])
+    assert search.should_stop(two, [epoch_of(0.9, 0.5)])
+    assert not search.should_stop(three, [epoch_of(0.1, 0.3)])
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_without_a_finite_value_is_stopped(tmp_path, scheduler, recwarn):
+    search = open_search(tmp_path, scheduled(scheduler), metric="val/loss", direction="minimize")
+    for trial in search.ask(4):
+        search.should_stop(trial, [epoch_of(0.5, 0.5)])
+        search.tell(trial, record(trial.number, 0.5, 0.5, dict(trial.params)))
+    (bad,) = search.ask(1)
+    assert search.should_stop(bad, [epoch_of(0.5, float("nan"))])
+    search.tell(bad, search.stopped_record(bad, [epoch_of(0.5, float("nan"))]))
+    again = open_search(tmp_path, scheduled(scheduler), metric="val/loss", direction="minimize")
+    assert states(again)[-1] == "PRUNED"
+    assert again.optuna_study.trials[-1].value is None
+    assert again.num_done == 5
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_the_last_epoch_is_never_a_reason_to_stop(tmp_path, scheduler):
+    search = open_search(tmp_path, scheduled(scheduler, epochs=1))
+    ends = [end(search, trial, [0.9 - 0.1 * trial.number]) for trial in search.ask(6)]
+    assert ends == [1] * 6
+    assert states(search) == ["COMPLETE"] * 6
+
+
+def test_without_a_scheduler_nothing_is_stopped_or_reported(tmp_path):
+    search = open_search(tmp_path, fine_tune(num_trials=4))
+    for trial in search.ask(4):
+        assert not search.should_stop(trial, [epoch_of(1.0 - 0.2 * trial.number)])
+    assert all(not trial.intermediate_values for trial in search.optuna_study.trials)
+
+
+def test_a_stopped_trial_is_done_but_neither_chosen_nor_tried_again(tmp_path):
+    block = scheduled(epochs=6, num_trials=3)
+    search = open_search(tmp_path, block)
+    one, two = search.ask(2)
+    end(search, one, [0.5] * 6)
+    assert end(search, two, [0.4, 0.9]) == 1
+    again = open_search(tmp_path, block)
+    kept, stopped = again.records
+    assert (kept.pruned, stopped.pruned, stopped.checkpoint, stopped.error) == (False, True, None, None)
+    assert (stopped.final, stopped.history) == (epoch_of(0.4), [epoch_of(0.4)])
+    assert stopped.details == {"best_epoch": 0, "train_seconds": 2.0, "images_per_second": 50.0}
+    assert again.optuna_study.trials[1].value == 0.4
+    assert (again.num_done, again.num_remaining, again.best().number) == (2, 1, 0)
+    assert again.ask(1)[0].params not in [one.params, two.params]
+
+
+def test_the_record_of_a_stopped_trial_holds_its_best_epoch(tmp_path):
+    search = open_search(tmp_path, scheduled())
+    (trial,) = search.ask(1)
+    history = [epoch_of(0.4, 1.0), epoch_of(0.6, 1.0), epoch_of(0.6, 0.9), epoch_of(0.5, 0.1), epoch_of(0.6, 0.9)]
+    stopped = search.stopped_record(trial, history)
+    assert (stopped.final, stopped.details["best_epoch"]) == (history[2], 2)
+
+
+def test_only_stopped_trials_are_no_success(tmp_path):
+    search = open_search(tmp_path, scheduled(), name="tune")
+    one, two = search.ask(2)
+    search.should_stop(one, [epoch_of(0.9)])
+    search.tell(one, record(one.number, error="the worker process died"))
+    assert end(search, two, [0.1]) == 1
+    with pytest.raises(TrialError, match="tune: no trial succeeded; asha stopped some early; the worker process died"):
+        search.best()
+
+
+def test_a_trial_killed_between_its_stop_and_its_end_is_not_run_again(tmp_path, monkeypatch):
+    killed = open_search(tmp_path, scheduled())
+    one, two = killed.ask(2)
+    end(killed, one, [0.5] * 9)
+    monkeypatch.setattr(killed, "_tell", lambda *result: None)
+    assert end(killed, two, [0.4]) == 1
+    search = open_search(tmp_path, scheduled())
+    assert states(search) == ["COMPLETE", "PRUNED"]
+    assert search.optuna_study.trials[1].value == 0.4
+    assert search.num_remaining == 6
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_what_was_reported_survives_a_kill_and_is_not_judged_again(tmp_path, scheduler):
+    block = scheduled(scheduler)
+    killed = open_search(tmp_path, block)
+    done, lost = killed.ask(2)
+    end(killed, done, [0.5] * 9)
+    assert run_epochs(killed, lost, [0.6] * 4) == (4, False)
+    search = open_search(tmp_path, block)
+    better = [search.ask(1)[0] for _ in range(2)]
+    (again,) = [trial for trial in better if trial.user_attrs.get("continues") == lost.number]
+    (other,) = [trial for trial in better if trial is not again]
+    assert end(search, other, [0.9] * 9) == 9
+    before = search.optuna_study.trials[again.number]
+    assert before.intermediate_values == dict.fromkeys(range(1, 5), 0.6)
+    # It passes its first epochs again; those that are worse than the other's by now are no reason to stop it.
+    assert run_epochs(search, again, [0.6] * 4) == (4, False)
+    assert search.optuna_study.trials[again.number].intermediate_values == before.intermediate_values
+    assert run_epochs(search, again, [0.6] * 9, begin=4) == (9, False)
+    assert search.folder_number(again.number) == lost.number
+    assert search.folder_number(other.number) == other.number
+
+
+def test_a_continued_trial_is_judged_at_the_next_rung(tmp_path):
+    block = scheduled(epochs=12)
+    killed = open_search(tmp_path, block)
+    (lost,) = killed.ask(1)
+    assert run_epochs(killed, lost, [0.6] * 4) == (4, False)
+    search = open_search(tmp_path, block)
+    one, two = search.ask(1)[0], search.ask(1)[0]
+    again, other = (one, two) if "continues" in one.user_attrs else (two, one)
+    assert end(search, other, [0.9] * 12) == 12
+    assert run_epochs(search, again, [0.6] * 12, begin=4) == (9, True)
+
+
+def test_a_journal_from_before_there_were_schedulers_is_read(tmp_path):
+    search = open_search(tmp_path)
+    (trial,) = search.ask(1)
+    old = {key: value for key, value in vars(record(trial.number)).items() if key != "pruned"}
+    trial.set_user_attr("record", old)
+    search.optuna_study.tell(trial.number, 0.5)
+    assert open_search(tmp_path).records == [record(trial.number)]
+
+
 # Sizes and spaces
 
 

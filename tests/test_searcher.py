@@ -1,11 +1,13 @@
 import json
+import os
 import pickle
 from types import SimpleNamespace
 
 import pytest
 
 from raysweep import searcher as searchers
-from raysweep.searcher import GroupSearcher, run_groups
+from raysweep.cluster import ray_session
+from raysweep.searcher import EpochScheduler, GroupSearcher, run_groups
 
 FINISHED = GroupSearcher.FINISHED
 
@@ -13,8 +15,8 @@ FINISHED = GroupSearcher.FINISHED
 class FakeGroup:
     """Hands out its pieces of work; `None` among them waits for all that runs."""
 
-    def __init__(self, name, pieces, mode="fine_tune"):
-        self.name, self.mode, self.pieces = name, mode, list(pieces)
+    def __init__(self, name, pieces, mode="fine_tune", last_epoch=None):
+        self.name, self.mode, self.pieces, self.last_epoch = name, mode, list(pieces), last_epoch
         self.num_running, self.taken, self.epochs = 0, [], []
 
     def next_work(self):
@@ -27,6 +29,7 @@ class FakeGroup:
 
     def on_epoch(self, epoch):
         self.epochs.append(epoch)
+        return epoch["epoch"] == self.last_epoch
 
     def take(self, work, results, reason):
         self.num_running -= 1
@@ -125,19 +128,35 @@ def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
     assert searcher.suggest("t1")["piece"] == 2
 
 
+def decision(searcher, trial_id, result):
+    return EpochScheduler(searcher).on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+
+
 def test_epochs_are_passed_on_and_results_are_not_taken_for_one():
     groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
     searcher = GroupSearcher(groups, 2, 2)
     suggest_all(searcher)
     epoch = {"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}}
-    searcher.on_trial_result("t1", {"epoch": json.dumps(epoch)})
-    searcher.on_trial_result("t1", done())
+    assert decision(searcher, "t1", {"epoch": json.dumps(epoch)}) is EpochScheduler.CONTINUE
+    assert decision(searcher, "t1", done()) is EpochScheduler.CONTINUE
     assert (groups[0].epochs, groups[1].epochs) == ([], [epoch])
 
 
-def test_tune_may_pickle_the_searcher_whatever_its_groups_hold():
+def test_a_trial_is_stopped_when_its_group_says_so():
+    group = FakeGroup("a", [1], last_epoch=2)
+    searcher = GroupSearcher([group], 1, 1)
+    searcher.suggest("t0")
+    decisions = [decision(searcher, "t0", {"epoch": json.dumps({"epoch": epoch})}) for epoch in range(3)]
+    assert decisions == ["CONTINUE", "CONTINUE", "STOP"]
+    assert decisions[-1] is EpochScheduler.STOP, "Tune compares by identity"
+    searcher.on_trial_complete("t0", {"epoch": "{}"})
+    assert group.taken == [(1, None, "the worker process died")], "its study knows better"
+
+
+def test_tune_may_pickle_the_searcher_and_the_scheduler_whatever_their_groups_hold():
     searcher = GroupSearcher([lambda: "no pickle can hold this"], 1, 1)
     assert isinstance(pickle.loads(pickle.dumps(searcher)), GroupSearcher)
+    assert isinstance(pickle.loads(pickle.dumps(EpochScheduler(searcher))), EpochScheduler)
 
 
 # What goes wrong in the driver
@@ -158,7 +177,7 @@ def test_an_error_of_a_listener_stops_the_search(listener):
     searcher = GroupSearcher([group], 1, 2)
     suggest_all(searcher)
     if listener == "on_epoch":
-        searcher.on_trial_result("t0", {"epoch": "{}"})
+        assert decision(searcher, "t0", {"epoch": "{}"}) == "CONTINUE"
     else:
         searcher.on_trial_complete("t0", done())
     assert isinstance(searcher.failure, BrokenStoreError)
@@ -236,3 +255,40 @@ def test_an_error_of_tune_is_not_swallowed(fake_tune, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeTuner, "error", ValueError("no such resource"))
     with pytest.raises(ValueError, match="no such resource"):
         run_groups([FakeGroup("a", [1])], tmp_path / "tune", num_groups=1, num_runs=1)
+
+
+# With Tune itself
+
+
+class ThriftyGroup(FakeGroup):
+    """Stops its first piece after its second epoch."""
+
+    def on_epoch(self, epoch):
+        self.epochs.append((epoch["piece"], epoch["epoch"]))
+        return self.epochs[-1] == (0, 1)
+
+    def build_job(self, num_side_by_side):
+        return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+
+
+def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tmp_path, monkeypatch):
+    def train(work, jobs):
+        from ray import tune
+
+        try:
+            for epoch in range(4):
+                tune.report({"epoch": json.dumps({"piece": work["piece"], "epoch": epoch})})
+        finally:
+            (tmp_path / f"{work['piece']} has let go").touch()
+        tune.report({"results": json.dumps({"pid": os.getpid()})})
+
+    monkeypatch.setattr(searchers, "run_work", train)
+    group = ThriftyGroup("a", [0, 1, 2])
+    with ray_session(verbose=False):
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=1)
+    assert group.epochs == [(0, 0), (0, 1), *((piece, epoch) for piece in (1, 2) for epoch in range(4))]
+    (stopped, *_), (one, first, _), (two, second, _) = group.taken
+    assert (stopped, one, two) == (0, 1, 2)
+    assert group.taken[0][1] is None
+    assert first == second, "the process is used again"
+    assert sorted(path.name[0] for path in tmp_path.glob("* has let go")) == ["0", "1", "2"]

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from raysweep import finalize
 from raysweep import study as module
 from raysweep.context import SweepContext
 from raysweep.encoders import build_encoder
-from raysweep.encoders.head import Head
+from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
 from raysweep.experiment.config import Experiment
 from raysweep.images.cache import Cache
@@ -21,6 +22,7 @@ from raysweep.progress import Progress
 from raysweep.results.model import load_model
 from raysweep.results.selection import evaluate_test
 from raysweep.study import SearchStudy, Study
+from raysweep.training.checkpoint import save_checkpoint
 from raysweep.worker import save_heads
 
 CNN = {"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}
@@ -225,7 +227,7 @@ def test_a_lost_population_fails_with_its_reason(open_sweep):
     assert text_of(sweep).count("trial 0 failed: DataError: no such cache") == 1
     assert "trial 1 failed" not in text_of(sweep), "the same reason is said once"
     failed = [trial for *_, trial in sweep.recorder.of("log_trial")]
-    assert [(trial.failed, trial.error) for trial in failed] == [(True, "DataError: no such cache")] * 2
+    assert [(trial.status, trial.error) for trial in failed] == [("FAILED", "DataError: no such cache")] * 2
 
 
 def test_a_trial_missing_from_the_results_fails_alone(open_sweep):
@@ -241,7 +243,7 @@ def test_a_trial_without_a_finite_metric_is_logged_as_failed(open_sweep):
     sweep = open_sweep(**probe(num_trials=2))
     study = open_study(sweep)
     tell_all(study, study.ask(), float("nan"))
-    assert [trial.failed for *_, trial in sweep.recorder.of("log_trial")] == [True, True]
+    assert [trial.status for *_, trial in sweep.recorder.of("log_trial")] == ["FAILED", "FAILED"]
     assert study.choose() is None
 
 
@@ -258,6 +260,79 @@ def test_epochs_are_logged_as_they_come_and_not_again_at_the_end(open_sweep):
     assert (run_id, named) == (study.run_id, [key, name])
     assert (len(logged.history), logged.first_epoch) == (1, 1)
     assert "time/epoch_s" in logged.history[0]
+
+
+def report(study, trial, accuracies):
+    """Passes epochs of a trial on until it is to be stopped; returns how many there were."""
+    details = {"val/loss": 1.0, "time/epoch_s": 2.0, "train/images_per_second": 50.0}
+    for epoch, accuracy in enumerate(accuracies):
+        if study.on_epoch(trial["number"], epoch, {"val/accuracy": accuracy, **details}):
+            return epoch + 1
+    return len(accuracies)
+
+
+def scheduled(num_trials=3, **keys):
+    return fine_tune(num_trials=num_trials, scheduler="asha", space={"epochs": 3}, **keys)
+
+
+def test_an_epoch_that_is_passed_on_again_is_not_logged_again(open_sweep):
+    sweep = open_sweep(**fine_tune(num_trials=1))
+    study = open_study(sweep, "fine_tune")
+    (trial,) = study.ask()
+    report(study, trial, [0.5, 0.6])
+    report(study, trial, [0.5, 0.6, 0.7])  # its memory ran out in the third epoch, and it began again
+    assert [epoch for *_, epoch, _ in sweep.recorder.of("log_epoch")] == [0, 1, 2]
+
+
+def test_a_stopped_trial_is_told_logged_and_shown_as_such_and_leaves_no_weights(open_sweep):
+    sweep = open_sweep(**scheduled())
+    study = open_study(sweep, "fine_tune")
+    (good,), (bad,) = study.ask(), study.ask()
+    assert report(study, good, [0.5, 0.6, 0.7]) == 3
+    last = study.folder / "trials" / str(bad["number"]) / "last.safetensors"
+    last.parent.mkdir(parents=True)
+    last.write_text("")
+    shown = []
+    study._show = shown.append
+    assert report(study, bad, [0.4, 0.4, 0.4]) == 1
+    study.tell(bad["number"], None, "the worker process died")
+    assert not last.parent.exists()
+    assert shown[1:] == ["trial 1 stopped after epoch 1 (asha)"]
+    study.tell(good["number"], result_of(good, 0.7, "/trials/0"), "unused")
+    assert shown[2:] == ["best val/accuracy 0.700, 1 of 2 trials stopped early"]
+    (*_, logged), _ = sweep.recorder.of("log_trial")
+    assert (logged.status, logged.error, logged.history, logged.first_epoch) == ("KILLED", None, [], 1)
+    assert logged.final["val/accuracy"] == 0.4
+    assert "failed" not in text_of(sweep)
+    assert [record.pruned for record in study.search.records] == [False, True]
+
+
+def test_a_resumed_study_counts_stopped_trials_as_done_and_logs_them_as_stopped(open_sweep):
+    study = open_study(open_sweep(**scheduled()), "fine_tune")
+    (good,), (bad,) = study.ask(), study.ask()
+    report(study, good, [0.5])
+    report(study, bad, [0.4])
+    study.tell(bad["number"], None, "unused")
+    study.tell(good["number"], result_of(good, 0.7), "unused")
+    sweep = open_sweep(**scheduled())
+    again = open_study(sweep, "fine_tune")
+    assert again.num_left == 1
+    ((_, trials),) = sweep.recorder.of("catch_up")
+    assert sorted((trial.status, len(trial.history)) for *_, trial in trials) == [("FINISHED", 2), ("KILLED", 1)]
+
+
+def test_a_stopped_trial_that_continued_another_gives_up_its_folder(open_sweep):
+    killed = open_study(open_sweep(**scheduled()), "fine_tune")
+    (lost,) = killed.ask()
+    again = open_study(open_sweep(**scheduled()), "fine_tune")
+    trials = [again.ask()[0] for _ in range(2)]
+    trials.sort(key=lambda trial: trial["continues"] is None)
+    report(again, trials[1], [0.9])
+    folder = again.folder / "trials" / str(lost["number"])
+    folder.mkdir(parents=True)
+    assert report(again, trials[0], [0.4]) == 1
+    again.tell(trials[0]["number"], None, "unused")
+    assert not folder.exists()
 
 
 def test_the_curve_of_a_head_has_no_times(open_sweep):
@@ -312,6 +387,9 @@ def test_its_signature_holds_what_its_results_depend_on_and_not_how_much_is_trie
         key_of(open_sweep, search={"linear_probe": {"space": {"epochs": 9}}}),
         key_of(open_sweep, train={"batch_size": 16}),
         key_of(open_sweep, mode="fine_tune"),
+        key_of(open_sweep, mode="fine_tune", search={"fine_tune": {"space": {"epochs": 20}}}),
+        key_of(open_sweep, mode="fine_tune", search={"fine_tune": {"scheduler": "asha"}}),
+        key_of(open_sweep, mode="fine_tune", search={"fine_tune": {"scheduler": "median"}}),
     ]
     assert len({base, *others}) == 1 + len(others)
 
@@ -391,6 +469,30 @@ def test_a_new_store_is_told_the_outcome_again(open_sweep):
     assert again.conclude()["row"]["mlflow_run_id"] == again.run_id
     assert any(metrics["test/accuracy"] == 0.8 for _, metrics in recorder.of("log_metrics"))
     assert [run_id for run_id, *_ in recorder.of("log_model")] == [again.run_id]
+
+
+def test_a_study_with_stopped_trials_says_how_many_and_what_it_had_of_them(open_sweep, monkeypatch):
+    monkeypatch.setattr(
+        finalize, "build_classifier", lambda job: Classifier(build_encoder(CNN, 0), Head(4, 3), "pooled")
+    )
+    sweep = open_sweep(**scheduled())
+    study = open_study(sweep, "fine_tune")
+    paths = []
+    while trials := study.ask():
+        (trial,) = trials
+        paths.append(study.folder / "trials" / str(trial["number"]) / "best.safetensors")
+        save_checkpoint(paths[-1], finalize.build_classifier({}).state_dict(), {})
+        stopped = report(study, trial, [0.9 - 0.1 * trial["number"]] * 3) < 3
+        study.tell(trial["number"], None if stopped else result_of(trial, 0.9, str(paths[-1])), "unused")
+    assert study.choose() == str(paths[0])
+    assert "dinov2-fine_tune: 2 of 3 trials stopped early (asha)" in text_of(sweep)
+    paths[1].parent.mkdir()  # a worker on its way out wrote once more
+    study.settle(what_test_found(), {})
+    row = study.conclude()["row"]
+    assert (row["num_trials"], row["encoder_passes"], row["peak_memory_bytes"]) == (3, 2 + 1 + 1, 10**9)
+    assert [path.parent.exists() for path in paths] == [True, False, False]
+    again = open_study(open_sweep(**scheduled()), "fine_tune")
+    assert again.is_settled
 
 
 def test_only_the_chosen_weights_are_kept(open_sweep):

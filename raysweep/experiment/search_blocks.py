@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from raysweep.experiment.space import Dimension, Mode, Sampler, SpaceOf, complete_space, num_grid_points
+from raysweep.experiment.space import Dimension, Mode, Sampler, Scheduler, SpaceOf, complete_space, num_grid_points
 from raysweep.experiment.studies import Count, Section, list_of, without_repeats
 
 Baseline = Literal["knn", "ridge"]
@@ -30,6 +30,9 @@ class SearchBlock(Section):
     sampler: Sampler = Field(
         default="tpe", description="How settings are picked; grid tries every combination of values."
     )
+    scheduler: Scheduler = Field(
+        default="none", description="Stops bad trials early, comparing them after the same epochs: asha or median."
+    )
     space: dict[str, Dimension] = _space()
     num_trials: Count = Field(
         default_factory=_by_mode, description="Settings to try (default: by mode; grid: all of them)."
@@ -40,7 +43,7 @@ class SearchBlock(Section):
     @field_validator("space")
     @classmethod
     def _complete(cls, value: dict[str, Dimension], info: ValidationInfo) -> dict[str, Dimension]:
-        return complete_space(cls.mode, value, info.data.get("sampler", "tpe"))
+        return complete_space(cls.mode, value, info.data.get("sampler", "tpe"), info.data.get("scheduler", "none"))
 
     @field_validator("num_trials", mode="before")
     @classmethod
@@ -59,11 +62,19 @@ def _one_at_a_time(value: int | str) -> int | str:
     return value
 
 
+def _none_stopped_alone(value: Any) -> Any:
+    if value != "none":
+        raise ValueError(f"the heads train together, so that none is stopped alone, found {value}; leave it out")
+    return value
+
+
 class LinearProbeSearch(SearchBlock):
     """The search of linear_probe: a head on frozen features."""
 
     mode = "linear_probe"
     default_num_trials = 64
+    scheduler: Literal["none"] = Field(default="none", description="Heads train together: none is stopped alone.")
+    _check_scheduler = field_validator("scheduler", mode="before")(_none_stopped_alone)
     space: Annotated[dict[str, Dimension], SpaceOf("linear_probe")] = Field(
         default={}, description="Dimensions searched; those not named keep their default."
     )

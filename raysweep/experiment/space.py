@@ -16,6 +16,7 @@ from raysweep.errors import did_you_mean
 
 Mode = Literal["linear_probe", "fine_tune", "from_scratch"]
 Sampler = Literal["tpe", "random", "grid"]
+Scheduler = Literal["none", "asha", "median"]
 Scalar = int | float | str
 Setting = dict[str, Scalar]
 
@@ -261,13 +262,20 @@ def recommended(mode: Mode) -> list[Setting]:
     return [{"learning_rate": 1e-3, "epochs": 30, "weight_decay": 0.05}]
 
 
-def complete_space(mode: Mode, given: Mapping[str, Dimension], sampler: Sampler) -> dict[str, Dimension]:
+def complete_space(
+    mode: Mode, given: Mapping[str, Dimension], sampler: Sampler, scheduler: Scheduler = "none"
+) -> dict[str, Dimension]:
     """Fills the dimensions that the experiment does not name; a grid gets values instead of ranges of numbers.
 
+    A scheduler gets one number of epochs, the largest that is searched by default.
+
     Raises:
-        ValidationError: a grid is asked for and a dimension given is a range of real numbers.
+        ValidationError: a grid is asked for and a dimension given is a range of real numbers, or a scheduler and
+            several numbers of epochs.
     """
     space = {**default_space(mode), **given}
+    if scheduler != "none":
+        space["epochs"] = _one_number_of_epochs(space["epochs"], scheduler, is_given="epochs" in given)
     if sampler == "grid":
         hint = "a grid needs values: write {choices: [...]}"
         _raise_complaints([((name,), hint) for name, dimension in given.items() if isinstance(dimension, FloatRange)])
@@ -276,6 +284,17 @@ def complete_space(mode: Mode, given: Mapping[str, Dimension], sampler: Sampler)
             if not isinstance(space[name], Choices):
                 space[name] = Choices(choices=(middle[name],))
     return {name: space[name] for name in DIMENSIONS[mode] if name in space}
+
+
+def _one_number_of_epochs(epochs: Dimension, scheduler: Scheduler, *, is_given: bool) -> Choices:
+    # With schedules of several lengths, the learning rates at one epoch could not be compared.
+    if isinstance(epochs, Choices) and len(epochs.choices) == 1:
+        return epochs
+    top = max(epochs.choices, key=float) if isinstance(epochs, Choices) else epochs.high
+    if is_given:
+        hint = f"write the one number that every trial would train for, as in epochs: {top:g}"
+        raise problems_at((("epochs",), f"scheduler: {scheduler} compares trials epoch by epoch; {hint}"))
+    return Choices(choices=(top,))
 
 
 def fit_to_space(setting: Mapping[str, Scalar], space: Mapping[str, Dimension]) -> Setting:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysweep.errors import RaysweepError
 
@@ -32,17 +32,21 @@ ROOT, MODEL_URI = "raysweep.root", "raysweep.model_uri"
 # Without the kind, the UI opens on its pages for language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 KEY, LEVEL, PARENT = "raysweep.key", "raysweep.level", "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
 class LoggedTrial:
-    """What is logged of a trial that is over: `history` from `first_epoch` on, `final` what it is ranked by."""
+    """What is logged of a trial that is over: `history` from `first_epoch` on, `final` what it is ranked by.
+
+    A trial that a scheduler stopped early is KILLED.
+    """
 
     setting: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]
     final: Mapping[str, float]
-    failed: bool
+    status: RunStatus
     error: str | None = None
     first_epoch: int = 0
 
@@ -149,16 +153,17 @@ class Tracker:
         metrics = [*_curve(trial.history, trial.first_epoch), *_curve([best], -1)]
         params = [Param(name, str(value)) for name, value in trial.setting.items()] if created else []
         tags = [RunTag("raysweep.error", trial.error[:MAX_TAG_LENGTH])] if trial.error else []
+        tags += [RunTag("raysweep.pruned", "true")] if trial.status == "KILLED" else []
         for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
         self.client.log_batch(run_id, metrics[:METRICS_PER_BATCH], params, tags)
-        self.finish(run_id, trial.failed)
+        self.finish(run_id, trial.status)
 
     def catch_up(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
         """Logs trials `(key, name, trial)` that are not there whole: a sweep was killed, or has a new store."""
         for key, name, trial in trials:
             run = self._runs_under(parent).get(key)
-            if run is None or (run.info.status != "FINISHED" and not trial.failed):
+            if run is None or run.info.status != trial.status:
                 self.log_trial(parent, key, name, trial)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float | None]) -> None:
@@ -217,9 +222,9 @@ class Tracker:
         with redirect_stderr(io.StringIO()):  # it prints what the caller is about to say
             return str(mlflow.register_model(model_uri, name, tags={MODEL_URI: model_uri}).version)
 
-    def finish(self, run_id: str, failed: bool = False) -> None:
-        """Ends a run as FINISHED or FAILED."""
-        self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
+    def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
+        """Ends a run."""
+        self.client.set_terminated(run_id, status=status)
         self._open.discard(run_id)
 
     def fail_abandoned(self, root: str) -> None:
@@ -234,14 +239,14 @@ class Tracker:
                         self.fail_left_running(study.info.run_id)
                 self.fail_left_running(run_id)
             if run.info.status == "RUNNING" and run_id not in self._open:
-                self.finish(run_id, failed=True)
+                self.finish(run_id, "FAILED")
 
     def fail_left_running(self, parent: str) -> None:
         """Ends runs under `parent` that an earlier, killed invocation left running."""
         self._children.pop(parent, None)  # what is known of a run is its state when it was found
         for run in self._runs_under(parent).values():
             if run.info.status == "RUNNING" and run.info.run_id not in self._open:
-                self.finish(run.info.run_id, failed=True)
+                self.finish(run.info.run_id, "FAILED")
 
     def close(self) -> None:
         """Ends every run that is still open as FAILED; called on the way out of a sweep, however it went."""
@@ -249,7 +254,7 @@ class Tracker:
 
         for run_id in list(self._open):
             try:
-                self.finish(run_id, failed=True)
+                self.finish(run_id, "FAILED")
             except MlflowException:  # a store that has gone away must not hide why the sweep ends, nor hold it up
                 return
 

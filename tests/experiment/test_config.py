@@ -92,6 +92,7 @@ def test_the_documented_example_loads(load):
         MINIMAL + "search: {linear_probe: {sampler: grid, space: {learning_rate: {choices: [1e-3, 1]}}}}\n",
         MINIMAL + "search: {linear_probe: {baselines: []}}\n",
         "data: {source: x}\nencoders: [{type: stacked_cnn, config: {channels: [8]}}, {type: clip, revision: '1e5'}]\n",
+        MINIMAL + "search: {fine_tune: {scheduler: asha}, from_scratch: {scheduler: median, space: {epochs: 9}}}\n",
         MINIMAL + "train: {augmentation: null}\nresources: {use_gpu: false, max_concurrent_trials: 3}\n",
     ],
 )
@@ -155,6 +156,7 @@ def test_schema_is_valid_and_accepts_the_example(load, tmp_path):
         "search: {fine_tune: {space: {epochs: {low: 1}}}}",
         "train: {batch_size: '8'}",
         "search: {linear_probe: {baselines: [svm]}}",
+        "search: {linear_probe: {scheduler: asha}}",
     ],
 )
 def test_schema_refuses_what_the_loader_refuses(load, tmp_path, extra):

@@ -194,7 +194,7 @@ CASES = {
             "train.batch_size (line 3): expected a whole number, found 6.4e1",
             "train.precision (line 3): unknown value 'fp16'; did you mean 'bf16'?",
             "train.early_stopping_patience (line 3): expected a whole number, found '5'; leave out the quotes",
-            "train.augmentation (line 3): expected keys and values or null, found false; its keys are min_crop_scale, horizontal_flip",
+            "train.augmentation (line 3): expected keys and values or null, found false; its keys are min_crop_scale, horizontal_flip, mixup, cutmix",
             "train.warmup_fraction (line 3): must be below 1, found 2",
             "train.gradient_clip (line 3): must be a finite number, found .nan",
         ],
@@ -203,7 +203,7 @@ CASES = {
         MINIMAL + "train: {augmentation: {min_crop_scale: 0, flip: true}}\n",
         [
             "train.augmentation.min_crop_scale (line 3): must be above 0, found 0",
-            "train.augmentation.flip (line 3): unknown key; accepted: horizontal_flip, min_crop_scale",
+            "train.augmentation.flip (line 3): unknown key; accepted: cutmix, horizontal_flip, min_crop_scale, mixup",
         ],
     ),
     "data": (
@@ -242,7 +242,32 @@ CASES = {
     "baselines elsewhere": (
         MINIMAL + "search: {fine_tune: {baselines: [knn]}}\n",
         [
-            "search.fine_tune.baselines (line 3): unknown key; accepted: num_trials, population, sampler, space, time_budget_s"
+            "search.fine_tune.baselines (line 3): unknown key; accepted: num_trials, population, sampler, scheduler, space, time_budget_s"
+        ],
+    ),
+    "scheduler misspelt": (
+        MINIMAL + "search: {fine_tune: {scheduler: ahsa}}\n",
+        ["search.fine_tune.scheduler (line 3): unknown value 'ahsa'; did you mean 'asha'?"],
+    ),
+    "scheduler of a probe": (
+        BLOCK + "scheduler: asha\n",
+        [
+            "search.linear_probe.scheduler (line 5): the heads train together, so that none is stopped alone, found asha; "
+            "leave it out"
+        ],
+    ),
+    "scheduler with a range of epochs": (
+        MINIMAL + "search: {fine_tune: {scheduler: median, space: {epochs: {low: 3, high: 9}}}}\n",
+        [
+            "search.fine_tune.space.epochs (line 3): scheduler: median compares trials epoch by epoch; write the one "
+            "number that every trial would train for, as in epochs: 9"
+        ],
+    ),
+    "scheduler with choices of epochs": (
+        MINIMAL + "search: {from_scratch: {scheduler: asha, space: {epochs: {choices: [20, 30, 10]}}}}\n",
+        [
+            "search.from_scratch.space.epochs (line 3): scheduler: asha compares trials epoch by epoch; write the one "
+            "number that every trial would train for, as in epochs: 30"
         ],
     ),
     "shared resources": (

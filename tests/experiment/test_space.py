@@ -126,5 +126,21 @@ def test_grid_refuses_a_range_of_real_numbers():
     assert [detail["loc"] for detail in error.value.errors()] == [("learning_rate",), ("weight_decay",)]
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("fine_tune", 20), ("from_scratch", 60)])
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_a_scheduler_has_every_trial_train_as_long(mode, sampler, expected):
+    space = complete_space(mode, {"learning_rate": Choices(choices=(0.1,))}, sampler, "asha")
+    assert space["epochs"] == Choices(choices=(expected,))
+    assert complete_space(mode, space, sampler, "asha") == space, "as it is read from the resolved YAML"
+    assert complete_space(mode, {"epochs": Choices(choices=(7,))}, "tpe", "median")["epochs"].choices == (7,)
+
+
+@pytest.mark.parametrize("epochs", [IntRange(low=3, high=5), Choices(choices=(3, 5))])
+def test_a_scheduler_refuses_schedules_of_several_lengths(epochs):
+    with pytest.raises(ValidationError, match=r"asha compares trials epoch by epoch.*epochs: 5") as error:
+        complete_space("fine_tune", {"epochs": epochs}, "tpe", "asha")
+    assert [detail["loc"] for detail in error.value.errors()] == [("epochs",)]
+
+
 def test_counting_a_huge_grid_does_not_list_it():
     assert num_grid_points({"epochs": IntRange(low=1, high=10**12)}) == 10**12

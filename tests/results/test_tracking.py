@@ -188,7 +188,7 @@ def test_a_trial_that_is_over_is_logged_whole(open_tracker, monkeypatch):
     monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
     tracker = open_tracker()
     study = start_study(tracker)
-    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, ROWS, ROWS[-1], failed=False))
+    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED"))
     run = trial_of(tracker, study)
     assert (run.info.run_name, run.info.status, run.data.tags["raysweep.level"]) == ("probe-0", "FINISHED", "trial")
     assert run.data.params == {"learning_rate": "0.003", "epochs": "2"}
@@ -201,11 +201,22 @@ def test_a_trial_that_is_over_is_logged_whole(open_tracker, monkeypatch):
 def test_a_trial_that_failed_says_why(open_tracker):
     tracker = open_tracker()
     study = start_study(tracker)
-    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, [], {}, failed=True, error="lost " * 2_000))
+    tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, [], {}, status="FAILED", error="lost " * 2_000))
     run = trial_of(tracker, study)
     assert run.info.status == "FAILED"
     assert run.data.tags["raysweep.error"].startswith("lost lost")
     assert run.data.params["epochs"] == "2"
+
+
+def test_a_trial_that_was_stopped_early_is_killed_and_says_so(open_tracker):
+    tracker = open_tracker()
+    study = start_study(tracker)
+    tracker.log_epoch(study, "s/0", "tune-0", SETTING, 0, ROWS[0])
+    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, [], ROWS[0], status="KILLED", first_epoch=1))
+    run = trial_of(tracker, study)
+    assert (run.info.status, run.data.tags["raysweep.pruned"]) == ("KILLED", "true")
+    assert run.data.metrics["best/val/accuracy"] == 0.5
+    assert curve(tracker, run, "val/accuracy") == [(1, 0.5)]
 
 
 def test_epochs_of_a_running_trial_come_one_by_one_and_once(open_tracker):
@@ -215,7 +226,7 @@ def test_epochs_of_a_running_trial_come_one_by_one_and_once(open_tracker):
         tracker.log_epoch(study, "s/0", "tune-0", SETTING, epoch, metrics)
     run = trial_of(tracker, study)
     assert (run.info.status, run.data.params["epochs"]) == ("RUNNING", "2")
-    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, [], ROWS[-1], failed=False, first_epoch=2))
+    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, [], ROWS[-1], status="FINISHED", first_epoch=2))
     run = trial_of(tracker, study)
     assert (run.info.status, run.data.metrics["best/val/accuracy"]) == ("FINISHED", 0.75)
     assert curve(tracker, run, "val/accuracy") == [(1, 0.5), (2, 0.75)]
@@ -225,29 +236,35 @@ def test_epochs_that_were_not_seen_follow_those_that_were(open_tracker):
     tracker = open_tracker()
     study = start_study(tracker)
     tracker.log_epoch(study, "s/0", "tune-0", SETTING, 0, ROWS[0])
-    tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, ROWS[1:], ROWS[-1], failed=False, first_epoch=1))
+    tracker.log_trial(
+        study, "s/0", "tune-0", LoggedTrial(SETTING, ROWS[1:], ROWS[-1], status="FINISHED", first_epoch=1)
+    )
     assert curve(tracker, trial_of(tracker, study), "val/accuracy") == [(1, 0.5), (2, 0.75)]
 
 
 def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(open_tracker):
     killed = open_tracker()
     study = start_study(killed)
-    whole = LoggedTrial(SETTING, ROWS, ROWS[-1], failed=False)
-    lost = LoggedTrial(SETTING, [], {}, failed=True, error="out of memory")
+    whole = LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED")
+    lost = LoggedTrial(SETTING, [], {}, status="FAILED", error="out of memory")
     killed.log_trial(study, "s/0", "t-0", whole)
     killed.log_trial(study, "s/1", "t-1", lost)
-    diverged = LoggedTrial(SETTING, ROWS, {"val/accuracy": float("nan")}, failed=True)
+    diverged = LoggedTrial(SETTING, ROWS, {"val/accuracy": float("nan")}, status="FAILED")
     killed.log_trial(study, "s/5", "t-5", diverged)
     killed.start_run("s/2", "t-2", "trial", study)  # and was killed before it logged more
+    stopped = LoggedTrial(SETTING, ROWS, ROWS[-1], status="KILLED")
+    killed.log_trial(study, "s/6", "t-6", stopped)
+    killed.finish(killed.start_run("s/7", "t-7", "trial", study)[0], "FAILED")  # as the next sweep found it
     again = open_tracker()
     assert start_study(again) == study
-    trials = (whole, lost, whole, whole, lost, diverged)
+    trials = (whole, lost, whole, whole, lost, diverged, stopped, stopped)
     again.catch_up(study, [(f"s/{number}", f"t-{number}", trial) for number, trial in enumerate(trials)])
     runs = {run.info.run_name: run for run in runs_of(again, **{"mlflow.parentRunId": study})}
     statuses = {name: run.info.status for name, run in sorted(runs.items())}
-    assert list(statuses) == [f"t-{number}" for number in range(6)]
-    assert list(statuses.values()) == ["FINISHED", "FAILED", "FINISHED", "FINISHED", "FAILED", "FAILED"]
-    for name in ("t-0", "t-2", "t-3", "t-5"):
+    assert list(statuses) == [f"t-{number}" for number in range(8)]
+    ends = ["FINISHED", "FAILED", "FINISHED", "FINISHED", "FAILED", "FAILED", "KILLED", "KILLED"]
+    assert list(statuses.values()) == ends
+    for name in ("t-0", "t-2", "t-3", "t-5", "t-6", "t-7"):
         assert curve(again, runs[name], "val/accuracy") == [(1, 0.5), (2, 0.75)]
 
 
@@ -281,7 +298,7 @@ def test_close_fails_what_is_still_open(open_tracker):
     tracker = open_tracker()
     runs = start_tree(tracker)
     tracker.finish(runs["probe/0"])
-    tracker.finish(runs["probe/1"], failed=True)
+    tracker.finish(runs["probe/1"], "FAILED")
     tracker.close()
     assert status(tracker, runs["probe/0"]) == "FINISHED"
     others = [run_id for key, run_id in runs.items() if key != "probe/0"]
