@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
@@ -157,9 +157,8 @@ class ResourcesConfig(Section):
     feature_memory_gb: float = Field(
         default=4, gt=0, description="Cached features a worker keeps in memory, in GB; more are read as needed."
     )
-    pixel_disk_gb: float | Literal["auto"] = Field(
+    pixel_disk_gb: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
-        ge=0,
         description="Disk for cached pixels, in GB; more are decoded anew in every epoch (auto: 0.8 of what is free).",
     )
 
