@@ -49,29 +49,36 @@ def uses_gpu(config: ResourcesConfig, present: Resources) -> bool:
     return present.num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
 
 
-def check_resources(config: ResourcesConfig, present: Resources) -> None:
+def check_resources(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> None:
     """Refuses what can never be scheduled: Ray would wait for it silently and for ever.
+
+    Args:
+        config: what one training run takes.
+        present: what there is.
+        reserved_cpus: CPUs that decode images for it meanwhile.
 
     Raises:
         ResourceError: one training run needs more than there is.
     """
     needed_cpus = config.num_workers * config.cpus_per_worker
     problems = []
-    if needed_cpus > present.num_cpus:
+    if needed_cpus + reserved_cpus > present.num_cpus:
         workers = f"{config.num_workers} workers x {config.cpus_per_worker} CPUs"
-        problems.append(f"{needed_cpus} CPUs ({workers}), there are {present.num_cpus}")
+        decoding = f" and {reserved_cpus} for decoding" if reserved_cpus else ""
+        problems.append(f"{needed_cpus + reserved_cpus} CPUs ({workers}{decoding}), there are {present.num_cpus}")
     needed_gpus = config.num_workers * config.gpus_per_worker
     if uses_gpu(config, present) and needed_gpus > present.num_gpus:
         workers = f"{config.num_workers} workers x {config.gpus_per_worker:g} GPUs"
         problems.append(f"{needed_gpus:g} GPUs ({workers}), there are {present.num_gpus}")
     if problems:
         keys = "resources.num_workers, cpus_per_worker, gpus_per_worker, use_gpu"
-        raise ResourceError(f"resources: one training run needs {' and '.join(problems)}; lower {keys}, or add nodes")
+        nodes = "add nodes, or raise pixel_disk_gb" if reserved_cpus else "or add nodes"
+        raise ResourceError(f"resources: one training run needs {' and '.join(problems)}; lower {keys}, {nodes}")
 
 
-def num_concurrent_trials(config: ResourcesConfig, present: Resources) -> int:
-    """How many training runs go on side by side."""
-    fitting = present.num_cpus // (config.num_workers * config.cpus_per_worker)
+def num_concurrent_trials(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
+    """How many training runs go on side by side, beside CPUs that decode images for them."""
+    fitting = (present.num_cpus - reserved_cpus) // (config.num_workers * config.cpus_per_worker)
     if uses_gpu(config, present):
         # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
         fitting = min(fitting, math.floor(present.num_gpus / (config.num_workers * config.gpus_per_worker) + 1e-6))

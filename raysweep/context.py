@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +20,20 @@ from raysweep.cluster import RaySession, Resources, check_resources, local_resou
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
-from raysweep.images.cache import Cache, open_cache
+from raysweep.images.cache import Cache, has_cache, leftovers, open_cache
 from raysweep.images.features import FeatureRequest, feature_signature
 from raysweep.images.passes import build_caches
-from raysweep.images.pixels import PixelRequest, pixel_signature
+from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.images.splits import SPLITS, few_shot
+from raysweep.images.streaming import DECODING_CPUS, put_index
 from raysweep.paths import SweepPaths, signature, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
 from raysweep.results.tracking import environment_tags
 
 MIN_FEW_SHOT_VALIDATION = 16
+FREE_DISK_SHARE = 0.8  # that pixel caches may take, unless the experiment says how much
 TIMED_IMAGES = 2  # a forward pass, when precisions are compared on a CPU
 Rows = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -148,13 +152,20 @@ class SweepContext:
         return self.encoders[config.encoder_name]
 
     def caches(self, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
-        """The cache that each study trains on, by its name; those that are missing are made now, in one pass."""
+        """The cache that each study trains on, by its name; those that are missing are made now, in one pass.
+
+        Raises:
+            ResourceError: pixels have no room on the disk, and there is no CPU to decode them anew.
+        """
         folders = {config.name: self._cache_folder(config) for config in configs}
-        missing: dict[Path, StudyConfig] = {}
+        wanted: dict[Path, StudyConfig] = {}
         for config in configs:
-            if open_cache(folders[config.name]) is None:
-                missing.setdefault(folders[config.name], config)
-        made = self._make_caches(missing) if missing else {}
+            wanted.setdefault(folders[config.name], config)
+        streamed = self._streamed(wanted)
+        missing = {f: config for f, config in wanted.items() if not has_cache(f, streamed=f in streamed)}
+        if not streamed.isdisjoint(missing):
+            check_resources(self.experiment.resources, self.resources, DECODING_CPUS)
+        made = self._make_caches(missing, streamed) if missing else {}
         for config in configs:
             if config.mode == "linear_probe" and folders[config.name] not in made:
                 self.progress.say(f"{config.encoder_name}: encoder pass: none needed, its features are cached")
@@ -163,7 +174,37 @@ class SweepContext:
         self.set_aside([row for cache in caches.values() for row in cache.bad_rows])
         return caches
 
-    def _make_caches(self, missing: Mapping[Path, StudyConfig]) -> dict[Path, Cache]:
+    def _streamed(self, wanted: Mapping[Path, StudyConfig]) -> set[Path]:
+        """Pixel caches that are not there and for which the disk has no room: their studies decode anew."""
+        needed = {
+            folder: pixel_bytes(self.index, self.encoder(config).description.preprocessing)
+            for folder, config in wanted.items()
+            if config.mode != "linear_probe" and not has_cache(folder)
+        }
+        num_bytes, allowed = sum(needed.values()), self._disk_budget(list(needed))
+        if num_bytes <= allowed:
+            return set()
+        limit = self.experiment.resources.pixel_disk_gb
+        key = f"resources.pixel_disk_gb{f': auto ({FREE_DISK_SHARE:g} of what is free)' if limit == 'auto' else ''}"
+        sizes = f"a cache takes {num_bytes / 1e9:,.2f} GB, {key} allows {allowed / 1e9:,.2f} GB"
+        self.progress.say(f"pixels are decoded anew in every epoch: {sizes}")
+        return set(needed)
+
+    def _disk_budget(self, folders: Sequence[Path]) -> float:
+        """Bytes that the pixel caches in these folders may take."""
+        limit = self.experiment.resources.pixel_disk_gb
+        if limit != "auto":
+            return limit * 1e9
+        # A pass that was cut short has left files, which will be replaced.
+        replaced = sum(path.stat().st_size for folder in folders for path in leftovers(folder))
+        return FREE_DISK_SHARE * (shutil.disk_usage(self.paths.caches).free + replaced)
+
+    @cached_property
+    def stream(self) -> dict[str, Any]:
+        """What training runs need to decode images themselves."""
+        return put_index(self.index)
+
+    def _make_caches(self, missing: Mapping[Path, StudyConfig], streamed: Collection[Path]) -> dict[Path, Cache]:
         present = self.resources
         requests: list[FeatureRequest | PixelRequest] = []
         for folder, config in missing.items():
@@ -171,7 +212,7 @@ class SweepContext:
             if config.mode == "linear_probe":
                 requests.append(FeatureRequest(folder, used.description, used.put(), self.precision(config)))
             else:
-                requests.append(PixelRequest(folder, used.description.preprocessing))
+                requests.append(PixelRequest(folder, used.description.preprocessing, folder in streamed))
         encoded = [config.encoder_name for config in missing.values() if config.mode == "linear_probe"]
         label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
         stage = self.progress.stage(label, len(self.index.table))

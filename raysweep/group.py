@@ -12,6 +12,7 @@ from typing import Any
 
 from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import Rows, SweepContext
+from raysweep.images.streaming import DECODING_CPUS
 from raysweep.study import SearchStudy, Study
 from raysweep.trial import share_of_batch
 
@@ -39,6 +40,11 @@ class Group:
     def has_work(self) -> bool:
         """Whether anything is left to do, for all that is known before it is begun."""
         return not all(study.is_settled for study in [*self.searches, *self.baselines])
+
+    @property
+    def reserved_cpus(self) -> int:
+        """CPUs that must stay free beside the training runs."""
+        return DECODING_CPUS if self.first.cache.streamed else 0
 
     def next_work(self) -> Work | None:
         """Returns the next piece of work; None while the rest depends on what is running, or when there is none."""
@@ -121,11 +127,14 @@ class Group:
         precision = sweep.precision(first.config)
         is_probe = self.mode == "linear_probe"
         num_concurrent = min(
-            num_concurrent_trials(resources, present), num_side_by_side * (1 if is_probe else max(1, first.num_left))
+            num_concurrent_trials(resources, present, self.reserved_cpus),
+            num_side_by_side * (1 if is_probe else max(1, first.num_left)),
         )
+        num_cpus = present.num_cpus - self.reserved_cpus
         self.job = {
             "mode": self.mode,
             "cache": first.cache.folder,
+            "stream": sweep.stream if first.cache.streamed else None,
             "data_key": first.key,
             "shape": list(encoder.preprocessing.training_size),
             "rows": self._rows(),
@@ -142,7 +151,7 @@ class Group:
             "gpus_per_worker": resources.gpus_per_worker,
             "gradient_checkpointing": train.gradient_checkpointing,
             "compile": train.compile,
-            "num_threads": max(1, present.num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),
+            "num_threads": max(1, num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),
             "loop": {
                 "batch_size": train.batch_size,
                 "seed": experiment.seed,

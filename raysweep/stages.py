@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysweep.cluster import num_concurrent_trials
+from raysweep.cluster import check_resources, num_concurrent_trials
 from raysweep.context import SweepContext
 from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
@@ -98,7 +98,9 @@ def run_stage(context: SweepContext, groups: Sequence[Group]) -> None:
     for group in groups:
         group.first.encoder.load_ahead()  # for the export of its models, while they are trained
     resources = context.experiment.resources
-    num_runs = num_concurrent_trials(resources, context.resources)
+    reserved_cpus = max(group.reserved_cpus for group in groups)
+    check_resources(resources, context.resources, reserved_cpus)
+    num_runs = num_concurrent_trials(resources, context.resources, reserved_cpus)
     limit = resources.max_concurrent_studies
     run_groups(
         groups, context.paths.tune, num_groups=num_runs if limit == "auto" else min(limit, num_runs), num_runs=num_runs

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from raysweep.encoders import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
+from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import TrialError
 from raysweep.images.cache import forget_peak_memory, peak_memory_bytes
 from raysweep.images.features import load_arrays, load_features
-from raysweep.images.pixels import open_pixels
+from raysweep.images.pixels import Geometry, open_pixels
+from raysweep.images.streaming import StreamedPixels
 from raysweep.results.selection import evaluate_test
 from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
@@ -100,7 +102,11 @@ def _device(job: dict[str, Any], local: bool) -> torch.device:
 
 def _memory_share(gpus_per_worker: float, device: torch.device) -> float:
     """Share of a GPU's memory for the tensors of a worker, beside its CUDA context."""
-    return max(gpus_per_worker - CONTEXT_BYTES / torch.cuda.mem_get_info(device)[1], gpus_per_worker / 2)
+    return max(gpus_per_worker - CONTEXT_BYTES / _total_memory(device), gpus_per_worker / 2)
+
+
+def _total_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[1]
 
 
 def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
@@ -375,15 +381,17 @@ def pixel_set(job: dict[str, Any], split: str, device: torch.device) -> PixelSet
 
 def _load_pixels(job: dict[str, Any], row_ids: np.ndarray, device: torch.device) -> PixelRows:
     shape = (*job["shape"], 3)
-    pixels = open_pixels(job["cache"], row_ids, shape)
+    if job["stream"] is None:
+        pixels: PixelRows = open_pixels(job["cache"], row_ids, shape)
+    else:
+        preprocessing = Preprocessing.from_dict(job["encoder"]["preprocessing"])
+        pixels = StreamedPixels(job["stream"], row_ids, Geometry.of(preprocessing, for_training=True))
     num_bytes = math.prod(shape) * sum(len(ids) for ids, _ in job["rows"].values())
-    if device.type == "cpu" or not fits_on_device(
-        num_bytes, torch.cuda.mem_get_info(device)[1], job["gpus_per_worker"]
-    ):
+    if device.type != "cuda" or not fits_on_device(num_bytes, _total_memory(device), job["gpus_per_worker"]):
         return pixels
     resident = torch.empty((len(row_ids), *shape), dtype=torch.uint8, device=device)
-    parts = resident.split(RESIDENT_ROWS)
-    for part, read in zip(parts, pixels.read(torch.arange(len(row_ids)).split(RESIDENT_ROWS)), strict=True):
+    batches = torch.arange(len(row_ids)).split(RESIDENT_ROWS)
+    for part, read in zip(resident.split(RESIDENT_ROWS), pixels.read(batches), strict=True):
         part.copy_(read)
     return ResidentPixels(resident)
 

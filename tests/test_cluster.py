@@ -83,6 +83,22 @@ def test_training_runs_side_by_side(keys, present, expected):
 
 
 @pytest.mark.parametrize(
+    ("keys", "num_cpus", "expected"), [({}, 4, 3), ({}, 2, 1), ({"num_workers": 2}, 4, 1), ({"num_workers": 2}, 5, 2)]
+)
+def test_a_cpu_stays_free_where_one_is_reserved(keys, num_cpus, expected):
+    check_resources(resources(**keys), Resources(num_cpus, 0), reserved_cpus=1)
+    assert num_concurrent_trials(resources(**keys), Resources(num_cpus, 0), reserved_cpus=1) == expected
+
+
+def test_training_on_every_cpu_leaves_none_for_decoding():
+    config = resources(num_workers=2, cpus_per_worker=2)
+    check_resources(config, Resources(4, 0))
+    found = r"5 CPUs \(2 workers x 2 CPUs and 1 for decoding\), there are 4; .*or raise pixel_disk_gb"
+    with pytest.raises(ResourceError, match=found):
+        check_resources(config, Resources(4, 0), reserved_cpus=1)
+
+
+@pytest.mark.parametrize(
     ("visible", "expected"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("GPU-1a, GPU-2b", 2), ("0,1,2,3,4", 3)]
 )
 def test_gpus_are_counted_as_cuda_would_see_them(monkeypatch, visible, expected):

@@ -149,7 +149,7 @@ class _Tally:
         self.num_rows += len(receipts)
         self.memory = max(self.memory, pc.max(receipts["memory"]).as_py())
         self.gpu_memory = max(self.gpu_memory, pc.max(receipts["gpu_memory"]).as_py())
-        self.seconds += _lists(receipts, "seconds", self.seconds.shape).sum(axis=0)
+        self.seconds += lists(receipts, "seconds", self.seconds.shape).sum(axis=0)
         bad = receipts.filter(receipts["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
 
@@ -235,7 +235,7 @@ def _decode(block: pa.Table, job: dict[str, Any], num_threads: int = 1) -> pa.Ta
             started, images = time.perf_counter(), pixels[target["geometry"]]
             write_pixels(target["folder"], row_ids[good], images if good.all() else images[good])
             seconds[1 + number] = time.perf_counter() - started
-    columns = {f"pixels_{number}": _fixed_lists(pixels[geometry]) for number, geometry in enumerate(_encoded(job))}
+    columns = {f"pixels_{number}": fixed_lists(pixels[geometry]) for number, geometry in enumerate(_encoded(job))}
     return pa.table(_receipts(row_ids, pa.array(errors, pa.string()), seconds) | columns)
 
 
@@ -249,19 +249,19 @@ def _receipts(row_ids: Any, errors: Any, seconds: np.ndarray, memory: int = 0, g
     return {
         "row_id": row_ids,
         "error": errors,
-        "seconds": _fixed_lists(np.tile(seconds / num_rows, (num_rows, 1))),
+        "seconds": fixed_lists(np.tile(seconds / num_rows, (num_rows, 1))),
         "memory": np.full(num_rows, max(memory, peak_memory_bytes())),
         "gpu_memory": np.full(num_rows, gpu_memory),
     }
 
 
-def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
+def fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
     """Wraps `(n, ...)` as n lists, without a copy."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
 
 
-def _lists(table: pa.Table, column: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Gives back what `_fixed_lists` was given, of `shape` each."""
+def lists(table: pa.Table, column: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Gives back what `fixed_lists` was given, of `shape` each."""
     flat: np.ndarray = table[column].combine_chunks().flatten().to_numpy()
     return flat.reshape(-1, *shape)
 
@@ -286,11 +286,11 @@ class _Encoders:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         good = decoded["error"].is_null().to_numpy()
         row_ids, geometries = decoded["row_id"].to_numpy(), _encoded(self.job)
-        seconds = _lists(decoded, "seconds", (1 + len(self.job["targets"]),)).sum(axis=0)
+        seconds = lists(decoded, "seconds", (1 + len(self.job["targets"]),)).sum(axis=0)
         for number, encoder in self.encoders.items():
             started, target = time.perf_counter(), self.job["targets"][number]
             geometry = target["geometry"]
-            pixels = _lists(decoded, f"pixels_{geometries.index(geometry)}", geometry.shape)
+            pixels = lists(decoded, f"pixels_{geometries.index(geometry)}", geometry.shape)
             features = encode(encoder, pixels if good.all() else pixels[good], self.device, target["precision"])
             write_rows(target["folder"], feature_table(row_ids[good], features))
             seconds[1 + number] = time.perf_counter() - started

@@ -120,6 +120,11 @@ def pixel_signature(index: ImageIndex, preprocessing: Preprocessing) -> str:
     return signature(["pixels", PIXEL_FORMAT, rows, kept])
 
 
+def pixel_bytes(index: ImageIndex, preprocessing: Preprocessing) -> int:
+    """Size of the pixel cache of an index."""
+    return len(index.table) * math.prod(Geometry.of(preprocessing, for_training=True).shape)
+
+
 def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
     """Writes one file of a pixel cache, whole or not at all, so that a retried task replaces its own file.
 
