@@ -14,7 +14,7 @@ from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import Rows, SweepContext
 from raysweep.images.streaming import DECODING_CPUS
 from raysweep.study import SearchStudy, Study
-from raysweep.trial import share_of_batch
+from raysweep.trial import rows_to_begin_with
 
 Work = dict[str, Any]
 
@@ -77,7 +77,7 @@ class Group:
 
     def _note_micro_batch_size(self, size: float | None) -> None:
         """Lets later trials begin with what has fitted, where memory has run out."""
-        before = self.micro_batch_size or share_of_batch(self.job)
+        before = self.micro_batch_size or rows_to_begin_with(self.job)
         if size is not None and size < before:
             self.micro_batch_size = int(size)
             batch_size = self.sweep.experiment.train.batch_size

@@ -28,8 +28,8 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
         from raysweep.worker import run_test
 
         if "trials" in work:
-            train = partial(_train, work["trials"], job)
-            results: dict[str, Any] = {"trials": within_memory(train, work["micro_batch_size"], share_of_batch(job))}
+            train, size = partial(_train, work["trials"], job), work["micro_batch_size"]
+            results: dict[str, Any] = {"trials": within_memory(train, size, rows_to_begin_with(job))}
         else:
             results = {"tested": run_test(job, work["test"], work["baselines"])}
         tune.report({"results": json.dumps(results)})
@@ -44,11 +44,12 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
         tune.report({"error": f"{type(error).__name__}: {reason[:500]}"})
 
 
-def share_of_batch(job: dict[str, Any]) -> int:
-    """Rows of a batch that one worker trains on."""
-    limit = job["loop"]["micro_batch_size"]
+def rows_to_begin_with(job: dict[str, Any]) -> int:
+    """Rows of a batch that one worker trains on at once, where memory has not run out."""
+    from raysweep.training.loop import CPU_MICRO_BATCH
+
     share: int = math.ceil(job["loop"]["batch_size"] / job["num_workers"])
-    return min(limit or share, share)
+    return min(job["loop"]["micro_batch_size"] or (share if job["use_gpu"] else CPU_MICRO_BATCH), share)
 
 
 def within_memory(train: Callable[[int | None], Results], micro_batch_size: int | None, share: int) -> Results:

@@ -183,7 +183,8 @@ def _subsets(study: dict[str, Any], device: torch.device) -> Subsets | None:
 def _train_classifier(
     job: dict[str, Any], trial: dict[str, Any], device: torch.device, local: bool, report: Report
 ) -> dict[str, Any]:
-    model = build_classifier(job).to(device)
+    # Convolutions run up to twice as fast with channels last, on CPUs and in bf16 on GPUs; the rest is indifferent.
+    model = build_classifier(job).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     freeze_unused_parameters(model)
     if job["gradient_checkpointing"]:
         model.encoder.enable_gradient_checkpointing()

@@ -83,7 +83,7 @@ class HuggingFaceEncoder(Encoder):
         model: Any = self.model
         if not model.supports_gradient_checkpointing:
             return False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
         return True
 
     def _num_patches(self, pixel_values: torch.Tensor) -> int | None:

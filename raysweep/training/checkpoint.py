@@ -51,9 +51,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restores what `optimizer_tensors` gave. The parameter groups must be those it was taken from."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+            parameter = parameters[int(index)]
+            # In the parameter's own memory layout, which fused kernels rely on.
+            is_like = value.shape == parameter.shape
+            state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if is_like else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from raysweep.training.augment import augmentation_draws, random_resized_crop
+from raysweep.training.augment import (
+    Augmentation,
+    augmentation_draws,
+    mixing_draws,
+    mixing_masks,
+    random_resized_crop,
+)
 from raysweep.training.distributed import seeded_generator
 
 
@@ -114,3 +120,60 @@ def test_draws_follow_seed_and_epoch_alone():
     assert draws.min() >= 0
     assert draws.max() < 1
     assert math.isclose(draws.mean(), 0.5, abs_tol=0.05)
+
+
+def mixes(**more):
+    return Augmentation(min_crop_scale=0.35, horizontal_flip=True, **more)
+
+
+def test_mixup_blends_whole_images_by_its_share():
+    draws = mixing_draws(4000, mixes(mixup=0.4), seed=1, epoch=2)
+    masks = mixing_masks(draws, (6, 4))
+    assert masks.shape == (4000, 1, 6, 4)
+    assert torch.equal(masks, draws[:, :1, None, None].expand(-1, -1, 6, 4))
+    shares = draws[:, 0].double()
+    # Mean and variance of Beta(a, a).
+    assert shares.mean() == pytest.approx(0.5, abs=0.02)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.05)
+    assert draws[:, 1].sum() == 0
+
+
+def test_cutmix_puts_in_a_box_of_the_other_share():
+    draws = torch.tensor([[0.75, 1, 0.5, 0.5], [0.75, 1, 0.0, 1.0], [1.0, 1, 0.3, 0.3], [0.0, 1, 0.5, 0.5]])
+    masks = mixing_masks(draws, (8, 16))[:, 0]
+    middle = torch.ones(8, 16)
+    middle[2:6, 4:12] = 0
+    assert torch.equal(masks[0], middle)
+    corner = torch.ones(8, 16)
+    corner[:2, 12:] = 0
+    assert torch.equal(masks[1], corner), "what reaches out of the image does not count"
+    assert masks[2].min() == 1
+    assert masks[3].max() == 0
+    assert masks.mean((1, 2)).tolist() == [0.75, 0.9375, 1, 0]
+    drawn = mixing_masks(mixing_draws(500, mixes(cutmix=1.0), seed=0, epoch=0), (32, 32))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert 0.5 < drawn.mean() < 0.75
+
+
+def test_both_kinds_of_mixing_take_half_of_the_rows_each():
+    draws = mixing_draws(2000, mixes(mixup=0.4, cutmix=1.0), seed=1, epoch=0)
+    assert draws[:, 1].mean() == pytest.approx(0.5, abs=0.05)
+    half = mixing_draws(2000, mixes(mixup=0.4, cutmix=1.0, mixing_share=0.5), seed=1, epoch=0)
+    assert (half[:, 0] == 1).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_mixing_follows_seed_and_epoch_alone():
+    def drawn(seed, epoch):
+        return mixing_draws(9, mixes(mixup=1.0), seed, epoch)
+
+    assert torch.equal(drawn(1, 2), drawn(1, 2))
+    assert not torch.equal(drawn(1, 2), drawn(1, 3))
+    assert not torch.equal(drawn(1, 2), drawn(2, 2))
+
+
+@pytest.mark.parametrize(("strength", "scale", "share"), [(0.0, 1.0, 0.0), (0.5, 0.675, 0.5), (1.0, 0.35, 1.0)])
+def test_strength_moves_the_crop_and_the_mixing(strength, scale, share):
+    scaled = mixes(mixup=0.2).scaled(strength)
+    assert (scaled.min_crop_scale, scaled.mixing_share) == (pytest.approx(scale), share)
+    assert scaled.horizontal_flip
+    assert scaled.mixes == (strength > 0)

@@ -30,11 +30,20 @@ SETTINGS = [
     {"learning_rate": 3e-2, "weight_decay": 0.1, "epochs": 2, "features": "cls", "normalize": "standardize"},
     {"learning_rate": 1e-1, "weight_decay": 1e-4, "epochs": 3, "features": "cls", "normalize": "l2"},
 ]
+AUGMENTATION = {"min_crop_scale": 0.5, "horizontal_flip": True}
+EVERYTHING = {
+    "augmentation": AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0},
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9,
+    "micro_batch_size": 2,
+}
 CLASSIFIERS = {
-    "plain": ("dinov2", None, NUM_ROWS),
-    "augmented": ("dinov2", {"min_crop_scale": 0.5, "horizontal_flip": True}, NUM_ROWS),
+    "plain": ("dinov2", {}, NUM_ROWS),
+    "augmented": ("dinov2", {"augmentation": AUGMENTATION}, NUM_ROWS),
+    "everything": ("dinov2", EVERYTHING, NUM_ROWS),
     # A last batch of seven, so that every worker ends with batch-norm statistics of its own.
-    "batch_norm": ("stacked_cnn", None, NUM_ROWS - 2),
+    "batch_norm": ("stacked_cnn", {}, NUM_ROWS - 2),
+    "batch_norm_everything": ("stacked_cnn", EVERYTHING, NUM_ROWS - 2),
 }
 
 
@@ -47,8 +56,8 @@ def rows(num_rows, seed):
     return FeatureSet({"cls": features}, labels), PixelSet(ResidentPixels(pixels.to(torch.uint8)), labels)
 
 
-def options(augmentation):
-    return LoopOptions(BATCH_SIZE, 7, "val/loss", "minimize", patience=9, augmentation=augmentation)
+def options(more):
+    return LoopOptions(BATCH_SIZE, 7, "val/loss", "minimize", patience=9, **more)
 
 
 def make_model(kind) -> Classifier:
@@ -58,6 +67,7 @@ def make_model(kind) -> Classifier:
     encoder: Encoder = build_encoder(block, seed=0)
     source = next(iter(encoder.sources))
     model = Classifier(encoder, Head(encoder.num_features(source), NUM_CLASSES), source)
+    model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     return model
 
@@ -76,13 +86,13 @@ def heads(num_validation):
 
 
 def trained(name, folder):
-    kind, augmentation, num_rows = CLASSIFIERS[name]
+    kind, more, num_rows = CLASSIFIERS[name]
     model = make_model(kind)
     # Without find_unused_parameters: a parameter that gets no gradient on some worker would be an error.
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     setting = {"learning_rate": 3e-3, "weight_decay": 0.05, "epochs": 3, "layer_decay": 0.75}
     train, validation = rows(num_rows, 1)[1], rows(11, 2)[1]
-    result = train_classifier(model, parallel, train, validation, setting, options(augmentation), folder / name)
+    result = train_classifier(model, parallel, train, validation, setting, options(more), folder / name)
     return {"history": result.history, "weights": model.state_dict(), "best_epoch": result.best_epoch}
 
 
@@ -194,7 +204,7 @@ def test_a_population_does_not_depend_on_the_number_of_workers(workers, alone, s
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
-@pytest.mark.parametrize("name", ["plain", "augmented"])
+@pytest.mark.parametrize("name", ["plain", "augmented", "everything"])
 def test_a_classifier_does_not_depend_on_the_number_of_workers(workers, alone, size, name):
     assert alone[name]["history"][-1]["train/loss"] < alone[name]["history"][0]["train/loss"]
     for one in workers[size]:
@@ -215,7 +225,7 @@ def test_the_metrics_are_those_of_the_weights_that_are_kept(workers, size, name)
     tensors, metadata = load_checkpoint(workers["folder"] / f"world-{size}" / name / "best.safetensors")
     model = make_model(CLASSIFIERS[name][0])
     model.load_state_dict(tensors)
-    again = evaluate_classifier(model, rows(11, 2)[1], options(None))
+    again = evaluate_classifier(model, rows(11, 2)[1], options({}))
     assert again == pytest.approx({key: metadata["metrics"][key] for key in again}, abs=1e-5)
     assert metadata["epoch"] == workers[size][0][name]["best_epoch"]
 

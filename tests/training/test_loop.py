@@ -1,6 +1,11 @@
 import copy
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +43,7 @@ def classifier(kind="dinov2", source=None, seed=0, **config):
     encoder = build_encoder(block, seed=seed)
     source = source or next(iter(encoder.sources))
     model = Classifier(encoder, Head(encoder.num_features(source), NUM_CLASSES), source)
+    model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     return model
 
@@ -60,7 +66,8 @@ def train(model, folder, setting=None, on_epoch=lambda metrics: None, parallel=N
     train_set = pixel_set(21, 1, model.encoder.preprocessing.training_size[0])
     validation = pixel_set(13, 2, model.encoder.preprocessing.training_size[0])
     setting = SETTING | (setting or {})
-    return train_classifier(model, parallel or model, train_set, validation, setting, options(**more), folder, on_epoch)
+    parallel = model if parallel is None else parallel
+    return train_classifier(model, parallel, train_set, validation, setting, options(**more), folder, on_epoch)
 
 
 def timeless(history):
@@ -220,21 +227,52 @@ def interrupted_at_epoch(model, folder, epoch, **more):
         train(model, folder, on_epoch=on_epoch, **more)
 
 
+EVERYTHING = {
+    "augmentation": AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0},
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9,
+    "micro_batch_size": 3,
+}
+
+
 @pytest.mark.parametrize("epoch", [0, 2, 3])
+@pytest.mark.parametrize("more", [{"augmentation": AUGMENTATION}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("kind", ["dinov2", "stacked_cnn"])
-def test_an_interrupted_trial_goes_on_as_if_nothing_had_happened(tmp_path, kind, epoch):
-    # Dropout, augmentation and batch-norm statistics must all come back.
+def test_an_interrupted_trial_goes_on_as_if_nothing_had_happened(tmp_path, kind, more, epoch):
+    # Dropout, augmentation, moving averages and batch-norm statistics must all come back.
     config = {"hidden_dropout_prob": 0.1} if kind == "dinov2" else {}
     uninterrupted = classifier(kind, **config)
-    expected = train(uninterrupted, tmp_path / "a", augmentation=AUGMENTATION)
-    interrupted_at_epoch(classifier(kind, **config), tmp_path / "b", epoch, augmentation=AUGMENTATION)
+    expected = train(uninterrupted, tmp_path / "a", **more)
+    interrupted_at_epoch(classifier(kind, **config), tmp_path / "b", epoch, **more)
     torch.rand(17)
     told, resumed = [], classifier(kind, seed=9, **config)
-    result = train(resumed, tmp_path / "b", on_epoch=told.append, augmentation=AUGMENTATION)
+    result = train(resumed, tmp_path / "b", on_epoch=told.append, **more)
     assert_equal_weights(resumed.state_dict(), uninterrupted.state_dict())
     assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
     assert timeless(result.history) == timeless(expected.history) == timeless(told)
     assert result.best_epoch == expected.best_epoch
+
+
+def train_and_be_killed(folder):
+    def on_epoch(metrics):
+        if metrics["train/learning_rate"] < 0.6 * SETTING["learning_rate"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    train(classifier("stacked_cnn"), folder, on_epoch=on_epoch, **EVERYTHING)
+
+
+def test_a_trial_whose_process_was_killed_ends_with_the_same_weights(tmp_path):
+    script = f"import {Path(__file__).stem} as this; this.train_and_be_killed(this.Path({str(tmp_path / 'b')!r}))"
+    killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    num_done = len(load_checkpoint(tmp_path / "b" / "last.safetensors")[1]["history"])
+    assert 1 <= num_done < SETTING["epochs"]
+    uninterrupted, resumed = classifier("stacked_cnn"), classifier("stacked_cnn", seed=9)
+    train(uninterrupted, tmp_path / "a", **EVERYTHING)
+    steps = FailsAtStep(resumed, (SETTING["epochs"] - num_done) * 3 * 3)  # 3 steps of up to 3 micro-batches each
+    train(resumed, tmp_path / "b", parallel=steps, **EVERYTHING)
+    assert_equal_weights(resumed.state_dict(), uninterrupted.state_dict())
 
 
 @pytest.mark.parametrize("step", [0, 2, 7])
@@ -303,6 +341,109 @@ def test_bfloat16_trains_in_mixed_precision(tmp_path):
     assert mixed.history[-1]["val/loss"] != full.history[-1]["val/loss"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert predict_logits(model, pixel_set(3, 0).pixels.tensor, "bf16").dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+def test_micro_batches_change_nothing_but_memory(tmp_path, size):
+    largest, whole, parts = [], classifier(), classifier()
+
+    class Watched(FailsAtStep):
+        def forward(self, pixel_values):
+            largest.append(len(pixel_values))
+            return self.model(pixel_values)
+
+    expected = train(whole, tmp_path / "a", augmentation=AUGMENTATION)
+    watched = Watched(parts, 0)
+    found = train(parts, tmp_path / "b", parallel=watched, augmentation=AUGMENTATION, micro_batch_size=size)
+    assert max(largest) == min(size, 7)
+    assert sum(largest) == SETTING["epochs"] * 21
+    assert found.history[-1].pop("train/micro_batch_size") == size
+    for one, other in zip(timeless(found.history), timeless(expected.history), strict=True):
+        assert {name: one[name] for name in other} == pytest.approx(other, abs=1e-4)
+
+
+def test_label_smoothing_is_torchs(tmp_path):
+    told = train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 1}, label_smoothing=0.3).history[0]
+    model, rows = classifier().train(), pixel_set(21, 1)
+    images = model.encoder.preprocessing.normalize(model.encoder.preprocessing.centre_crop(rows.pixels.tensor))
+    assert told["train/loss"] == pytest.approx(
+        F.cross_entropy(model(images), rows.labels, label_smoothing=0.3).item(), abs=1e-4
+    )
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path):
+    """Against an average written out by hand, of weights noted after every step."""
+    model, seen = classifier("stacked_cnn"), []
+
+    class Noted(FailsAtStep):
+        def forward(self, pixel_values):
+            seen.append(copy.deepcopy(self.model.state_dict()))
+            return self.model(pixel_values)
+
+    result = train(model, tmp_path, {"epochs": 1}, parallel=Noted(model, 0), ema_decay=0.8)
+    expected = None
+    for step, state in enumerate([*seen[1:], model.state_dict()]):
+        weight = state["head.weight"]
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+    kept = load_checkpoint(result.checkpoint)[0]
+    assert len(seen) == 3
+    torch.testing.assert_close(kept["head.weight"], expected)
+    assert not torch.equal(kept["head.weight"], model.head.weight)
+    averaged = classifier("stacked_cnn")
+    averaged.load_state_dict(kept)
+    again = evaluate_classifier(averaged, pixel_set(13, 2), options())
+    assert again == pytest.approx({name: result.best[name] for name in again}, abs=1e-5)
+
+
+def test_strength_scales_the_augmentation(tmp_path):
+    whole_image = {"min_crop_scale": 1.0, "horizontal_flip": True}
+    mixing = AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0}
+    losses = [
+        train(classifier(), tmp_path / str(case), SETTING | more, augmentation=augmentation).history[-1]["train/loss"]
+        for case, (more, augmentation) in enumerate(
+            [
+                ({"augmentation_strength": 0.0}, mixing),
+                ({}, whole_image),
+                ({"augmentation_strength": 1.0}, mixing),
+                ({}, mixing),
+                ({"augmentation_strength": 0.5}, mixing),
+            ]
+        )
+    ]
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
+    assert len({losses[0], losses[2], losses[4]}) == 3
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, kind):
+    config = {"hidden_dropout_prob": 0.1} if kind == "dinov2" else {}
+    plain, checkpointed = classifier(kind, **config), classifier(kind, **config)
+    assert checkpointed.encoder.enable_gradient_checkpointing()
+    calls = []
+    blocks = next(m for m in checkpointed.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    norm = next(module for module in blocks[0].modules() if isinstance(module, nn.LayerNorm))
+    norm.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    expected = train(plain, tmp_path / "a")
+    found = train(checkpointed, tmp_path / "b")
+    assert timeless(found.history) == timeless(expected.history)
+    assert_equal_weights(checkpointed.state_dict(), plain.state_dict())
+    # Twice in each of the 12 steps, once in each of the 4 epochs' single batch of validation rows.
+    assert len(calls) == 2 * 12 + 4
+
+
+def test_encoders_that_cannot_checkpoint_say_so():
+    assert not classifier("stacked_cnn").encoder.enable_gradient_checkpointing()
+
+
+def test_a_compiled_model_trains_alike(tmp_path):
+    plain, model = classifier(), classifier()
+    expected = train(plain, tmp_path / "a", {"epochs": 2})
+    found = train(model, tmp_path / "b", {"epochs": 2}, parallel=torch.compile(model))
+    assert [e["train/loss"] for e in found.history] == pytest.approx(
+        [e["train/loss"] for e in expected.history], abs=1e-4
+    )
 
 
 def test_evaluation_is_the_plain_mean_over_all_rows(monkeypatch):
