@@ -26,11 +26,16 @@ PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker"
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs, of a machine or a cluster."""
+    """CPUs and GPUs, of a machine or a cluster; `nodes` holds (CPUs, GPUs) of each machine, where there are several."""
 
     num_cpus: int
     num_gpus: int
-    num_nodes: int = 1
+    nodes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+        return max(1, len(self.nodes))
 
 
 def local_resources() -> Resources:
@@ -70,18 +75,38 @@ def check_resources(config: ResourcesConfig, present: Resources, reserved_cpus: 
     if uses_gpu(config, present) and needed_gpus > present.num_gpus:
         workers = f"{config.num_workers} workers x {config.gpus_per_worker:g} GPUs"
         problems.append(f"{needed_gpus:g} GPUs ({workers}), there are {present.num_gpus}")
+    if not problems and (fitting := num_fitting_workers(config, present, reserved_cpus)) < config.num_workers:
+        problems.append(
+            f"{config.num_workers} workers, each whole on one node; {fitting} fit into {_describe(present)}"
+        )
     if problems:
         keys = "resources.num_workers, cpus_per_worker, gpus_per_worker, use_gpu"
         nodes = "add nodes, or raise pixel_disk_gb" if reserved_cpus else "or add nodes"
         raise ResourceError(f"resources: one training run needs {' and '.join(problems)}; lower {keys}, {nodes}")
 
 
+def _describe(present: Resources) -> str:
+    nodes = present.nodes or ((present.num_cpus, present.num_gpus),)
+    return ", ".join(f"{num_cpus} CPUs with {num_gpus} GPUs" for num_cpus, num_gpus in nodes)
+
+
+def num_fitting_workers(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
+    """How many workers there is room for: each lies on one node, and a share of a GPU on one GPU."""
+    total = 0
+    for num_cpus, num_gpus in present.nodes or ((present.num_cpus, present.num_gpus),):
+        fitting = num_cpus // config.cpus_per_worker
+        if uses_gpu(config, present):
+            share = config.gpus_per_worker
+            # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
+            fitting = min(fitting, int(num_gpus // share) if share >= 1 else num_gpus * int(1 / share + 1e-6))
+        total += fitting
+    lacking = reserved_cpus - (present.num_cpus - total * config.cpus_per_worker)
+    return max(0, total - math.ceil(max(0, lacking) / config.cpus_per_worker))
+
+
 def num_concurrent_trials(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
     """How many training runs go on side by side, beside CPUs that decode images for them."""
-    fitting = (present.num_cpus - reserved_cpus) // (config.num_workers * config.cpus_per_worker)
-    if uses_gpu(config, present):
-        # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
-        fitting = min(fitting, math.floor(present.num_gpus / (config.num_workers * config.gpus_per_worker) + 1e-6))
+    fitting = num_fitting_workers(config, present, reserved_cpus) // config.num_workers
     limit = config.max_concurrent_trials
     return max(1, fitting if limit == "auto" else min(fitting, limit))
 
@@ -191,8 +216,9 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
             _quieten()
         try:
             total = ray.cluster_resources()
-            num_nodes = sum(node["Alive"] for node in ray.nodes())
-            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), num_nodes)
+            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
+            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes)
         finally:
             if started:
                 ray.shutdown()

@@ -82,6 +82,41 @@ def test_training_runs_side_by_side(keys, present, expected):
     assert num_concurrent_trials(resources(**keys), present) == expected
 
 
+TWO_NODES = Resources(8, 4, ((4, 2), (4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"use_gpu": False, "cpus_per_worker": 3}, 2),  # 8 // 3, but the rest of one node is of no use to the other
+        ({"use_gpu": False, "cpus_per_worker": 3, "num_workers": 2}, 1),
+        ({"gpus_per_worker": 0.4}, 8),  # two on each GPU
+        ({"gpus_per_worker": 0.6}, 4),
+        ({"gpus_per_worker": 2.0}, 2),
+        ({"gpus_per_worker": 1.0, "num_workers": 3}, 1),
+    ],
+)
+def test_each_worker_lies_on_one_node_and_each_share_on_one_gpu(keys, expected):
+    check_resources(resources(**keys), TWO_NODES)
+    assert num_concurrent_trials(resources(**keys), TWO_NODES) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"cpus_per_worker": 6, "use_gpu": False},
+            "1 workers, each whole on one node; 0 fit into 4 CPUs with 2 GPUs, 4",
+        ),
+        ({"gpus_per_worker": 0.6, "num_workers": 5}, "5 workers, each whole on one node; 4 fit into"),
+        ({"gpus_per_worker": 3.0, "cpus_per_worker": 1}, "1 workers, each whole on one node; 0 fit into"),
+    ],
+)
+def test_what_fits_on_no_node_is_refused_though_the_cluster_has_enough(keys, message):
+    with pytest.raises(ResourceError, match=message):
+        check_resources(resources(**keys), TWO_NODES)
+
+
 @pytest.mark.parametrize(
     ("keys", "num_cpus", "expected"), [({}, 4, 3), ({}, 2, 1), ({"num_workers": 2}, 4, 1), ({"num_workers": 2}, 5, 2)]
 )
