@@ -77,8 +77,7 @@ class Group:
 
     def _note_micro_batch_size(self, size: float | None) -> None:
         """Lets later trials begin with what has fitted, where memory has run out."""
-        before = self.micro_batch_size or rows_to_begin_with(self.job)
-        if size is not None and size < before:
+        if size is not None and size < (before := self.micro_batch_size or rows_to_begin_with(self.job)):
             self.micro_batch_size = int(size)
             batch_size = self.sweep.experiment.train.batch_size
             self.sweep.progress.warn(

@@ -301,3 +301,22 @@ def test_a_piece_of_work_is_paid_for_by_its_studies_in_equal_parts(monkeypatch):
         clock.now += seconds
         finish(group, work)
     assert (one.seconds, five.seconds) == (7.0, 4.0)
+
+
+def test_later_trials_begin_with_micro_batches_that_fitted():
+    said = []
+    group = group_of(FakeSearch("tune", [1, 1, 1], mode="fine_tune"))
+    group.sweep = SimpleNamespace(
+        experiment=SimpleNamespace(train=SimpleNamespace(batch_size=64)), progress=SimpleNamespace(warn=said.append)
+    )
+    group.job = {"use_gpu": True, "num_workers": 2, "loop": {"batch_size": 64, "micro_batch_size": None}}
+    first, second = group.next_work(), group.next_work()
+    assert first["micro_batch_size"] is second["micro_batch_size"] is None
+    for size in (32, 16, 16, 8, 16):
+        group.on_epoch({"number": 0, "epoch": 0, "metrics": {"train/micro_batch_size": float(size)}})
+    assert group.next_work()["micro_batch_size"] == 8
+    assert [text.split(";")[0] for text in said] == [
+        "tune: out of memory with 32 images at once",
+        "tune: out of memory with 16 images at once",
+    ]
+    assert "the batch stays 64" in said[0]
