@@ -186,7 +186,7 @@ class SweepContext:
             return set()
         limit = self.experiment.resources.pixel_disk_gb
         key = f"resources.pixel_disk_gb{f': auto ({FREE_DISK_SHARE:g} of what is free)' if limit == 'auto' else ''}"
-        sizes = f"a cache takes {num_bytes / 1e9:,.2f} GB, {key} allows {allowed / 1e9:,.2f} GB"
+        sizes = f"a cache takes {num_bytes / 1e9:,.3f} GB, {key} allows {allowed / 1e9:,.3f} GB"
         self.progress.say(f"pixels are decoded anew in every epoch: {sizes}")
         return set(needed)
 

@@ -1,4 +1,6 @@
 import csv
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -6,11 +8,12 @@ import pyarrow.compute as pc
 import pytest
 
 from raysweep.context import SweepContext, draw_subsets, select_rows, write_quarantine
+from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.images.splits import few_shot
-from raysweep.paths import SweepPaths
+from raysweep.paths import SweepPaths, write_json
 
 
 def index_of(num_per_class: int = 40, num_classes: int = 3) -> ImageIndex:
@@ -103,3 +106,68 @@ def test_a_few_more_bad_rows_than_allowed_stop_the_sweep(tmp_path):
 def test_an_empty_quarantine_has_its_header(tmp_path):
     write_quarantine(tmp_path / "quarantine.csv", [])
     assert (tmp_path / "quarantine.csv").read_text() == "row_id,source,reason\n"
+
+
+# Room for pixels
+
+
+CACHE_BYTES = 120 * 10 * 10 * 3  # of one geometry, for the images of `index_of`
+
+
+@pytest.fixture
+def pixel_sweep(tmp_path, monkeypatch):
+    """A function that tells which pixel caches are not made, and what was said; b crops from larger images than a."""
+    preprocessing = {"a": Preprocessing("exact", (10, 10), None, 3, (0,) * 3, (1,) * 3)}
+    preprocessing["b"] = preprocessing["a"].with_image_size(20)
+    said = []
+
+    def streamed(limit, free=10**9, configs=("a", "b")):
+        experiment = Experiment.model_validate(
+            {"name": "x", "data": {"source": "s"}, "encoders": ({"type": "stacked_cnn"},),
+             "resources": {"pixel_disk_gb": limit}},
+        )  # fmt: skip
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+        context = SweepContext(
+            experiment, SweepPaths(tmp_path, "x"), index_of(), None, SimpleNamespace(say=said.append), None
+        )
+        modes = {"a": "fine_tune", "b": "from_scratch", "features": "linear_probe"}
+        context.encoder = lambda config: SimpleNamespace(
+            description=SimpleNamespace(preprocessing=preprocessing[config.encoder])
+        )
+        wanted = {tmp_path / name: SimpleNamespace(encoder=name, mode=modes[name]) for name in (*configs, "features")}
+        found = context._streamed(wanted)
+        return sorted(folder.name for folder in found)
+
+    return SimpleNamespace(streamed=streamed, said=said, folder=tmp_path)
+
+
+def test_pixels_are_cached_where_all_missing_caches_together_have_room(pixel_sweep):
+    both = 5 * CACHE_BYTES / 1e9
+    assert pixel_sweep.streamed(both) == []
+    assert pixel_sweep.streamed("auto", free=both * 1e9 / 0.8) == []
+    assert pixel_sweep.said == []
+    assert pixel_sweep.streamed(both * 0.99) == ["a", "b"]
+    assert pixel_sweep.streamed(0, configs=()) == []
+    assert pixel_sweep.streamed("auto", free=both * 1e9) == ["a", "b"]
+    assert "auto (0.8 of what is free) allows" in pixel_sweep.said[-1]
+    assert pixel_sweep.said[0] == (
+        "pixels are decoded anew in every epoch: a cache takes 0.000 GB, resources.pixel_disk_gb allows 0.000 GB"
+    )
+
+
+MANIFEST = {"num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
+
+
+def test_a_cache_that_is_there_needs_no_room(pixel_sweep):
+    write_json(pixel_sweep.folder / "b" / "manifest.json", MANIFEST)
+    assert pixel_sweep.streamed(CACHE_BYTES / 1e9) == []
+    assert pixel_sweep.streamed(0) == ["a"]
+    write_json(pixel_sweep.folder / "b" / "manifest.json", MANIFEST | {"streamed": True})
+    assert pixel_sweep.streamed(CACHE_BYTES / 1e9) == ["a", "b"], "what was streamed before may be cached now"
+
+
+def test_what_a_pass_that_was_cut_short_has_left_counts_as_free(pixel_sweep):
+    (pixel_sweep.folder / "a").mkdir()
+    (pixel_sweep.folder / "a" / "rows-000000000100.arrow").write_bytes(bytes(CACHE_BYTES))
+    assert pixel_sweep.streamed("auto", free=0.3 * CACHE_BYTES, configs=("a",)) == []
+    assert pixel_sweep.streamed("auto", free=0.2 * CACHE_BYTES, configs=("a",)) == ["a"]

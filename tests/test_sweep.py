@@ -257,6 +257,24 @@ def test_two_workers_give_what_one_gives(tmp_path: Path):
         assert scores[1][name] == pytest.approx(score, abs=0.02)
 
 
+def test_without_disk_for_pixels_a_sweep_gives_the_same(finished: Path, tmp_path: Path):
+    experiment = EXPERIMENT | {"encoders": EXPERIMENT["encoders"][:1]}
+    no_disk = ("--set", "resources.pixel_disk_gb=0")
+    done = run(tmp_path, *no_disk, experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    assert "pixels are decoded anew in every epoch" in done.stderr
+    assert "pixels are decoded anew" not in (finished / "stderr.txt").read_text()
+    assert not list(tmp_path.rglob("rows-*.arrow"))
+    found, expected = (leaderboard(folder)["stacked_cnn-from_scratch"] for folder in (tmp_path, finished))
+    for key in ("best_params", "val_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high"):
+        assert found[key] == expected[key]
+    all_cpus = ("--set", f"resources.cpus_per_worker={max(2, len(os.sched_getaffinity(0)))}")
+    refused = run(tmp_path, *no_disk, *all_cpus, "--set", "storage=elsewhere", experiment=experiment)
+    assert refused.returncode == 1
+    assert "1 for decoding" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
