@@ -73,7 +73,12 @@ class Group:
     def on_epoch(self, epoch: dict[str, Any]) -> bool:
         """Passes an epoch of a lone trial on; returns whether the trial is to be stopped."""
         self._note_micro_batch_size(epoch["metrics"].get("train/micro_batch_size"))
-        return self.first.on_epoch(epoch["number"], epoch["epoch"], epoch["metrics"])
+        stops = self.first.on_epoch(epoch["number"], epoch["epoch"], epoch["metrics"])
+        if stops and self.job["num_workers"] > 1:
+            # Tune would end its own process, and Train's placement group would never be removed (docs/decisions/0013).
+            self.first.ask_to_stop(epoch["number"])
+            return False
+        return stops
 
     def _note_micro_batch_size(self, size: float | None) -> None:
         """Lets later trials begin with what has fitted, where memory has run out."""

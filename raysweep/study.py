@@ -217,6 +217,7 @@ class SearchStudy(Study):
                 "number": trial.number,
                 "setting": dict(trial.params),
                 "continues": trial.user_attrs.get("continues"),
+                "stop_file": str(self._stop_file(trial.number)),
             }
             for trial in trials
         ]
@@ -235,10 +236,18 @@ class SearchStudy(Study):
             self.stopped.add(number)
         return number in self.stopped
 
+    def ask_to_stop(self, number: int) -> None:
+        """Leaves word for the worker processes of a trial that is to be stopped, since Tune cannot reach them."""
+        self._stop_file(number).parent.mkdir(parents=True, exist_ok=True)
+        self._stop_file(number).touch()
+
+    def _stop_file(self, number: int) -> Path:
+        return self.folder / "stop" / str(number)
+
     def tell(self, number: int, result: dict[str, Any] | None, reason: str) -> None:
         """Records the end of a trial: what `worker.train_worker` returned of it, or why there is nothing."""
         trial, sweep, history = self.waiting.pop(number), self.sweep, self.histories.pop(number, [])
-        if number in self.stopped:
+        if number in self.stopped and result is None:
             record = self.search.stopped_record(trial, history)
         else:
             record = make_record(number, dict(trial.params), result, reason)
@@ -258,8 +267,9 @@ class SearchStudy(Study):
 
     def _discard(self, number: int) -> None:
         """Deletes what a stopped trial wrote: no weights of it are kept."""
-        folder = self.folder / "trials" / str(self.search.folder_number(number))
-        shutil.rmtree(folder, ignore_errors=True)
+        self._stop_file(number).unlink(missing_ok=True)
+        for writer in {number, self.search.folder_number(number)}:
+            shutil.rmtree(self.folder / "trials" / str(writer), ignore_errors=True)
 
     def _logged(self, record: TrialRecord, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
         history = record.history[num_logged:]

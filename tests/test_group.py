@@ -39,6 +39,9 @@ class FakeSearch(SearchStudy):
         self.epochs.append((number, epoch, metrics))
         return epoch == 5
 
+    def ask_to_stop(self, number):
+        self.asked_to_stop = number
+
     def choose(self):
         return self.checkpoint
 
@@ -197,6 +200,14 @@ def test_epochs_go_to_the_study_which_says_whether_to_stop():
     assert not group.on_epoch({"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}})
     assert group.on_epoch({"number": 3, "epoch": 5, "metrics": {"val/loss": 0.5}})
     assert search.epochs == [(3, 4, {"val/loss": 0.5}), (3, 5, {"val/loss": 0.5})]
+
+
+def test_several_workers_are_asked_to_stop_and_tune_lets_them():
+    search = FakeSearch("tune", [1], mode="fine_tune")
+    group = group_of(search)
+    group.job = {"num_workers": 2, "loop": {"batch_size": 64, "micro_batch_size": None}}
+    assert not group.on_epoch({"number": 3, "epoch": 5, "metrics": {"val/loss": 0.5}})
+    assert search.asked_to_stop == 3
 
 
 # The job that its work shares

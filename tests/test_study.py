@@ -1,6 +1,7 @@
 import io
 import json
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -333,6 +334,21 @@ def test_a_stopped_trial_that_continued_another_gives_up_its_folder(open_sweep):
     assert report(again, trials[0], [0.4]) == 1
     again.tell(trials[0]["number"], None, "unused")
     assert not folder.exists()
+
+
+def test_workers_that_are_asked_to_stop_may_report_once_more_or_be_done_already(open_sweep):
+    study = open_study(open_sweep(**scheduled()), "fine_tune")
+    good, slow, done = (study.ask()[0] for _ in range(3))
+    report(study, good, [0.9])
+    for trial in (slow, done):
+        assert report(study, trial, [0.4]) == 1
+        study.ask_to_stop(trial["number"])
+        assert Path(trial["stop_file"]).exists()
+        assert study.on_epoch(trial["number"], 1, {**result_of(trial, 0.5)["final"], "train/images_per_second": 50.0})
+    study.tell(slow["number"], None, "TrialError: stopped early")
+    study.tell(done["number"], result_of(done, 0.5), "unused")
+    assert [(record.pruned, len(record.history)) for record in study.search.records] == [(True, 2), (False, 2)]
+    assert not Path(slow["stop_file"]).exists()
 
 
 def test_the_curve_of_a_head_has_no_times(open_sweep):

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 
 pytestmark = pytest.mark.end_to_end
@@ -288,3 +291,49 @@ def test_errors_name_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], m
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "rates"),
+    [
+        (1, [3e-3, 1e-7, 1e-6, 1e-2, 1e-5, 3e-7]),
+        pytest.param(2, [3e-3, 1e-7, 1e-2], marks=pytest.mark.skip(reason="workers do not look for stop_file yet")),
+    ],
+)
+def test_a_scheduler_stops_hopeless_trials_and_chooses_one_that_ran_to_its_end(
+    tmp_path: Path, num_workers: int, rates: list[float]
+):
+    block = {"scheduler": "asha", "sampler": "grid", "space": {"epochs": 6, "learning_rate": {"choices": rates}}}
+    experiment = EXPERIMENT | {
+        "encoders": EXPERIMENT["encoders"][:1],
+        "search": {"from_scratch": block},
+        "train": EXPERIMENT["train"] | {"early_stopping_patience": 6},
+        "resources": {"num_workers": num_workers, "max_concurrent_trials": 1},
+    }
+    done = run(tmp_path, experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (study,) = (tmp_path / "runs" / "digits" / "studies" / "stacked_cnn-from_scratch").iterdir()
+    (journal,) = (tmp_path / "runs").rglob("optuna.journal")
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    trials = optuna.load_study(study_name=f"stacked_cnn-from_scratch-{study.name}", storage=storage).get_trials()
+    epochs = {trial.params["learning_rate"]: len(trial.intermediate_values) for trial in trials}
+    pruned = {trial.params["learning_rate"] for trial in trials if trial.state.name == "PRUNED"}
+    assert {rate for rate in rates if rate < 1e-4} <= pruned
+    assert all(1 <= epochs[rate] < 6 for rate in pruned)
+    assert all(epochs[rate] == 6 for rate in rates if rate not in pruned)
+    assert f"{len(pruned)} of {len(rates)} trials stopped early (asha)" in done.stderr
+    row = leaderboard(tmp_path)["stacked_cnn-from_scratch"]
+    assert row["best_params"]["learning_rate"] not in pruned
+    assert (row["num_trials"], row["encoder_passes"]) == (len(rates), sum(epochs.values()))
+    assert row["test_accuracy"] > 0.5
+    levels = runs_by_level(tmp_path)
+    killed = [trial for trial in levels["trial"] if trial.info.status == "KILLED"]
+    assert {float(trial.data.params["learning_rate"]) for trial in killed} == pruned
+    assert all(trial.data.tags["raysweep.pruned"] == "true" for trial in killed)
+    assert {trial.info.status for trial in levels["trial"]} == {"KILLED", "FINISHED"}
+    assert len(list(study.glob("trials/*/*.safetensors"))) == 1, "of all but the chosen trial no weights are kept"
+    again = run(tmp_path, experiment=experiment)
+    assert again.returncode == 0, again.stderr
+    assert "0 new trials" in again.stderr
+    assert len(runs_by_level(tmp_path)["trial"]) == len(rates)
