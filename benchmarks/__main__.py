@@ -17,7 +17,18 @@ from rich.console import Console
 
 from benchmarks.figures import ROOT, Figure, Options, Skipped, append_line, figure_line, machine_facts, print_table
 
-NAMES = ("population", "streaming", "gpu", "fine_tune", "warm", "marginal", "train_run_per_trial", "encoders", "bound")
+NAMES = (
+    "population",
+    "streaming",
+    "gpu",
+    "fine_tune",
+    "warm",
+    "marginal",
+    "train_run_per_trial",
+    "schedulers",
+    "encoders",
+    "bound",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

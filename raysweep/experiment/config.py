@@ -136,7 +136,8 @@ class TrainConfig(Section):
         description="Keep a moving average of the weights over the steps, with this decay (0.999).",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations twice instead of keeping them: less memory, slower."
+        default=False,
+        description="Compute activations twice instead of keeping them: less memory, slower; for encoders that can.",
     )
     compile: bool = Field(default=False, description="Compile the model with torch.compile: worth it for long trials.")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raysweep.encoders.head import Classifier
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.training.augment import Augmentation, augmentation_draws, mixing_draws, mixing_masks, random_resized_crop
 from raysweep.training.distributed import own_rows, seeded_generator
@@ -91,19 +92,13 @@ class EpochInputs:
 
     @classmethod
     def draw(
-        cls,
-        preprocessing: Preprocessing,
-        labels: Tensor,
-        num_classes: int,
-        augmentation: Augmentation | None,
-        seed: int,
-        epoch: int,
+        cls, model: Classifier, labels: Tensor, augmentation: Augmentation | None, seed: int, epoch: int
     ) -> EpochInputs:
         """Draws an epoch's augmentation, by row, so that it does not depend on how many workers share the epoch."""
         mixing = mixing_draws(len(labels), augmentation, seed, epoch) if augmentation and augmentation.mixes else None
         crops = augmentation_draws(len(labels), seed, epoch).to(labels.device)
         mixing = mixing if mixing is None else mixing.to(labels.device)
-        return cls(preprocessing, labels, num_classes, augmentation, crops, mixing)
+        return cls(model.encoder.preprocessing, labels, model.head.weight.shape[0], augmentation, crops, mixing)
 
     def __call__(self, micro_batch: MicroBatch, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what a micro-batch is trained on.

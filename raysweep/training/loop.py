@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from raysweep.encoders.head import Classifier
 from raysweep.training.augment import Augmentation
-from raysweep.training.batches import EpochInputs, plan_epoch
+from raysweep.training.batches import Batch, EpochInputs, plan_epoch
 from raysweep.training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
@@ -103,9 +103,9 @@ def train_classifier(
         on_epoch: called on every rank with the epoch's metrics.
     """
     num_epochs, num_rows, device = int(setting["epochs"]), len(train.labels), device_of(model)
-    augmentation = Augmentation(**options.augmentation) if options.augmentation is not None else None
-    if augmentation is not None:
-        augmentation = augmentation.scaled(float(setting.get("augmentation_strength", 1.0)))
+    augmentation = None
+    if options.augmentation is not None:
+        augmentation = Augmentation(**options.augmentation).scaled(float(setting.get("augmentation_strength", 1.0)))
     num_at_once = rows_at_once(options, device)
     num_steps = num_epochs * math.ceil(num_rows / options.batch_size)
     optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay)
@@ -121,14 +121,7 @@ def train_classifier(
         # Dropout and the like draw from the global state: a function of epoch and rank, so a resumed trial agrees.
         torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
         model.train()
-        inputs_of = EpochInputs.draw(
-            model.encoder.preprocessing,
-            train.labels.to(device),
-            model.head.weight.shape[0],
-            augmentation,
-            options.seed,
-            epoch,
-        )
+        inputs_of = EpochInputs.draw(model, train.labels.to(device), augmentation, options.seed, epoch)
         batches = plan_epoch(num_rows, options.batch_size, num_at_once, options.seed, epoch, mixes=inputs_of.mixes)
         reads = [part.reads for batch in batches for part in batch.micro_batches]
         pixels = read_ahead(train.pixels.read(reads), device)
@@ -137,24 +130,14 @@ def train_classifier(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step)
             optimizer.zero_grad(set_to_none=True)
-            for part in batch.micro_batches:
-                inputs, targets = inputs_of(part, next(pixels))
-                with nullcontext() if part is batch.micro_batches[-1] else _unsynchronised(parallel):
-                    with autocast(device, options.precision):
-                        logits = parallel(inputs)
-                    loss = part.weight * F.cross_entropy(
-                        logits, targets, reduction="sum", label_smoothing=options.label_smoothing
-                    )
-                    # A share of the mean over the global batch, and DistributedDataParallel averages over workers.
-                    (loss * (world_size() / batch.num_rows)).backward()
-                loss_sum += loss.detach()
+            loss_sum += _backward(parallel, batch, inputs_of, pixels, options)
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
             optimizer.step()
             if average:
                 average.update_parameters(model)
         train_loss = float(sum_over_workers(loss_sum)) / num_rows
         # Batch-norm statistics come from each worker's own rows; all must evaluate the model that is saved.
-        copy_from_first([*model.buffers(), *(average.buffers() if average else ())])
+        copy_from_first([*model.buffers(), *(average.module.buffers() if average else ())])
         seconds = time.perf_counter() - started
         metrics = {"train/loss": train_loss, "train/images_per_second": num_rows / seconds}
         metrics |= evaluate_classifier(evaluated, validation, options)
@@ -168,6 +151,24 @@ def train_classifier(
             _save(model, average, optimizer, result, folder)
         on_epoch(metrics)
     return result
+
+
+def _backward(
+    parallel: nn.Module, batch: Batch, inputs_of: EpochInputs, pixels: Iterator[Tensor], options: LoopOptions
+) -> Tensor:
+    """Adds up the gradients of this worker's share of a batch, by micro-batches; returns its summed loss."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=inputs_of.labels.device)
+    for part in batch.micro_batches:
+        inputs, targets = inputs_of(part, next(pixels))
+        with nullcontext() if part is batch.micro_batches[-1] else _unsynchronised(parallel):
+            with autocast(inputs.device, options.precision):
+                logits = parallel(inputs)
+            smoothing = options.label_smoothing
+            loss = part.weight * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+            # A share of the mean over the global batch; DistributedDataParallel averages over workers.
+            (loss * (world_size() / batch.num_rows)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
 
 def _is_over(result: LoopResult, options: LoopOptions) -> bool:

@@ -2,14 +2,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raysweep.encoders.stacked_cnn import PREPROCESSING
+from raysweep.encoders import build_encoder
+from raysweep.encoders.head import Classifier, Head
 from raysweep.training import distributed
 from raysweep.training.augment import Augmentation
 from raysweep.training.batches import EpochInputs, plan_epoch
 
-SMALL = PREPROCESSING.with_image_size(16)
+ENCODER = build_encoder({"type": "stacked_cnn", "image_size": 16, "config": {"channels": [4]}}, seed=0)
+SMALL, NUM_CLASSES, NUM_ROWS = ENCODER.preprocessing, 3, 23
+MODEL = Classifier(ENCODER, Head(4, NUM_CLASSES), "pooled")
 MIXING = Augmentation(min_crop_scale=0.5, horizontal_flip=True, mixup=0.4, cutmix=1.0)
-NUM_ROWS, NUM_CLASSES = 23, 3
 
 
 def plans(monkeypatch, size, *, micro_batch_size=None, mixes=True, batch_size=8, num_rows=NUM_ROWS):
@@ -68,7 +70,7 @@ def noise():
 def inputs_by_row(found, augmentation):
     """What each row becomes, whichever worker it falls to."""
     pixels, labels = noise()
-    inputs_of = EpochInputs.draw(SMALL, labels, NUM_CLASSES, augmentation, 5, 1)
+    inputs_of = EpochInputs.draw(MODEL, labels, augmentation, 5, 1)
     by_row = {}
     for part in [part for plan in found for batch in plan for part in batch.micro_batches if part.weight]:
         inputs, targets = inputs_of(part, pixels[part.reads])
@@ -93,7 +95,7 @@ def test_mixed_images_and_labels_have_the_same_shares(monkeypatch):
     # One grey per class, so that an image's mean says of which classes it is made.
     greys = torch.tensor([0, 100, 255], dtype=torch.uint8)
     pixels = greys[labels].view(-1, 1, 1, 1).expand(-1, *SMALL.training_size, 3)
-    inputs_of = EpochInputs.draw(SMALL, labels, NUM_CLASSES, MIXING, 5, 1)
+    inputs_of = EpochInputs.draw(MODEL, labels, MIXING, 5, 1)
     assert inputs_of.mixes
     for batch in plans(monkeypatch, 1)[0]:
         (part,) = batch.micro_batches
@@ -108,7 +110,7 @@ def test_mixed_images_and_labels_have_the_same_shares(monkeypatch):
 def test_without_augmentation_a_row_is_its_centre(monkeypatch):
     (plan,) = plans(monkeypatch, 1, mixes=False)
     pixels, labels = noise()
-    inputs_of = EpochInputs.draw(SMALL, labels, NUM_CLASSES, None, 5, 1)
+    inputs_of = EpochInputs.draw(MODEL, labels, None, 5, 1)
     part = plan[0].micro_batches[0]
     inputs, targets = inputs_of(part, pixels[part.reads])
     assert torch.equal(inputs, SMALL.normalize(SMALL.centre_crop(pixels[part.rows])))
