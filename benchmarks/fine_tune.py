@@ -29,7 +29,7 @@ from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 
 BATCH_SIZE, NUM_CLASSES, NUM_PAIRS = 64, 10, 3
 SETTING = {"learning_rate": 1e-5, "epochs": 1, "weight_decay": 0.05, "layer_decay": 0.75}
-AUGMENTATION = {"min_crop_scale": 0.35, "horizontal_flip": True}
+AUGMENTATION = {"min_crop_scale": 0.7, "horizontal_flip": True}
 
 
 def make_model(block: dict[str, Any], device: torch.device) -> Classifier:

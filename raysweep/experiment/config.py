@@ -98,9 +98,7 @@ class DataConfig(Section):
 class AugmentationConfig(Section):
     """Random changes to training images; linear probes see none."""
 
-    min_crop_scale: float = Field(
-        default=0.35, gt=0, le=1, description="Smallest share of the image that a crop keeps."
-    )
+    min_crop_scale: float = Field(default=0.7, gt=0, le=1, description="Smallest share of the image that a crop keeps.")
     horizontal_flip: bool = Field(default=True, description="Mirror half of the images.")
     mixup: float = Field(default=0, ge=0, description="Alpha of mixup, blends of two images and their labels; 0: off.")
     cutmix: float = Field(

@@ -235,7 +235,7 @@ def default_space(mode: Mode) -> dict[str, Dimension]:
             "learning_rate": FloatRange(low=1e-6, high=1e-3, log=True),
             "epochs": IntRange(low=3, high=20),
             "weight_decay": Choices(choices=(0.05,)),
-            "layer_decay": Choices(choices=(0.75,)),
+            "layer_decay": FloatRange(low=0.65, high=0.95),
         }
     return {
         "learning_rate": FloatRange(low=1e-4, high=1e-2, log=True),
@@ -257,7 +257,7 @@ def recommended(mode: Mode) -> list[Setting]:
     if mode == "fine_tune":
         return [
             {"learning_rate": 1e-4, "epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75},
-            {"learning_rate": 5e-5, "epochs": 10, "weight_decay": 0.05, "layer_decay": 0.75},
+            {"learning_rate": 5e-5, "epochs": 10, "weight_decay": 0.05, "layer_decay": 0.9},
         ]
     return [{"learning_rate": 1e-3, "epochs": 30, "weight_decay": 0.05}]
 

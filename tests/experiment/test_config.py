@@ -80,7 +80,7 @@ def test_the_documented_example_loads(load):
     assert probe.space["weight_decay"] == FloatRange(low=1e-6, high=1e-1, log=True)
     assert probe.space["features"] == Choices(choices=("cls", "cls+mean"))
     assert experiment.search.fine_tune.space["epochs"] == IntRange(low=3, high=20)
-    assert experiment.search.fine_tune.space["layer_decay"] == Choices(choices=(0.75,))
+    assert experiment.search.fine_tune.space["layer_decay"] == FloatRange(low=0.65, high=0.95)
     assert [study.name for study in experiment.studies()][:2] == ["dinov2-linear_probe-5shot", "dinov2-fine_tune-5shot"]
 
 
@@ -116,9 +116,29 @@ def test_defaults(load):
     assert experiment.search.linear_probe.baselines == ("knn", "ridge")
     assert experiment.data.few_shot_seeds == 5
     assert (experiment.resources.max_concurrent_studies, experiment.resources.feature_memory_gb) == ("auto", 4)
-    assert experiment.train.augmentation.min_crop_scale == 0.35
+    assert experiment.train.augmentation.min_crop_scale == 0.7
     assert experiment.direction == "maximize"
     assert load(MINIMAL, ["metric=val/loss"]).direction == "minimize"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("resources: {gpus_per_worker: 1.5}", "resources.gpus_per_worker (line {}): a share of one GPU (0.25, 0.5), or a "
+         "whole number of them, found 1.5"),
+        ("resources: {pixel_disk_gb: lots}", "resources.pixel_disk_gb (line {})"),
+        ("train: {ema_decay: 1.0}", "train.ema_decay (line {})"),
+        ("train: {label_smoothing: 1.0}", "train.label_smoothing (line {})"),
+        ("train: {augmentation: {mixup: -1}}", "train.augmentation.mixup (line {})"),
+        ("search: {fine_tune: {space: {augmentation_strength: 1.5}}}",
+         "search.fine_tune.space.augmentation_strength (line {}): must be 1 or less, found 1.5"),
+        ("train: {augmentation: null}\nsearch: {from_scratch: {space: {augmentation_strength: {low: 0, high: 1}}}}",
+         "train.augmentation (line {}): is null, and search.from_scratch.space.augmentation_strength scales it"),
+    ],
+)  # fmt: skip
+def test_keys_of_training_are_checked(load, extra, message):
+    (line,) = problems(load, MINIMAL + extra)
+    assert message.format(MINIMAL.count("\n") + 1) in line
 
 
 def test_the_experiment_is_frozen(load):
