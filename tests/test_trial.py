@@ -3,7 +3,6 @@ import torch
 
 from raysweep.trial import rows_to_begin_with, within_memory
 
-
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
