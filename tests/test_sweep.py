@@ -13,10 +13,12 @@ import mlflow
 import numpy as np
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from PIL import Image
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.end_to_end
 
@@ -258,6 +260,10 @@ def test_two_workers_give_what_one_gives(tmp_path: Path):
         scores.append({name: row["val_accuracy"] for name, row in leaderboard(folder).items()})
     for name, score in scores[0].items():
         assert scores[1][name] == pytest.approx(score, abs=0.02)
+    exported = "runs/digits/models/dinov2-fine_tune/model.safetensors"
+    one, two = (load_file(tmp_path / workers / exported) for workers in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_without_disk_for_pixels_a_sweep_gives_the_same(finished: Path, tmp_path: Path):
