@@ -8,8 +8,9 @@ one (docs/decisions/0003); and one Tune run for many studies starts once, and ru
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from ray.tune.search import Searcher
 from raysweep.cluster import let_tune_use_started_workers
 from raysweep.group import Group, Work
 from raysweep.trial import run_work, work_resources
+
+Trainable = Callable[[Work, dict[str, Any]], None]
+
+SECONDS_TO_LET_GO = 600
 
 
 class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
@@ -114,6 +119,19 @@ class EpochScheduler(FIFOScheduler):  # type: ignore[misc]  # mypy is told not t
         return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
 
+def _patient(trainable: Trainable) -> Trainable:
+    """Gives a stopped trial time to let go of its process before the next one gets it.
+
+    Tune waits for two seconds, and then loses the next trial without telling its search algorithm.
+    """
+
+    def run(work: Work, jobs: dict[str, Any]) -> None:
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(SECONDS_TO_LET_GO))
+        trainable(work, jobs)
+
+    return run
+
+
 def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: int) -> None:
     """Works through all that is left of some groups with Ray Tune.
 
@@ -128,7 +146,7 @@ def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, n
     searcher = GroupSearcher(groups, num_groups, num_runs)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(run_work, jobs=jobs),
+            tune.with_parameters(_patient(run_work), jobs=jobs),
             lambda work: tune.PlacementGroupFactory([work_resources(jobs[work["group"]], work)]),
         ),
         tune_config=tune.TuneConfig(

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +280,8 @@ def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tm
             for epoch in range(4):
                 tune.report({"epoch": json.dumps({"piece": work["piece"], "epoch": epoch})})
         finally:
+            if work["piece"] == 0:
+                time.sleep(4)  # Tune would wait for two seconds, and then lose the next trial
             (tmp_path / f"{work['piece']} has let go").touch()
         tune.report({"results": json.dumps({"pid": os.getpid()})})
 
