@@ -54,7 +54,8 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
 
     Args:
         config: `job`, what all trials of the group share (`Group.build_job`); `trials`, a dict each with `study`,
-            `number`, `setting` and `continues` (the number of an interrupted trial of the same setting, or None);
+            `number`, `setting`, `continues` (the number of an interrupted trial of the same setting, or None) and
+            `stop_file` (which is there once the trial is to be stopped, of several workers);
             `micro_batch_size` of a lone trial, None where memory has not run out; `report`, called with each epoch's
             metrics when this runs inside the Tune trial itself, None in a worker process.
 
@@ -201,6 +202,8 @@ def _train_classifier(
     done: list[int] = []
 
     def on_epoch(metrics: dict[str, float]) -> None:
+        if not local and Path(trial["stop_file"]).exists():
+            raise TrialError("stopped early")  # on any rank: Train ends the others and frees what they hold
         # As text, because Tune flattens nested results.
         report({"epoch": json.dumps({"number": trial["number"], "epoch": len(done), "metrics": metrics})})
         done.append(1)

@@ -301,10 +301,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], m
 
 @pytest.mark.parametrize(
     ("num_workers", "rates"),
-    [
-        (1, [3e-3, 1e-7, 1e-6, 1e-2, 1e-5, 3e-7]),
-        pytest.param(2, [3e-3, 1e-7, 1e-2], marks=pytest.mark.skip(reason="workers do not look for stop_file yet")),
-    ],
+    [(1, [3e-3, 1e-7, 1e-6, 1e-2, 1e-5, 3e-7]), (2, [3e-3, 1e-7, 1e-2])],
 )
 def test_a_scheduler_stops_hopeless_trials_and_chooses_one_that_ran_to_its_end(
     tmp_path: Path, num_workers: int, rates: list[float]
