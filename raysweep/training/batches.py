@@ -49,7 +49,7 @@ def plan_epoch(
 ) -> list[Batch]:
     """Cuts an epoch's permutation of all rows into batches, and this worker's share of each into micro-batches.
 
-    Batches differ by one row at the most: a last one of a few rows would spoil the batch-norm statistics.
+    Both differ by one row at the most: a last one of a few rows would spoil the batch-norm statistics.
     """
     order = torch.randperm(num_rows, generator=seeded_generator(seed, epoch))
     batches = []
@@ -58,8 +58,8 @@ def plan_epoch(
         weight = 1.0 if len(rows) else 0.0
         if len(rows) == 0:
             rows = partners = batch[:1]
-        size = micro_batch_size or len(rows)
-        pairs = zip(rows.split(size), partners.split(size), strict=True)
+        num_parts = math.ceil(len(rows) / (micro_batch_size or len(rows)))
+        pairs = zip(rows.tensor_split(num_parts), partners.tensor_split(num_parts), strict=True)
         parts = [MicroBatch(part, mixed_with if mixes else None, weight) for part, mixed_with in pairs]
         batches.append(Batch(len(batch), parts))
     return batches

@@ -36,6 +36,8 @@ def test_every_row_is_trained_on_once_an_epoch(monkeypatch, size, micro_batch_si
     assert [[batch.num_rows for batch in plan] for plan in found] == [[8, 8, 7]] * size
     parts = [part for plan in found for batch in plan for part in batch.micro_batches]
     assert max(len(part.rows) for part in parts) <= (micro_batch_size or 8)
+    sizes = [[len(part.rows) for part in batch.micro_batches] for plan in found for batch in plan]
+    assert all(max(parts) - min(parts) <= 1 for parts in sizes)
     assert all(plan[step].micro_batches for plan in found for step in range(3)), "none may be missing in a step"
 
 
