@@ -27,7 +27,8 @@ NETWORK = {"type": "stacked_cnn", "image_size": 32, "config": {"channels": [16, 
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial that has ended: seconds since the first one began, its best validation accuracy, its epochs."""
+    """A trial that has ended: seconds since the first one began, its best validation accuracy (0 where it was stopped
+    early, for it is not chosen from), its epochs."""
 
     after: float
     accuracy: float
@@ -66,7 +67,8 @@ def ended_trials(journal: Path) -> list[Ended]:
         record = trial.user_attrs["record"]
         assert trial.datetime_complete is not None
         seconds = (trial.datetime_complete - begun).total_seconds()
-        found.append(Ended(seconds, record["final"].get("val/accuracy", 0.0), len(record["history"])))
+        accuracy = record["final"].get("val/accuracy", 0.0) if trial.state.name == "COMPLETE" else 0.0
+        found.append(Ended(seconds, accuracy, len(record["history"])))
     return sorted(found, key=lambda trial: trial.after)
 
 

@@ -75,6 +75,8 @@ def check_resources(config: ResourcesConfig, present: Resources, reserved_cpus: 
     if uses_gpu(config, present) and needed_gpus > present.num_gpus:
         workers = f"{config.num_workers} workers x {config.gpus_per_worker:g} GPUs"
         problems.append(f"{needed_gpus:g} GPUs ({workers}), there are {present.num_gpus}")
+    if uses_gpu(config, present) and config.num_workers > 1 and config.gpus_per_worker < 1:
+        problems.append("a whole GPU for each of its workers (gpus_per_worker: 1), since NCCL knows no shares of one")
     if not problems and (fitting := num_fitting_workers(config, present, reserved_cpus)) < config.num_workers:
         problems.append(
             f"{config.num_workers} workers, each whole on one node; {fitting} fit into {_describe(present)}"
@@ -96,9 +98,8 @@ def num_fitting_workers(config: ResourcesConfig, present: Resources, reserved_cp
     for num_cpus, num_gpus in present.nodes or ((present.num_cpus, present.num_gpus),):
         fitting = num_cpus // config.cpus_per_worker
         if uses_gpu(config, present):
-            share = config.gpus_per_worker
             # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
-            fitting = min(fitting, int(num_gpus // share) if share >= 1 else num_gpus * int(1 / share + 1e-6))
+            fitting = min(fitting, num_gpus * int(1 / config.gpus_per_worker + 1e-6))
         total += fitting
     lacking = reserved_cpus - (present.num_cpus - total * config.cpus_per_worker)
     return max(0, total - math.ceil(max(0, lacking) / config.cpus_per_worker))

@@ -163,8 +163,8 @@ class SweepContext:
             wanted.setdefault(folders[config.name], config)
         streamed = self._streamed(wanted)
         missing = {f: config for f, config in wanted.items() if not has_cache(f, streamed=f in streamed)}
-        if not streamed.isdisjoint(missing):
-            check_resources(self.experiment.resources, self.resources, DECODING_CPUS)
+        if streamed:
+            check_resources(self.experiment.resources, self.present, DECODING_CPUS)
         made = self._make_caches(missing, streamed) if missing else {}
         for config in configs:
             if config.mode == "linear_probe" and folders[config.name] not in made:

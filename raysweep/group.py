@@ -153,7 +153,7 @@ class Group:
             "use_gpu": uses_gpu(resources, present),
             "cpus_per_worker": resources.cpus_per_worker,
             "gpus_per_worker": resources.gpus_per_worker,
-            "gradient_checkpointing": train.gradient_checkpointing,
+            "gradient_checkpointing": self._checkpoints_gradients(),
             "compile": train.compile,
             "num_threads": max(1, num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),
             "loop": {
@@ -172,6 +172,15 @@ class Group:
             },
         }
         return self.job
+
+    def _checkpoints_gradients(self) -> bool:
+        """Whether to do what `train.gradient_checkpointing` says; says so where the encoder cannot."""
+        if self.mode == "linear_probe" or not self.sweep.experiment.train.gradient_checkpointing:
+            return False
+        if not self.first.encoder.model.supports_gradient_checkpointing:
+            self.sweep.progress.warn(f"{self.name}: its encoder knows no gradient checkpointing and is trained without")
+            return False
+        return True
 
     def _rows(self) -> Rows:
         """Probes read all rows, and take their subsets as places in them; the others read just their own."""

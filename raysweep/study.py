@@ -252,6 +252,9 @@ class SearchStudy(Study):
         else:
             record = make_record(number, dict(trial.params), result, reason)
         self.search.tell(trial, record)
+        self._stop_file(number).unlink(missing_ok=True)
+        if record.checkpoint:  # the optimiser's state has no use once the trial is told, and is twice the model's size
+            Path(record.checkpoint).with_name("last.safetensors").unlink(missing_ok=True)
         sweep.recorder.send("log_trial", self.run_id, *self._logged(record, len(history)))
         if record.error and record.error not in self.errors:
             self.errors.add(record.error)
@@ -267,7 +270,6 @@ class SearchStudy(Study):
 
     def _discard(self, number: int) -> None:
         """Deletes what a stopped trial wrote: no weights of it are kept."""
-        self._stop_file(number).unlink(missing_ok=True)
         for writer in {number, self.search.folder_number(number)}:
             shutil.rmtree(self.folder / "trials" / str(writer), ignore_errors=True)
 

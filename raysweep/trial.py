@@ -13,6 +13,7 @@ from typing import Any
 from raysweep.paths import write_atomically
 
 Results = list[dict[str, Any]]
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED")
 
 
 def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
@@ -67,11 +68,17 @@ def within_memory(train: Callable[[int | None], Results], micro_batch_size: int 
         try:
             return train(micro_batch_size)
         except Exception as error:
-            # By name, for a worker's error comes as text within another; Ray's own, for host memory, is meant too.
-            if "OutOfMemoryError" not in f"{type(error).__name__} {error}" or (micro_batch_size or share) == 1:
+            if not ran_out_of_memory(error) or (micro_batch_size or share) == 1:
                 raise
         # Out here the error is gone, and with it the frames that hold the model.
         micro_batch_size = math.ceil((micro_batch_size or share) / 2)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether this, or what a worker of a Train run raised, is about memory; Ray's own error of a host's counts too."""
+    # By words: CUDA's libraries raise plain RuntimeErrors. Of a worker's error Ray keeps only ends in its own text.
+    errors = [error, *getattr(error, "worker_failures", {}).values()]
+    return any(words in f"{type(one).__name__} {one}" for one in errors for words in OUT_OF_MEMORY)
 
 
 def _train(trials: list[dict[str, Any]], job: dict[str, Any], micro_batch_size: int | None) -> Results:

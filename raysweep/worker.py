@@ -218,8 +218,6 @@ def _train_classifier(
         folder,
         on_epoch,
     )
-    if rank() == 0:  # the optimiser's state has no use once the trial is over, and is twice the model's size
-        (folder / "last.safetensors").unlink(missing_ok=True)
     speeds = [epoch["train/images_per_second"] for epoch in result.history]
     return {
         "study": trial["study"],

@@ -41,8 +41,8 @@ def test_auto_uses_what_gpus_there_are(use_gpu, num_gpus, expected):
         ({}, Resources(1, 0)),
         ({"num_workers": 4}, Resources(4, 4)),
         ({"cpus_per_worker": 4}, Resources(4, 1)),
-        ({"num_workers": 2, "gpus_per_worker": 0.5}, Resources(2, 1)),
-        ({"use_gpu": False, "gpus_per_worker": 8.0}, Resources(2, 1)),
+        ({"gpus_per_worker": 0.5}, Resources(2, 1)),
+        ({"use_gpu": False, "num_workers": 2, "gpus_per_worker": 0.5}, Resources(2, 1)),
     ],
 )
 def test_what_fits_is_accepted(keys, present):
@@ -92,7 +92,6 @@ TWO_NODES = Resources(8, 4, ((4, 2), (4, 2)))
         ({"use_gpu": False, "cpus_per_worker": 3, "num_workers": 2}, 1),
         ({"gpus_per_worker": 0.4}, 8),  # two on each GPU
         ({"gpus_per_worker": 0.6}, 4),
-        ({"gpus_per_worker": 2.0}, 2),
         ({"gpus_per_worker": 1.0, "num_workers": 3}, 1),
     ],
 )
@@ -108,8 +107,7 @@ def test_each_worker_lies_on_one_node_and_each_share_on_one_gpu(keys, expected):
             {"cpus_per_worker": 6, "use_gpu": False},
             "1 workers, each whole on one node; 0 fit into 4 CPUs with 2 GPUs, 4",
         ),
-        ({"gpus_per_worker": 0.6, "num_workers": 5}, "5 workers, each whole on one node; 4 fit into"),
-        ({"gpus_per_worker": 3.0, "cpus_per_worker": 1}, "1 workers, each whole on one node; 0 fit into"),
+        ({"gpus_per_worker": 0.5, "num_workers": 2}, "needs a whole GPU for each of its workers"),
     ],
 )
 def test_what_fits_on_no_node_is_refused_though_the_cluster_has_enough(keys, message):

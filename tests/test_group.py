@@ -331,3 +331,15 @@ def test_later_trials_begin_with_micro_batches_that_fitted():
         "tune: out of memory with 16 images at once",
     ]
     assert "the batch stays 64" in said[0]
+
+
+def test_an_encoder_without_gradient_checkpointing_is_trained_without_and_it_is_said():
+    said = []
+    group = group_of(FakeSearch("tune", [1], mode="from_scratch"))
+    train = SimpleNamespace(gradient_checkpointing=True)
+    group.sweep = SimpleNamespace(experiment=SimpleNamespace(train=train), progress=SimpleNamespace(warn=said.append))
+    group.first.encoder = SimpleNamespace(model=SimpleNamespace(supports_gradient_checkpointing=True))
+    assert group._checkpoints_gradients()
+    group.first.encoder.model.supports_gradient_checkpointing = False
+    assert not group._checkpoints_gradients()
+    assert said == ["tune: its encoder knows no gradient checkpointing and is trained without"]

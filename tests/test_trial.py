@@ -1,5 +1,6 @@
 import pytest
 import torch
+from ray.train import WorkerGroupError
 
 from raysweep.trial import rows_to_begin_with, within_memory
 
@@ -39,10 +40,18 @@ def test_a_single_image_that_does_not_fit_fails_the_trial():
     assert tried == [None, 2, 1]
 
 
-def test_another_workers_error_is_known_by_its_text():
-    tried = []
-    error = RuntimeError("Training failed due to worker errors:\n[Rank 1] torch.OutOfMemoryError: CUDA out of memory.")
+def test_the_error_of_one_of_several_workers_is_known():
+    """Ray shortens each worker's text, and leaves out its middle."""
+    tried, cause = [], torch.OutOfMemoryError("CUDA " + "had many things to say of its memory. " * 50)
+    error = WorkerGroupError(f"[Rank 1] {str(cause)[-500:]}", {1: cause})
     within_memory(trains_up_to(2, tried, error), None, 4)
+    assert tried == [None, 2]
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_cudas_libraries_say_it_in_their_own_ways(text):
+    tried = []
+    within_memory(trains_up_to(2, tried, RuntimeError(text)), None, 4)
     assert tried == [None, 2]
 
 

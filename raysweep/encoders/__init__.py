@@ -83,9 +83,14 @@ class Encoder(nn.Module):
                 (list(blocks.values())[-1] if blocks else stem).append(parameter)
         return [group for group in (stem, *blocks.values()) if group]
 
-    def enable_gradient_checkpointing(self) -> bool:
-        """Has activations computed again in the backward pass rather than kept; returns whether the encoder can."""
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether activations can be computed again in the backward pass rather than kept."""
         return False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Begins to do so; only for encoders that can."""
+        raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
         """Returns a JSON-able dict from which `encoder_from_spec` rebuilds the architecture without a network."""

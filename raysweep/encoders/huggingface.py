@@ -78,13 +78,15 @@ class HuggingFaceEncoder(Encoder):
             return {"pooler": output.pooler_output, "mean": output.last_hidden_state.mean(dim=1)}
         return _pooled(output, self._num_patches(pixel_values))
 
-    def enable_gradient_checkpointing(self) -> bool:
-        """As `Encoder.enable_gradient_checkpointing`; most transformers can, most convolutional nets cannot."""
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """As `Encoder.supports_gradient_checkpointing`; most transformers can, most convolutional nets cannot."""
+        return bool(getattr(self.model, "supports_gradient_checkpointing", False))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As `Encoder.enable_gradient_checkpointing`."""
         model: Any = self.model
-        if not model.supports_gradient_checkpointing:
-            return False
         model.activation_checkpointing_enable()
-        return True
 
     def _num_patches(self, pixel_values: torch.Tensor) -> int | None:
         patch = self.config.get("patch_size")

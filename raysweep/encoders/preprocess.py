@@ -134,8 +134,10 @@ class Preprocessing:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Turns uint8 (batch, height, width, 3) into float32 (batch, 3, height, width) on the same device."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(images.device, non_blocking=True)
+            for values in (self.mean, self.std)
+        )
         # Not made contiguous: the permuted view is channels-last, in which convolutions run 1.5 times as fast on CPUs.
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)
         return (pixels * self.rescale_factor - mean) / std

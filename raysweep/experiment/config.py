@@ -147,7 +147,10 @@ class ResourcesConfig(Section):
     use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: when the cluster has one.")
     cpus_per_worker: Count = Field(default=1, description="CPUs that a worker holds.")
     gpus_per_worker: float = Field(
-        default=1, gt=0, description="GPUs that a worker holds when GPUs are used; may be 0.5."
+        default=1,
+        gt=0,
+        le=1,
+        description="Share of a GPU that a worker holds when GPUs are used: 1, or 0.25 for four trials on one GPU.",
     )
     max_concurrent_trials: Count | Literal["auto"] = Field(default="auto", description="auto: as many as fit.")
     max_concurrent_studies: Count | Literal["auto"] = Field(
@@ -160,13 +163,6 @@ class ResourcesConfig(Section):
         default="auto",
         description="Disk for cached pixels, in GB; more are decoded anew in every epoch (auto: 0.8 of what is free).",
     )
-
-    @field_validator("gpus_per_worker")
-    @classmethod
-    def _can_be_shared(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError(f"a share of one GPU (0.25, 0.5), or a whole number of them, found {value:g}")
-        return value
 
 
 class TrackingConfig(Section):

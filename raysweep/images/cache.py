@@ -6,11 +6,12 @@ splits are not in it, so relabelling costs no pass.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +148,13 @@ def reading_file(path: Path) -> Iterator[None]:
 
 
 def forget_peak_memory() -> None:
-    """Lets `peak_memory_bytes` begin anew, where the system can do that (Linux: proc_pid_clear_refs(5))."""
+    """Lets `peak_memory_bytes` begin anew, where the system can do that (Linux: proc_pid_clear_refs(5)).
+
+    What is free is given back to the system first. Every trial runs in a thread of its own, for which glibc may keep an
+    arena of its own: after five trials of MobileNetV2, of 1.6 GB each, a worker held 4.7 GB.
+    """
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -19,7 +19,7 @@ from raysweep.images.sources import ImageIndex
 
 DECODING_CPUS = 1  # that training runs must leave free
 BLOCK_ROWS, BLOCK_BYTES = 64, 2**24  # that a task decodes, at the most
-READ_AHEAD_BYTES = 2**30  # of pixels that wait for a training worker, or half of the object store if that is less
+READ_AHEAD_BYTES = 2**28  # of pixels that wait for a training worker, or half of the object store if that is less
 INDEX_COLUMNS = ["row_id", "path", "position", "image"]
 
 

@@ -111,7 +111,8 @@ class EpochInputs:
             Normalised pixels `(n, 3, height, width)`; and int64 labels `(n,)`, or with mixing the classes' shares
             `(n, num_classes)`.
         """
-        reads = micro_batch.reads.to(self.labels.device)
+        # Not waiting for the device to be done with what it was given before: here, and in `normalize`.
+        reads = micro_batch.reads.to(self.labels.device, non_blocking=True)
         labels = self.labels[reads]
         if self.augmentation is None:
             return self.preprocessing.normalize(self.preprocessing.centre_crop(pixels)), labels

@@ -138,6 +138,7 @@ def train_classifier(
         train_loss = float(sum_over_workers(loss_sum)) / num_rows
         # Batch-norm statistics come from each worker's own rows; all must evaluate the model that is saved.
         copy_from_first([*model.buffers(), *(average.module.buffers() if average else ())])
+        pixels.close()  # what was made ready is given back before the validation rows are
         seconds = time.perf_counter() - started
         metrics = {"train/loss": train_loss, "train/images_per_second": num_rows / seconds}
         metrics |= evaluate_classifier(evaluated, validation, options)
@@ -214,11 +215,20 @@ def rows_at_once(options: LoopOptions, device: torch.device) -> int | None:
 
 @torch.inference_mode()
 def predict_logits(model: Classifier, pixels: Tensor, precision: str = "fp32") -> Tensor:
-    """Logits `(batch, num_classes)` float32 of uint8 pixels `(batch, side, side, 3)`, on the model's device."""
+    """Logits `(batch, num_classes)` float32 of uint8 pixels `(batch, side, side, 3)`, on the model's device.
+
+    Half as many at a time where the device's memory does not hold them.
+    """
     model.eval()
     device, preprocessing = device_of(model), model.encoder.preprocessing
-    with autocast(device, precision):
-        return model(preprocessing.normalize(preprocessing.centre_crop(pixels.to(device))))  # type: ignore[no-any-return]
+    try:
+        with autocast(device, precision):
+            logits: Tensor = model(preprocessing.normalize(preprocessing.centre_crop(pixels.to(device))))
+            return logits
+    except torch.OutOfMemoryError:
+        if len(pixels) == 1:
+            raise
+    return torch.cat([predict_logits(model, half, precision) for half in pixels.chunk(2)])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

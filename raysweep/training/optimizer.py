@@ -76,7 +76,12 @@ def average_weights(model: Classifier, decay: float | None) -> AveragedModel | N
         return None
 
     def update(averages: Any, values: Any, num_averaged: Tensor | int) -> None:
-        num_steps = int(num_averaged)
+        if not averages[0].is_floating_point():  # CLIP's position numbers, say
+            torch._foreach_copy_(averages, values)
+            return
+        # In host memory, unlike the argument, for which a GPU would have to be waited for.
+        num_steps = int(average.n_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
+    return average

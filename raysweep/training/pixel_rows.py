@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,10 +41,10 @@ class ResidentPixels:
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """As `PixelRows.read`; on the device that they lie on."""
-        return (self.tensor[rows.to(self.tensor.device)] for rows in batches)
+        return (self.tensor[rows.to(self.tensor.device, non_blocking=True)] for rows in batches)
 
 
-def read_ahead(pixels: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def read_ahead(pixels: Iterator[Tensor], device: torch.device) -> Generator[Tensor]:
     """Yields batches on a device; while one is worked on, the next ones are read and pinned by another thread.
 
     On a CPU reading costs as much in a thread as without, so there they are read when they are due.

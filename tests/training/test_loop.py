@@ -396,6 +396,19 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path):
     assert again == pytest.approx({name: result.best[name] for name in again}, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_average_of_what_stays_the_same_is_the_same(tmp_path, kind):
+    """Buffers of whole numbers too: CLIP and SigLIP keep the positions of their patches in one."""
+    result = train(classifier(kind), tmp_path, {"learning_rate": 0.0, "weight_decay": 0.0, "epochs": 2}, ema_decay=0.9)
+    plain = train(classifier(kind), tmp_path / "b", {"learning_rate": 0.0, "weight_decay": 0.0, "epochs": 2})
+    if kind != "stacked_cnn":  # whose batch-norm statistics move
+        assert result.best["val/loss"] == pytest.approx(plain.best["val/loss"], abs=1e-6)
+    model = classifier(kind)
+    model.load_state_dict(load_checkpoint(result.checkpoint)[0])
+    again = evaluate_classifier(model, pixel_set(13, 2, model.encoder.preprocessing.training_size[0]), options())
+    assert again == pytest.approx({name: result.best[name] for name in again}, abs=1e-6)
+
+
 def test_strength_scales_the_augmentation(tmp_path):
     whole_image = {"min_crop_scale": 1.0, "horizontal_flip": True}
     mixing = AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0}
@@ -420,7 +433,8 @@ def test_strength_scales_the_augmentation(tmp_path):
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, kind):
     config = {"hidden_dropout_prob": 0.1} if kind == "dinov2" else {}
     plain, checkpointed = classifier(kind, **config), classifier(kind, **config)
-    assert checkpointed.encoder.enable_gradient_checkpointing()
+    assert checkpointed.encoder.supports_gradient_checkpointing
+    checkpointed.encoder.enable_gradient_checkpointing()
     calls = []
     blocks = next(m for m in checkpointed.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
     norm = next(module for module in blocks[0].modules() if isinstance(module, nn.LayerNorm))
@@ -434,7 +448,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, kind):
 
 
 def test_encoders_that_cannot_checkpoint_say_so():
-    assert not classifier("stacked_cnn").encoder.enable_gradient_checkpointing()
+    assert not classifier("stacked_cnn").encoder.supports_gradient_checkpointing
 
 
 def test_a_compiled_model_trains_alike(tmp_path):
