@@ -21,7 +21,7 @@ from raysweep.experiment.config import ResourcesConfig
 
 # A pass over the images and the worker of a training run each hold one.
 MIN_LOGICAL_CPUS = 2
-PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker"
+PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker,raysweep.tester"
 
 
 @dataclass(frozen=True)

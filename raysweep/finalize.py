@@ -11,12 +11,12 @@ from raysweep.context import SweepContext
 from raysweep.encoders.head import Classifier
 from raysweep.experiment.config import StudyConfig
 from raysweep.images.cache import Cache
+from raysweep.loading import build_classifier, load_heads
 from raysweep.paths import read_json
 from raysweep.results.leaderboard import describe_setting
 from raysweep.results.model import export_model
 from raysweep.search import TrialRecord
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
-from raysweep.worker import build_classifier, load_heads
 
 
 def finalize_search(

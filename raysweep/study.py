@@ -16,11 +16,11 @@ from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
 from raysweep.finalize import finalize_baseline, finalize_search, has_model, log_outcome, model_about
 from raysweep.images.cache import Cache
+from raysweep.loading import load_heads
 from raysweep.paths import read_json, signature, write_json
 from raysweep.progress import Stage
 from raysweep.results.tracking import LoggedTrial, RunStatus
 from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
-from raysweep.worker import load_heads
 
 # Keys of `train` that change how something is computed, and not what.
 HOW_NOT_WHAT = ("micro_batch_size", "gradient_checkpointing", "compile")

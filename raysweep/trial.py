@@ -26,7 +26,7 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
 
     job = jobs[work["group"]]
     try:
-        from raysweep.worker import run_test
+        from raysweep.tester import run_test
 
         if "trials" in work:
             train, size = partial(_train, work["trials"], job), work["micro_batch_size"]

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raysweep.encoders import encoder_from_spec
-from raysweep.encoders.head import Classifier, Head
-from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import TrialError
-from raysweep.images.cache import forget_peak_memory, peak_memory_bytes
-from raysweep.images.features import load_arrays, load_features
-from raysweep.images.pixels import Geometry, open_pixels
-from raysweep.images.streaming import StreamedPixels
-from raysweep.results.selection import evaluate_test
-from raysweep.training.baselines import run_knn, run_ridge
-from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
-from raysweep.training.distributed import rank
-from raysweep.training.loop import (
-    LoopOptions,
-    predict_rows,
-    ranking_key,
-    train_classifier,
+from raysweep.images.cache import peak_memory_bytes
+from raysweep.loading import (
+    build_classifier,
+    feature_set,
+    forget_peaks,
+    pixel_set,
+    save_heads,
+    sources_of,
+    subsets_of,
+    total_memory_of,
+    widest,
 )
+from raysweep.training.distributed import rank
+from raysweep.training.loop import LoopOptions, ranking_key, train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
-from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
-from raysweep.training.population import FeatureSet, Subsets, train_population
+from raysweep.training.population import train_population
 
 Report = Callable[[dict[str, Any]], None]
 
 WEIGHTS_PER_THREAD = 2**19  # of heads that train together
-FEATURES_PER_THREAD = 2**22  # of the train rows that a baseline reads
 CONTEXT_BYTES = 600_000_000  # of GPU memory that a process takes before its first tensor
-TEST_ROWS = 4096  # that a probe's heads see at once
-RESIDENT_SHARE = 0.3  # of a worker's GPU memory, for the pixels of all splits
-RESIDENT_ROWS = 256  # that are copied to it at once
-
-# What the last job loaded: actors are reused from one Population to the next, and the data is the same.
-_loaded: dict[str, Any] = {}
 
 
 def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,7 +60,7 @@ def train_worker(config: dict[str, Any]) -> list[dict[str, Any]]:
         report = config["report"]
     torch.set_num_threads(job["num_threads"])
     device = _device(job, local)
-    _forget_peaks(device)
+    forget_peaks(device)
     if job["mode"] == "linear_probe":
         results = _train_heads(job, trials, device)
     else:
@@ -103,11 +90,7 @@ def _device(job: dict[str, Any], local: bool) -> torch.device:
 
 def _memory_share(gpus_per_worker: float, device: torch.device) -> float:
     """Share of a GPU's memory for the tensors of a worker, beside its CUDA context."""
-    return max(gpus_per_worker - CONTEXT_BYTES / _total_memory(device), gpus_per_worker / 2)
-
-
-def _total_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[1]
+    return max(gpus_per_worker - CONTEXT_BYTES / total_memory_of(device), gpus_per_worker / 2)
 
 
 def _train_heads(job: dict[str, Any], trials: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
@@ -123,17 +106,17 @@ def _train_heads_of(
     job: dict[str, Any], study: dict[str, Any], trials: list[dict[str, Any]], device: torch.device
 ) -> list[dict[str, Any]]:
     train, validation = (feature_set(job, split, device) for split in ("train", "validation"))
-    subsets = _subsets(study, device)
+    subsets = subsets_of(study, device)
     # Threads that wait for one another at every step of a small product gain nothing, and beside anything else on the
     # machine they crawl: 64 trials on 1,034 x 1,280 features took 4 s with one thread, and 100 s with two at load 3.
-    num_weights = len(trials) * (subsets.train.shape[0] if subsets else 1) * job["num_classes"] * _width(job)
+    num_weights = len(trials) * (subsets.train.shape[0] if subsets else 1) * job["num_classes"] * widest(job)
     torch.set_num_threads(max(1, min(job["num_threads"], num_weights // WEIGHTS_PER_THREAD)))
     started = time.perf_counter()
     heads = train_population(
         train,
         validation,
         [trial["setting"] for trial in trials],
-        sources=_sources(job),
+        sources=sources_of(job),
         num_classes=job["num_classes"],
         batch_size=job["loop"]["batch_size"],
         seed=job["loop"]["seed"],
@@ -162,23 +145,6 @@ def _train_heads_of(
             }
         )
     return results
-
-
-def _width(job: dict[str, Any]) -> int:
-    """Features of the widest source."""
-    widths: dict[str, int] = job["encoder"]["parts"]
-    return max(sum(widths[part] for part in parts) for parts in _sources(job).values())
-
-
-def _sources(job: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {source: tuple(parts) for source, parts in job["encoder"]["sources"].items()}
-
-
-def _subsets(study: dict[str, Any], device: torch.device) -> Subsets | None:
-    places = study["subsets"]
-    return (
-        Subsets(*(torch.from_numpy(places[split]).to(device) for split in ("train", "validation"))) if places else None
-    )
 
 
 def _train_classifier(
@@ -230,183 +196,3 @@ def _train_classifier(
         "train_seconds": max(time.perf_counter() - started, sum(epoch["time/epoch_s"] for epoch in result.history)),
         "images_per_second": float(np.median(speeds)),
     }
-
-
-def build_classifier(job: dict[str, Any]) -> Classifier:
-    """Builds the model that every trial of a fine_tune or from_scratch study starts from."""
-    import ray
-
-    encoder = encoder_from_spec(job["encoder"])
-    load_arrays(encoder, ray.get(job["weights"]))
-    if job["head"] is not None:
-        (head, *_), source = load_heads(Path(job["head"]))
-    else:
-        source = job["source"]
-        head = Head(encoder.num_features(source), job["num_classes"])
-    return Classifier(encoder, head, source)
-
-
-def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: dict[str, Any]) -> None:
-    """Writes a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read."""
-    tensors = {f"head.{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
-    save_checkpoint(path, tensors, metadata | {"head": heads[0].spec(), "num_heads": len(heads), "source": source})
-
-
-def load_heads(path: Path) -> tuple[list[Head], str]:
-    """Reads a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read.
-
-    Raises:
-        TrialError: the file is not a probe's checkpoint.
-    """
-    tensors, metadata = load_checkpoint(path)
-    if "head" not in metadata:
-        raise TrialError(f"{path}: not the checkpoint of a linear probe")
-    heads = []
-    for index in range(metadata["num_heads"]):
-        heads.append(Head(**metadata["head"]))
-        prefix = f"head.{index}."
-        heads[-1].load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-    return heads, metadata["source"]
-
-
-def run_test(job: dict[str, Any], checkpoints: dict[str, str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Evaluates the test rows once for each study, on this worker's device.
-
-    Args:
-        job: what the studies share.
-        checkpoints: what each searched study chose, by its name.
-        baselines: names of studies without trials, which are chosen on validation first.
-
-    Returns:
-        By study: the `error` that ended it; or `test`, from `selection.evaluate_test`, and `peak_gpu_memory_bytes`, of
-        a baseline also its `checkpoint` (or None), `setting`, `num_settings`, `validation`, `seconds` and
-        `peak_memory_bytes`.
-    """
-    torch.set_num_threads(job["num_threads"])
-    device = torch.device("cuda" if job["use_gpu"] else "cpu")
-    tested: dict[str, dict[str, Any]] = {}
-    for name in [*checkpoints, *baselines]:
-        _forget_peaks(device)
-        try:
-            if name in checkpoints:
-                logits = _probe_logits if job["mode"] == "linear_probe" else _classifier_logits
-                result = {"test": _evaluate(job, logits(job, checkpoints[name], device))}
-            else:
-                result = _run_baseline(job, job["studies"][name], device)
-        except Exception as error:  # what is wrong with one study need not be wrong with the others
-            tested[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-            continue
-        gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        tested[name] = result | {"peak_gpu_memory_bytes": gpu_memory}
-    return tested
-
-
-def _forget_peaks(device: torch.device) -> None:
-    """Begins to measure memory anew: this process may have worked for other studies, or run out of memory."""
-    forget_peak_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _evaluate(job: dict[str, Any], logits: Sequence[Tensor]) -> dict[str, Any]:
-    scores = [one.numpy() for one in logits]
-    labels: np.ndarray = job["rows"]["test"][1]
-    return evaluate_test(scores if len(scores) > 1 else scores[0], labels, job["loop"]["seed"])
-
-
-def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    train, validation, test = (feature_set(job, split, device) for split in ("train", "validation", "test"))
-    num_features = len(train.labels) * _width(job)
-    torch.set_num_threads(max(1, min(job["num_threads"], num_features // FEATURES_PER_THREAD)))
-    run = {"knn": run_knn, "ridge": run_ridge}[study["mode"]]
-    result = run(
-        train,
-        validation,
-        test,
-        sources=_sources(job),
-        num_classes=job["num_classes"],
-        subsets=_subsets(study, device),
-        metric=job["loop"]["metric"],
-        direction=job["loop"]["direction"],
-    )
-    path = Path(study["folder"]) / "best.safetensors" if result.heads else None
-    if path is not None:
-        save_heads(path, result.heads, result.setting["features"], {"setting": result.setting})
-    return {
-        "test": _evaluate(job, result.test_logits),
-        "checkpoint": str(path) if path else None,
-        "setting": result.setting,
-        "num_settings": result.num_settings,
-        "validation": result.validation,
-        "seconds": result.seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-
-
-def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
-    model = build_classifier(job)
-    model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
-    images = pixel_set(job, "test", device)
-    rows = torch.arange(len(images.labels))
-    return [torch.cat([p.cpu() for _, p in predict_rows(model.to(device), images, rows, LoopOptions(**job["loop"]))])]
-
-
-@torch.inference_mode()
-def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
-    heads, source = load_heads(Path(checkpoint))
-    features, parts = feature_set(job, "test", device), _sources(job)[source]
-    logits: list[list[Tensor]] = [[] for _ in heads]
-    for rows in torch.arange(len(features.labels), device=device).split(TEST_ROWS):
-        inputs = features.source(parts, rows)
-        for head, scores in zip(heads, logits, strict=True):
-            scores.append(head.to(device)(inputs).cpu())
-    return [torch.cat(scores) for scores in logits]
-
-
-def feature_set(job: dict[str, Any], split: str, device: torch.device) -> FeatureSet:
-    """Cached features and labels of a split, on a device."""
-    row_ids, labels = job["rows"][split]
-    num_rows = sum(len(ids) for ids, _ in job["rows"].values())
-    budget = job["memory_bytes"] * len(row_ids) // num_rows  # of what all splits together may take
-    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]), budget)
-    parts = _load_once(f"{job['data_key']}/{split}", load)
-    return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
-
-
-def pixel_set(job: dict[str, Any], split: str, device: torch.device) -> PixelSet:
-    """Pixels and labels of a split: on a GPU with room for all splits of the job there, else where they are read."""
-    row_ids, labels = job["rows"][split]
-    load = partial(_load_pixels, job, row_ids, device)
-    return PixelSet(_load_once(f"{job['data_key']}/{split}", load), torch.from_numpy(labels))
-
-
-def _load_pixels(job: dict[str, Any], row_ids: np.ndarray, device: torch.device) -> PixelRows:
-    shape = (*job["shape"], 3)
-    if job["stream"] is None:
-        pixels: PixelRows = open_pixels(job["cache"], row_ids, shape)
-    else:
-        preprocessing = Preprocessing.from_dict(job["encoder"]["preprocessing"])
-        pixels = StreamedPixels(job["stream"], row_ids, Geometry.of(preprocessing, for_training=True))
-    num_bytes = math.prod(shape) * sum(len(ids) for ids, _ in job["rows"].values())
-    if device.type != "cuda" or not fits_on_device(num_bytes, _total_memory(device), job["gpus_per_worker"]):
-        return pixels
-    resident = torch.empty((len(row_ids), *shape), dtype=torch.uint8, device=device)
-    batches = torch.arange(len(row_ids)).split(RESIDENT_ROWS)
-    for part, read in zip(resident.split(RESIDENT_ROWS), pixels.read(batches), strict=True):
-        part.copy_(read)
-    return ResidentPixels(resident)
-
-
-def fits_on_device(num_bytes: int, total_memory: int, gpus_per_worker: float) -> bool:
-    """Whether pixels leave enough of a worker's share of a GPU's memory to what trains on them."""
-    return num_bytes <= RESIDENT_SHARE * total_memory * min(1.0, gpus_per_worker)
-
-
-def _load_once(key: str, load: Callable[[], Any]) -> Any:
-    study = key.rpartition("/")[0]
-    for other in [known for known in _loaded if known.rpartition("/")[0] != study]:
-        del _loaded[other]
-    if key not in _loaded:
-        _loaded[key] = load()
-    return _loaded[key]

@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from raysweep.encoders import build_encoder
+from raysweep.loading import build_classifier, save_heads
 from raysweep.training.loop import predict_logits
 from raysweep.training.population import FeatureSet, train_population
-from raysweep.worker import build_classifier, save_heads
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

@@ -18,13 +18,13 @@ from raysweep.errors import TrialError
 from raysweep.experiment.config import Experiment
 from raysweep.images.cache import Cache
 from raysweep.images.sources import ImageIndex
+from raysweep.loading import save_heads
 from raysweep.paths import SweepPaths, read_json
 from raysweep.progress import Progress
 from raysweep.results.model import load_model
 from raysweep.results.selection import evaluate_test
 from raysweep.study import SearchStudy, Study
 from raysweep.training.checkpoint import save_checkpoint
-from raysweep.worker import save_heads
 
 CNN = {"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}
 CACHE = Cache("cache", 120, (), 2.0, 10**9, 0, made_now=True)

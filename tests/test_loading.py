@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from raysweep import worker
+from raysweep import loading
 from raysweep.images.pixels import PixelFiles, write_pixels
 from raysweep.images.streaming import StreamedPixels
+from raysweep.loading import fits_on_device, pixel_set
 from raysweep.training.pixel_rows import ResidentPixels
-from raysweep.worker import fits_on_device, pixel_set
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 4, 5, 3), np.uint8)
 ROWS = {
@@ -19,7 +19,7 @@ PREPROCESSING = {"resize": "exact", "resize_size": [4, 5], "crop_size": None, "r
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", {})
     write_pixels(str(tmp_path), np.arange(200), PIXELS[:200])
     write_pixels(str(tmp_path), np.arange(200, 300), PIXELS[200:])
     return {"cache": str(tmp_path), "stream": None, "data_key": "study", "shape": [4, 5], "rows": ROWS,
@@ -60,7 +60,7 @@ class Gpu:
 
 @pytest.mark.parametrize(("total_memory", "kind"), [(60_000, ResidentPixels), (59_999, PixelFiles)])
 def test_on_a_gpu_pixels_are_loaded_where_all_splits_together_fit(job, monkeypatch, total_memory, kind):
-    monkeypatch.setattr(worker, "_total_memory", lambda _device: total_memory)  # 300 images of 60 bytes
+    monkeypatch.setattr(loading, "total_memory_of", lambda _device: total_memory)  # 300 images of 60 bytes
     empty = torch.empty
 
     def on_host(shape, dtype, device=None):
