@@ -37,6 +37,7 @@ MIN_POPULATION = 8
 POPULATIONS_PER_STUDY = 4
 
 RUNG = "completed_rung_"  # where Optuna's asha notes, in a trial's system attributes, what it has compared
+STOPPED = "stopped"  # user attribute of a trial that its scheduler wants stopped
 MEDIAN_NEEDS = 4  # trials that ran to their end, before others are compared with them
 
 
@@ -170,7 +171,10 @@ class Search:
         return create_trial(
             state=TrialState.WAITING,
             system_attrs={"fixed_params": trial.params, **rungs},
-            user_attrs={"continues": self.folder_number(trial.number)},
+            user_attrs={
+                "continues": self.folder_number(trial.number),
+                **{name: True for name in (STOPPED,) if name in trial.user_attrs},
+            },
             intermediate_values=trial.intermediate_values,
         )
 
@@ -228,9 +232,12 @@ class Search:
             return False
         step, reported = len(history), self.optuna_study.get_trials(deepcopy=False)[trial.number].last_step
         if reported is not None and step <= reported:  # a trial that goes on passes its earlier epochs on again
-            return False
+            return step == reported and STOPPED in trial.user_attrs
         trial.report(max(history, key=self._rank)[self.metric], step)
-        return step < trial.params["epochs"] and trial.should_prune()
+        stops = step < trial.params["epochs"] and trial.should_prune()
+        if stops:
+            trial.set_user_attr(STOPPED, True)  # a sweep that is killed before it can tell so does not train it on
+        return stops
 
     def stopped_record(self, trial: optuna.trial.Trial, history: list[dict[str, float]]) -> TrialRecord:
         """What is known of a trial that was stopped after an epoch."""

@@ -399,6 +399,17 @@ def test_a_continued_trial_is_judged_at_the_next_rung(tmp_path):
     assert run_epochs(search, again, [0.6] * 12, begin=4) == (9, True)
 
 
+def test_a_trial_that_was_to_be_stopped_when_the_sweep_was_killed_is_not_trained_on(tmp_path):
+    killed = open_search(tmp_path, scheduled())
+    good, bad = killed.ask(2)
+    assert end(killed, good, [0.9] * 9) == 9
+    num_epochs, stopped = run_epochs(killed, bad, [0.5] * 9)
+    assert stopped
+    search = open_search(tmp_path, scheduled())
+    (again,) = [trial for trial in search.ask(2) if trial.user_attrs.get("continues") == bad.number]
+    assert run_epochs(search, again, [0.5] * 9) == (num_epochs, True)
+
+
 def test_a_journal_from_before_there_were_schedulers_is_read(tmp_path):
     search = open_search(tmp_path)
     (trial,) = search.ask(1)
