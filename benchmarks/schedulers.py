@@ -22,7 +22,7 @@ from benchmarks.sweeps import run_sweep
 NUM_TRIALS = NUM_EPOCHS = 27
 NUM_SEEDS = 3
 POINT = 0.01
-NETWORK = {"type": "stacked_cnn", "image_size": 32, "config": {"channels": [16, 32, 64]}}
+NETWORK = {"type": "stacked_cnn", "image_size": 16, "config": {"channels": [16, 32]}}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, population
+from benchmarks import fine_tune, gpu, population
 from benchmarks.bare_loop import decoded_batches
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
+from benchmarks.schedulers import Ended, seconds_until
 from benchmarks.sweeps import TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
 from raysweep.encoders import build_encoder
 from raysweep.experiment.config import DataConfig, Experiment
@@ -147,3 +148,23 @@ def test_the_gpu_benchmark_is_skipped_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Skipped, match="CUDA"):
         list(gpu.run(quick(tmp_path)))
+
+
+def test_both_fine_tuning_loops_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tune, "NUM_PAIRS", 1)
+    found = {figure.name.partition(": ")[2]: figure for figure in fine_tune.run(quick(tmp_path))}
+    hand, ours = found["hand-written loop"].value, found["raysweep"].value
+    assert min(hand, ours) > 0
+    assert found["raysweep / hand-written"].value == pytest.approx(ours / hand)
+    model = fine_tune.make_model(TINY_DINOV2, torch.device("cpu"))
+    before = model.head.weight.clone()
+    pixels, labels = fine_tune.make_pixels(8, model.encoder.preprocessing.training_size, torch.device("cpu"))
+    fine_tune.hand_written_epoch(model, pixels, labels, "fp32", 4)
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_a_setting_is_found_when_a_trial_that_reached_it_has_ended():
+    trials = [Ended(1.0, 0.5, 3), Ended(2.0, 0.0, 1), Ended(5.0, 0.9, 3), Ended(9.0, 0.8, 3)]
+    assert seconds_until(trials, 0.9) == 5.0
+    assert seconds_until(trials, 0.4) == 1.0
+    assert seconds_until(trials, 0.95) == 9.0
