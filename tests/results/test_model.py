@@ -57,8 +57,14 @@ def exported(tmp_path):
     return tmp_path / "model"
 
 
+def assert_equal_weights(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_loaded_model_gives_exactly_the_logits_it_gave_before(kind, tmp_path):
+def test_a_loaded_model_gives_the_logits_it_gave_before(kind, tmp_path):
     if kind == "mobilenet_v2" and not MOBILENET.exists():
         pytest.skip(f"no weights at {MOBILENET}")
     classifier = make_classifier(kind)
@@ -68,7 +74,10 @@ def test_a_loaded_model_gives_exactly_the_logits_it_gave_before(kind, tmp_path):
     images = [image_bytes(number, kind="JPEG") for number in range(2)]
     pixels = [preprocessing.resize_for_training(decode_image(image, preprocessing.min_side)) for image in images]
     expected = predict_logits(classifier, torch.from_numpy(np.stack(pixels)))
-    assert torch.equal(model.logits([model.preprocess(image) for image in images]), expected)
+    # Equal weights, but without gradients torch takes other kernels on some CPUs: SigLIP's pooler differs by 3e-6.
+    assert_equal_weights(model.classifier, classifier)
+    found = model.logits([model.preprocess(image) for image in images])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0
     assert model.labels == CLASSES
     assert not model.classifier.training
