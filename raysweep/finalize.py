@@ -16,6 +16,7 @@ from raysweep.paths import read_json
 from raysweep.results.leaderboard import describe_setting
 from raysweep.results.model import export_model
 from raysweep.search import TrialRecord
+from raysweep.storage import fetch, fetch_folder, local_path, location
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -47,7 +48,8 @@ def finalize_search(
         test row; `val_metric`, what the trial was chosen by; `validation`, its metrics; `num_records`, the trials there
         were; `best_trial`; `checkpoint`.
     """
-    checkpoint = Path(str(best.checkpoint))
+    assert best.checkpoint is not None
+    checkpoint = local_path(best.checkpoint)
     if config.mode == "linear_probe":
         classifier = probe_classifier(sweep, config, checkpoint)
     else:
@@ -69,7 +71,7 @@ def finalize_search(
         "peak_memory_bytes": max(cache.peak_memory_bytes, peak),
         "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, gpu_peak, tested["peak_gpu_memory_bytes"]),
         "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
-        "model_path": str(sweep.paths.model(config.name)),
+        "model_path": location(sweep.paths.model(config.name)),
     }
     return make_outcome(sweep, row, tested, best.final) | {
         "num_records": len(records),
@@ -86,7 +88,7 @@ def finalize_baseline(
     if checkpoint is not None:
         about = {"study": config.name, "key": key, "setting": setting}
         about["test_accuracy"] = tested["test"]["accuracies"][0]  # of the draw that is exported
-        export(sweep, config, probe_classifier(sweep, config, Path(checkpoint)), about)
+        export(sweep, config, probe_classifier(sweep, config, local_path(checkpoint)), about)
     row = make_row(sweep, config, tested, setting=setting, validation=tested["validation"]) | {
         "num_trials": tested["num_settings"],
         "encoder_passes": int(cache.made_now),
@@ -94,7 +96,7 @@ def finalize_baseline(
         "peak_memory_bytes": max(cache.peak_memory_bytes, tested["peak_memory_bytes"]),
         "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
         "images_per_second": cache.num_rows / cache.seconds,
-        "model_path": str(sweep.paths.model(config.name)) if checkpoint else None,
+        "model_path": location(sweep.paths.model(config.name)) if checkpoint else None,
     }
     return make_outcome(sweep, row, tested, tested["validation"]) | {"best_trial": None, "checkpoint": checkpoint}
 
@@ -202,5 +204,7 @@ def log_outcome(
     send("log_once", run_id, {}, tags | ({} if best_trial is None else {"raysweep.best_trial": str(best_trial)}))
     if checkpoint is None:
         return None
-    send("log_file", run_id, Path(checkpoint), "checkpoint")
-    return send("log_model", run_id, Path(row["model_path"]), list(sweep.index.classes))
+    send("log_file", run_id, fetch(local_path(checkpoint)), "checkpoint")
+    model = local_path(row["model_path"])
+    fetch_folder(model)
+    return send("log_model", run_id, model, list(sweep.index.classes))

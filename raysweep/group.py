@@ -13,6 +13,7 @@ from typing import Any
 from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import Rows, SweepContext
 from raysweep.images.streaming import DECODING_CPUS
+from raysweep.storage import location
 from raysweep.study import SearchStudy, Study
 from raysweep.trial import rows_to_begin_with
 
@@ -145,7 +146,7 @@ class Group:
             "num_classes": len(sweep.index.classes),
             "encoder": encoder.spec(),
             "weights": None if is_probe else first.encoder.put(),
-            "head": str(first.head) if first.head else None,
+            "head": location(first.head) if first.head else None,
             "source": next(iter(encoder.sources)),
             "studies": {study.config.name: study.spec for study in [*self.searches, *self.baselines]},
             "memory_bytes": int(resources.feature_memory_gb * 1e9),
@@ -153,6 +154,7 @@ class Group:
             "use_gpu": uses_gpu(resources, present),
             "cpus_per_worker": resources.cpus_per_worker,
             "gpus_per_worker": resources.gpus_per_worker,
+            "placement": resources.placement,
             "gradient_checkpointing": self._checkpoints_gradients(),
             "compile": train.compile,
             "num_threads": max(1, num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),

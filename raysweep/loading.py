@@ -15,10 +15,11 @@ from raysweep.encoders import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import TrialError
-from raysweep.images.cache import forget_peak_memory
+from raysweep.images.cache import fetched, forget_peak_memory
 from raysweep.images.features import load_arrays, load_features
 from raysweep.images.pixels import Geometry, open_pixels
 from raysweep.images.streaming import StreamedPixels
+from raysweep.storage import local_path
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets
@@ -56,7 +57,7 @@ def build_classifier(job: dict[str, Any]) -> Classifier:
     encoder = encoder_from_spec(job["encoder"])
     load_arrays(encoder, ray.get(job["weights"]))
     if job["head"] is not None:
-        (head, *_), source = load_heads(Path(job["head"]))
+        (head, *_), source = load_heads(local_path(job["head"]))
     else:
         source = job["source"]
         head = Head(encoder.num_features(source), job["num_classes"])
@@ -99,7 +100,10 @@ def feature_set(job: dict[str, Any], split: str, device: torch.device) -> Featur
     row_ids, labels = job["rows"][split]
     num_rows = sum(len(ids) for ids, _ in job["rows"].values())
     budget = job["memory_bytes"] * len(row_ids) // num_rows  # of what all splits together may take
-    load = partial(load_features, job["cache"], row_ids, list(job["encoder"]["parts"]), budget)
+
+    def load() -> dict[str, Any]:
+        return load_features(fetched(job["cache"]), row_ids, list(job["encoder"]["parts"]), budget)
+
     parts = _load_once(f"{job['data_key']}/{split}", load)
     return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
 
@@ -114,7 +118,7 @@ def pixel_set(job: dict[str, Any], split: str, device: torch.device) -> PixelSet
 def _load_pixels(job: dict[str, Any], row_ids: np.ndarray, device: torch.device) -> PixelRows:
     shape = (*job["shape"], 3)
     if job["stream"] is None:
-        pixels: PixelRows = open_pixels(job["cache"], row_ids, shape)
+        pixels: PixelRows = open_pixels(fetched(job["cache"]), row_ids, shape)
     else:
         preprocessing = Preprocessing.from_dict(job["encoder"]["preprocessing"])
         pixels = StreamedPixels(job["stream"], row_ids, Geometry.of(preprocessing, for_training=True))

@@ -1,15 +1,15 @@
-"""Every file name that raysweep writes, and the few file operations that must never leave half a file."""
+"""Every file name that raysweep writes, and small files as text and JSON."""
 
 import hashlib
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raysweep.errors import ConfigError, DataError
+from raysweep.storage import fetch_folder, is_bucket, local_path, publish, replacing
 
 
 def signature(value: Any) -> str:
@@ -25,17 +25,9 @@ def file_name(name: str) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    publish(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,13 +57,10 @@ class SweepPaths:
         ConfigError: the storage is not a folder that this machine can write to.
     """
 
-    storage: Path
+    storage: str
     name: str
 
     def __post_init__(self) -> None:
-        # A Path has one slash where the URI had two.
-        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.storage)):
-            raise ConfigError(f"storage: '{self.storage}' is a URI; accepted so far: a local or shared folder")
         above = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not above.is_dir():
             raise ConfigError(f"storage: '{self.storage}' cannot be a folder: {above} is a file")
@@ -81,12 +70,22 @@ class SweepPaths:
     @property
     def root(self) -> Path:
         """The sweep's own folder."""
-        return self.storage.resolve() / self.name
+        return local_path(self.storage) / self.name
 
     @property
     def caches(self) -> Path:
         """Caches and what else all sweeps of one storage share."""
-        return self.storage.resolve() / ".cache"
+        return local_path(self.storage) / ".cache"
+
+    def fetch(self) -> None:
+        """Brings what a sweep begins with from a bucket: all small files of its own, and what caches there are.
+
+        Raises:
+            RaysweepError: the bucket cannot be read.
+        """
+        if is_bucket(self.storage):
+            fetch_folder(self.root, lambda name: not name.endswith(".safetensors"))
+            fetch_folder(self.caches, lambda name: name.endswith(".json"))
 
     def cache(self, kind: str, key: str) -> Path:
         """A feature or pixel cache, by signature."""

@@ -20,7 +20,7 @@ BATCH = 32
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line of `raysweep predict`."""
     parser = argparse.ArgumentParser(prog="raysweep predict", description="Classifies images with an exported model.")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a folder such as runs/NAME/models/STUDY")
+    parser.add_argument("model", metavar="MODEL", help="a folder such as runs/NAME/models/STUDY, also in a bucket")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     return parser
@@ -30,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 when the model or any image could not be read."""
     options = build_parser().parse_args(arguments)
     from raysweep.results.model import load_model
+    from raysweep.storage import fetch_folder, local_path
 
     try:
-        model = load_model(options.model)
+        folder = local_path(options.model)
+        fetch_folder(folder)
+        model = load_model(folder)
     except RaysweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

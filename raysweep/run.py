@@ -87,20 +87,21 @@ def _run(experiment: Experiment, verbose: bool) -> int:
 
 def _next_steps(experiment: Experiment, rows: Sequence[dict[str, object]]) -> list[str]:
     from raysweep.paths import SweepPaths
+    from raysweep.storage import location
 
-    paths = SweepPaths(Path(experiment.storage), experiment.name)
-    models = [_shown(Path(str(row["model_path"]))) for row in rows if row["model_path"]]
+    paths = SweepPaths(experiment.storage, experiment.name)
+    models = [_shown(str(row["model_path"])) for row in rows if row["model_path"]]
     return [
         "",
-        f"results    {_shown(paths.root)}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
+        f"results    {_shown(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         *[f"predict    raysweep predict {model} IMAGE [IMAGE ...]" for model in models[:1]],
         f"compare    mlflow ui --backend-store-uri {experiment.tracking.uri}",
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
 
 
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _shown(place: str) -> str:
+    return place.removeprefix(f"{Path.cwd()}/")
 
 
 def exit_at_once(status: int) -> NoReturn:

@@ -94,7 +94,7 @@ class Search:
     """An Optuna study with its budget: asks for settings, is told results, survives being killed.
 
     Args:
-        journal: file of the journal storage; holds the studies of all invocations.
+        store: what `open_store` takes; holds the studies of all invocations.
         name: of the study; made unique by the signature of all that its results depend on.
         block: sampler, scheduler and budget.
         space: from `study_space`.
@@ -105,7 +105,7 @@ class Search:
 
     def __init__(
         self,
-        journal: Path,
+        store: Path | str,
         name: str,
         block: SearchBlock,
         space: Mapping[str, Dimension],
@@ -114,11 +114,7 @@ class Search:
         seed: int,
     ) -> None:
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        journal.parent.mkdir(parents=True, exist_ok=True)
         if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
             block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
         self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
@@ -126,7 +122,7 @@ class Search:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.optuna_study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(journal))),
+                storage=open_store(store),
                 study_name=name,
                 direction=direction,
                 sampler=_sampler(block.sampler, seed),
@@ -292,6 +288,29 @@ class Search:
         sign = 1 if self.direction == "maximize" else -1
         value, loss = sign * metrics[self.metric], -metrics["val/loss"]
         return value if math.isfinite(value) else -math.inf, loss if math.isfinite(loss) else -math.inf
+
+
+def open_store(store: Path | str) -> optuna.storages.BaseStorage:
+    """Opens what keeps Optuna's studies: a journal, in a file that is made where missing, or a PostgreSQL database.
+
+    Raises:
+        ConfigError: the database cannot be used.
+    """
+    import optuna
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if isinstance(store, Path):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(store)))
+    try:
+        # psycopg 3, and a connection that the server has closed meanwhile is noticed before it is used.
+        uri = f"postgresql+psycopg://{store.partition('://')[2]}"
+        return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True})
+    except Exception as error:  # whatever the driver raises, from a wrong host to a missing right
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"tracking.optuna_uri: '{store}' cannot be used as Optuna's store ({reason})") from error
 
 
 def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from concurrent.futures import Future
 from functools import cached_property
@@ -17,10 +16,11 @@ from raysweep.experiment.config import StudyConfig
 from raysweep.finalize import finalize_baseline, finalize_search, has_model, log_outcome, model_about
 from raysweep.images.cache import Cache
 from raysweep.loading import load_heads
-from raysweep.paths import read_json, signature, write_json
+from raysweep.paths import read_json, signature, write_atomically, write_json
 from raysweep.progress import Stage
 from raysweep.results.tracking import LoggedTrial, RunStatus
 from raysweep.search import Search, TrialRecord, make_record, population_size, study_space
+from raysweep.storage import local_path, location, publish, remove
 
 # Keys of `train` that change how something is computed, and not what.
 HOW_NOT_WHAT = ("micro_batch_size", "gradient_checkpointing", "compile")
@@ -102,7 +102,12 @@ class Study:
     @property
     def spec(self) -> dict[str, Any]:
         """What a worker needs to know of this study alone, beside the job it shares with others."""
-        return {"name": self.config.name, "mode": self.config.mode, "folder": str(self.folder), "subsets": self.subsets}
+        return {
+            "name": self.config.name,
+            "mode": self.config.mode,
+            "folder": location(self.folder),
+            "subsets": self.subsets,
+        }
 
     def settle(self, tested: dict[str, Any], job: dict[str, Any]) -> None:  # noqa: ARG002
         """Takes what `worker.run_test` returned of this study."""
@@ -162,7 +167,7 @@ class SearchStudy(Study):
             self.head = sweep.best_heads.get((config.encoder_name, config.shots))
         super().__init__(sweep, config, cache)
         self.search = Search(
-            sweep.paths.optuna_journal,
+            sweep.experiment.tracking.optuna_uri or sweep.paths.optuna_journal,
             f"{config.name}-{self.key}",
             block,
             self.space,
@@ -217,7 +222,7 @@ class SearchStudy(Study):
                 "number": trial.number,
                 "setting": dict(trial.params),
                 "continues": trial.user_attrs.get("continues"),
-                "stop_file": str(self._stop_file(trial.number)),
+                "stop_file": location(self._stop_file(trial.number)),
             }
             for trial in trials
         ]
@@ -238,8 +243,7 @@ class SearchStudy(Study):
 
     def ask_to_stop(self, number: int) -> None:
         """Leaves word for the worker processes of a trial that is to be stopped, since Tune cannot reach them."""
-        self._stop_file(number).parent.mkdir(parents=True, exist_ok=True)
-        self._stop_file(number).touch()
+        write_atomically(self._stop_file(number), "")
 
     def _stop_file(self, number: int) -> Path:
         return self.folder / "stop" / str(number)
@@ -252,14 +256,17 @@ class SearchStudy(Study):
         else:
             record = make_record(number, dict(trial.params), result, reason)
         self.search.tell(trial, record)
-        self._stop_file(number).unlink(missing_ok=True)
+        if not self.waiting and sweep.experiment.tracking.optuna_uri is None:
+            publish(sweep.paths.optuna_journal)
+        if number in self.stopped:
+            remove(self._stop_file(number))
         if record.checkpoint:  # the optimiser's state has no use once the trial is told, and is twice the model's size
-            Path(record.checkpoint).with_name("last.safetensors").unlink(missing_ok=True)
+            remove(local_path(record.checkpoint).with_name("last.safetensors"))
         sweep.recorder.send("log_trial", self.run_id, *self._logged(record, len(history)))
         if record.error and record.error not in self.errors:
             self.errors.add(record.error)
             sweep.progress.warn(f"{self.config.name}: trial {record.number} failed: {record.error}")
-            sweep.progress.say(f"its traceback is in {self.folder}/trials/")
+            sweep.progress.say(f"its traceback is in {location(self.folder)}/trials/")
         self.num_done += 1
         sweep.num_new_trials += 1
         if record.pruned:
@@ -271,7 +278,7 @@ class SearchStudy(Study):
     def _discard(self, number: int) -> None:
         """Deletes what a stopped trial wrote: no weights of it are kept."""
         for writer in {number, self.search.folder_number(number)}:
-            shutil.rmtree(self.folder / "trials" / str(writer), ignore_errors=True)
+            remove(self.folder / "trials" / str(writer))
 
     def _logged(self, record: TrialRecord, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
         history = record.history[num_logged:]
@@ -315,7 +322,7 @@ class SearchStudy(Study):
             return None
         assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
         if self.config.mode == "linear_probe":
-            self.sweep.best_heads[self.config.encoder_name, self.config.shots] = Path(best.checkpoint)
+            self.sweep.best_heads[self.config.encoder_name, self.config.shots] = local_path(best.checkpoint)
         return best.checkpoint
 
     def settle(self, tested: dict[str, Any], job: dict[str, Any]) -> None:
@@ -327,7 +334,7 @@ class SearchStudy(Study):
         self._log(best.checkpoint, best.setting, best.number)
         for record in self.search.records:  # eight fine-tunes of a large encoder would keep 10 GB
             if record.checkpoint and record.checkpoint != best.checkpoint:
-                Path(record.checkpoint).unlink(missing_ok=True)
+                remove(local_path(record.checkpoint))
             if record.pruned:  # a worker on its way out may have written once more
                 self._discard(record.number)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from raysweep.loading import (
     widest,
 )
 from raysweep.results.selection import evaluate_test
+from raysweep.storage import local_path, location
 from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.loop import LoopOptions, predict_rows
@@ -84,12 +84,12 @@ def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.devi
         metric=job["loop"]["metric"],
         direction=job["loop"]["direction"],
     )
-    path = Path(study["folder"]) / "best.safetensors" if result.heads else None
+    path = local_path(study["folder"]) / "best.safetensors" if result.heads else None
     if path is not None:
         save_heads(path, result.heads, result.setting["features"], {"setting": result.setting})
     return {
         "test": _evaluate(job, result.test_logits),
-        "checkpoint": str(path) if path else None,
+        "checkpoint": location(path) if path else None,
         "setting": result.setting,
         "num_settings": result.num_settings,
         "validation": result.validation,
@@ -100,7 +100,7 @@ def _run_baseline(job: dict[str, Any], study: dict[str, Any], device: torch.devi
 
 def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
     model = build_classifier(job)
-    model.load_state_dict(load_checkpoint(Path(checkpoint))[0])
+    model.load_state_dict(load_checkpoint(local_path(checkpoint))[0])
     images = pixel_set(job, "test", device)
     rows = torch.arange(len(images.labels))
     return [torch.cat([p.cpu() for _, p in predict_rows(model.to(device), images, rows, LoopOptions(**job["loop"]))])]
@@ -108,7 +108,7 @@ def _classifier_logits(job: dict[str, Any], checkpoint: str, device: torch.devic
 
 @torch.inference_mode()
 def _probe_logits(job: dict[str, Any], checkpoint: str, device: torch.device) -> list[Tensor]:
-    heads, source = load_heads(Path(checkpoint))
+    heads, source = load_heads(local_path(checkpoint))
     features, parts = feature_set(job, "test", device), sources_of(job)[source]
     logits: list[list[Tensor]] = [[] for _ in heads]
     for rows in torch.arange(len(features.labels), device=device).split(TEST_ROWS):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from raysweep.loading import (
     total_memory_of,
     widest,
 )
+from raysweep.storage import exists, local_path, location
 from raysweep.training.distributed import rank
 from raysweep.training.loop import LoopOptions, ranking_key, train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
@@ -128,7 +128,7 @@ def _train_heads_of(
     num_rows = subsets.train.numel() if subsets else len(train.labels)
     results = []
     for index, (trial, head) in enumerate(zip(trials, heads, strict=True)):
-        path = Path(study["folder"]) / "trials" / str(trial["number"]) / "best.safetensors"
+        path = local_path(study["folder"]) / "trials" / str(trial["number"]) / "best.safetensors"
         if index == best and rank() == 0:
             save_heads(path, head.heads, trial["setting"]["features"], {"trial": trial["number"]})
         results.append(
@@ -139,7 +139,7 @@ def _train_heads_of(
                 "final": head.history[-1],
                 "best_epoch": len(head.history) - 1,
                 # Only the best head of a Population can be the study's best, so only that one is kept.
-                "checkpoint": str(path) if index == best else None,
+                "checkpoint": location(path) if index == best else None,
                 "train_seconds": seconds,
                 "images_per_second": num_rows * len(head.history) / sum(e["time/epoch_s"] for e in head.history),
             }
@@ -163,12 +163,12 @@ def _train_classifier(
     if job["compile"]:
         parallel = torch.compile(parallel)  # type: ignore[assignment]
     number = trial["number"] if trial["continues"] is None else trial["continues"]
-    folder = Path(job["studies"][trial["study"]]["folder"]) / "trials" / str(number)
+    folder = local_path(job["studies"][trial["study"]]["folder"]) / "trials" / str(number)
     started = time.perf_counter()
     done: list[int] = []
 
     def on_epoch(metrics: dict[str, float]) -> None:
-        if not local and Path(trial["stop_file"]).exists():
+        if not local and exists(local_path(trial["stop_file"])):
             raise TrialError("stopped early")  # on any rank: Train ends the others and frees what they hold
         # As text, because Tune flattens nested results.
         report({"epoch": json.dumps({"number": trial["number"], "epoch": len(done), "metrics": metrics})})
@@ -191,7 +191,7 @@ def _train_classifier(
         "history": result.history,
         "final": result.best or result.history[-1],
         "best_epoch": result.best_epoch,
-        "checkpoint": str(result.checkpoint),
+        "checkpoint": location(result.checkpoint),
         # A continued trial has epochs from before.
         "train_seconds": max(time.perf_counter() - started, sum(epoch["time/epoch_s"] for epoch in result.history)),
         "images_per_second": float(np.median(speeds)),

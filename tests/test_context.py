@@ -94,7 +94,7 @@ def test_a_few_more_bad_rows_than_allowed_stop_the_sweep(tmp_path):
         {"name": "x", "data": {"source": "s", "max_bad_fraction": 0.02}, "encoders": ({"type": "stacked_cnn"},)},
         strict=False,
     )
-    paths = SweepPaths(tmp_path, "x")
+    paths = SweepPaths(str(tmp_path), "x")
     context = SweepContext(experiment, paths, index_of(), None, None, None)
     context.set_aside([BadRow(100, "a.jpg", "truncated"), BadRow(101, "b.jpg", "empty file")])
     with pytest.raises(DataError, match=r"3 of 120 images \(2.5%\).*max_bad_fraction.*2.0%.*truncated"):
@@ -128,7 +128,7 @@ def pixel_sweep(tmp_path, monkeypatch):
         )  # fmt: skip
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
         context = SweepContext(
-            experiment, SweepPaths(tmp_path, "x"), index_of(), None, SimpleNamespace(say=said.append), None
+            experiment, SweepPaths(str(tmp_path), "x"), index_of(), None, SimpleNamespace(say=said.append), None
         )
         modes = {"a": "fine_tune", "b": "from_scratch", "features": "linear_probe"}
         context.encoder = lambda config: SimpleNamespace(

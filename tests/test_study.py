@@ -70,7 +70,7 @@ def open_sweep(tmp_path):
         values = {"name": "x", "data": {"source": "s"}, "encoders": [{"type": "dinov2"}], **keys}
         experiment = Experiment.model_validate(values)
         progress = Progress(Console(file=io.StringIO(), width=200))
-        paths = SweepPaths(tmp_path, "x")
+        paths = SweepPaths(str(tmp_path), "x")
         sweep = SweepContext(experiment, paths, index_of(), recorder or FakeRecorder(), progress, None)
         # A small encoder stands in for the one that would be downloaded.
         cnn = build_encoder(CNN, 0)

@@ -1,10 +1,13 @@
 """The experiment file: one YAML in, one frozen `Experiment` out, with every default filled in."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from raysweep.experiment.explain import explain
@@ -30,6 +33,7 @@ from raysweep.experiment.studies import (
     without_repeats,
 )
 from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_overrides
+from raysweep.filesystems import BUCKETS
 from raysweep.paths import file_name
 
 __all__ = [
@@ -50,6 +54,16 @@ __all__ = [
     "load_experiment",
     "resolved_yaml",
 ]
+
+
+# Where a key that the file leaves open is looked for: these say what a machine or cluster is like.
+ENVIRONMENT = {
+    "storage": "RAYSWEEP_STORAGE",
+    "tracking.uri": "MLFLOW_TRACKING_URI",
+    "tracking.optuna_uri": "RAYSWEEP_OPTUNA_URI",
+    "resources.wait_for_nodes_s": "RAYSWEEP_WAIT_FOR_NODES_S",
+}
+PASSWORDS = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
 
 
 class DataConfig(Section):
@@ -152,6 +166,15 @@ class ResourcesConfig(Section):
         le=1,
         description="Share of a GPU that a worker holds when GPUs are used: 1, or 0.25 for four trials on one GPU.",
     )
+    placement: Literal["PACK", "SPREAD"] = Field(
+        default="PACK", description="Workers of one training run on as few nodes as may be, or on as many."
+    )
+    wait_for_nodes_s: float = Field(
+        default=0,
+        ge=0,
+        description="Seconds to wait for a cluster's autoscaler to bring what a training run lacks (or the "
+        "environment's RAYSWEEP_WAIT_FOR_NODES_S); 0: what is there must do.",
+    )
     max_concurrent_trials: Count | Literal["auto"] = Field(default="auto", description="auto: as many as fit.")
     max_concurrent_studies: Count | Literal["auto"] = Field(
         default="auto", description="Studies side by side; auto: as many as fit."
@@ -168,11 +191,34 @@ class ResourcesConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps the runs."""
 
-    uri: Text = Field(default="sqlite:///mlflow.db", description="MLflow tracking URI.")
+    uri: Text = Field(
+        default="sqlite:///mlflow.db", description="MLflow tracking URI (or the environment's MLFLOW_TRACKING_URI)."
+    )
     experiment: Text | None = Field(default=None, description="MLflow experiment (default: the experiment's name).")
     register_model: Text | None = Field(
         default=None, description="Name under which the best model by validation is registered."
     )
+
+    optuna_uri: Text | None = Field(
+        default=None,
+        description="PostgreSQL database of Optuna's studies, postgresql://user@host/name, its password in PGPASSWORD "
+        "(default: the environment's RAYSWEEP_OPTUNA_URI, or a journal in the storage).",
+    )
+
+    @field_validator("uri", "optuna_uri")
+    @classmethod
+    def _holds_no_password(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and urlsplit(value).password is not None:
+            variables = "PGPASSWORD" if info.field_name == "optuna_uri" else PASSWORDS
+            raise ValueError(f"holds a password, and is logged; put it into the environment: {variables}")
+        return value
+
+    @field_validator("optuna_uri")
+    @classmethod
+    def _is_postgresql(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("postgresql://"):
+            raise ValueError(f"accepted: postgresql://user@host:port/name, or nothing for a journal; found {value}")
+        return value
 
     @field_validator("register_model")
     @classmethod
@@ -188,7 +234,9 @@ class Experiment(Section):
     name: str = Field(max_length=100, description="Names the folder of results (default: the file's stem).")
     seed: int = Field(default=42, ge=0, lt=2**32, description="Seed of splits, samplers, initial weights and shuffles.")
     storage: Text = Field(
-        default="runs", description="Folder for results and caches; on a cluster one that every node sees."
+        default="runs",
+        description="Folder for results and caches, on a cluster one that every node sees; or s3://bucket/prefix, "
+        "gs://bucket/prefix (default: the environment's RAYSWEEP_STORAGE, or runs).",
     )
     data: DataConfig = Field(description="The images.")
     modes: tuple[Mode, ...] | None = list_of(None, description="Modes to study (default: what suits each encoder).")
@@ -205,10 +253,15 @@ class Experiment(Section):
 
     @field_validator("storage")
     @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(f"accepted: a local or shared folder; found the URI {value}")
-        return value
+    def _is_a_folder_or_bucket(cls, value: str) -> str:
+        scheme, separator, path = value.partition("://")
+        if not separator:
+            return value
+        if scheme not in BUCKETS or not path.strip("/"):
+            raise ValueError(f"accepted: a folder, s3://bucket/prefix or gs://bucket/prefix; found {value}")
+        if set("?@") & set(path):
+            raise ValueError(f"holds no options and no credentials: they belong into the environment; found {value}")
+        return f"{scheme}://{path.strip('/')}"
 
     @field_validator("name")
     @classmethod
@@ -256,12 +309,24 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     file = with_overrides(read_yaml(Path(path)), overrides)
     try:
-        experiment = Experiment.model_validate({"name": file_name(Path(path).stem), **file.data})
+        experiment = Experiment.model_validate({"name": file_name(Path(path).stem), **_with_environment(file.data)})
     except ValidationError as error:
         raise config_error(file, [*file.problems, *explain(error, file, experiment_schema())]) from None
     if file.problems:
         raise config_error(file, file.problems)
     return experiment
+
+
+def _with_environment(data: dict[str, Any]) -> dict[str, Any]:
+    """Fills in what the file leaves open and the environment says: where a machine or cluster keeps things."""
+    for key, name in ENVIRONMENT.items():
+        section, _, leaf = key.rpartition(".")
+        if (value := yaml.safe_load(os.environ.get(name, ""))) is not None:
+            if not section:
+                data = {leaf: value} | data
+            elif isinstance(inner := data.get(section, {}), dict):
+                data = data | {section: {leaf: value} | inner}
+    return data
 
 
 def experiment_schema() -> dict[str, Any]:

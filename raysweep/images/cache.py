@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from raysweep.errors import DataError
 from raysweep.images.sources import BadRow
 from raysweep.paths import read_json
+from raysweep.storage import fetch_folder, is_bucket, local_path, location, publish, replacing, unpublish
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Cache:
     """A finished cache.
 
     Attributes:
-        folder: where its files lie.
+        folder: location of its files.
         num_rows: images in it.
         bad_rows: images that could be listed but not decoded.
         seconds: its share of the wall time of the pass that wrote it: what was done for it alone, and an equal part
@@ -56,7 +57,7 @@ def open_cache(folder: Path) -> Cache | None:
         return None
     values = read_json(manifest)
     bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
-    return Cache(folder=str(folder.resolve()), bad_rows=bad_rows, made_now=False, **values)
+    return Cache(folder=location(folder.resolve()), bad_rows=bad_rows, made_now=False, **values)
 
 
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
@@ -76,6 +77,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a pass that was cut short has left, perhaps in other blocks than the next one's."""
+    unpublish(folder)
     for leftover in leftovers(folder):
         leftover.unlink()
 
@@ -86,10 +88,26 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
+def fetched(cache: str) -> str:
+    """Returns the folder of a finished cache on this node, with all its rows in it.
+
+    Raises:
+        RaysweepError: the bucket that it lies in cannot be read.
+    """
+    folder = local_path(cache)
+    if is_bucket(cache):
+        with only_writer(folder):
+            fetch_folder(folder, lambda name: name.startswith("rows-") and not name.endswith(".f16"))
+    return str(folder)
+
+
 def write_rows(folder: str, table: pa.Table) -> None:
     """Writes one file of a cache, named after its first row, so that a retried task replaces its own file."""
     if len(table):
-        pq.write_table(table, file_of_rows(folder, table["row_id"][0].as_py(), "parquet"), compression="none")
+        path = file_of_rows(folder, table["row_id"][0].as_py(), "parquet")
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, compression="none")
+        publish(path)
 
 
 def file_of_rows(folder: str, first: int, suffix: str) -> Path:

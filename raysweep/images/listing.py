@@ -12,6 +12,7 @@ from PIL import Image
 from pyarrow import fs
 
 from raysweep.errors import DataError, did_you_mean
+from raysweep.filesystems import open_filesystem
 from raysweep.images.splits import (
     SPLIT_NAMES,
     count_of,
@@ -21,7 +22,6 @@ from raysweep.images.tables import (
     Row,
     absolute_source,
     join_source,
-    open_filesystem,
     read_parquet_files,
     read_table,
     reading,

@@ -36,6 +36,7 @@ from raysweep.images.features import FeatureRequest, encode, feature_table, load
 from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, write_pixels
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.paths import write_json
+from raysweep.storage import local_path, location
 
 if TYPE_CHECKING:
     import ray.data
@@ -54,7 +55,7 @@ def build_caches(
     index: ImageIndex,
     *,
     num_gpus: int,
-    num_nodes: int = 1,
+    cpus_of_a_node: int | None = None,
     on_progress: Progress = lambda _done, _total: None,
 ) -> list[Cache]:
     """Returns the caches asked for, in that order; those that are not there yet are made in one pass.
@@ -63,7 +64,7 @@ def build_caches(
         requests: feature and pixel caches of this index; requests of one folder are one cache.
         index: the images.
         num_gpus: GPUs to spread the encoders over; 0 encodes on CPUs.
-        num_nodes: machines of the cluster, each of which encodes with all its cores where there are no GPUs.
+        cpus_of_a_node: of a cluster, whose nodes encode side by side, those that come later too; None on one machine.
         on_progress: called with (images done, images in all).
 
     Raises:
@@ -75,7 +76,7 @@ def build_caches(
             locks.enter_context(only_writer(folder))
         missing = {folder: request for folder, request in missing.items() if not _is_there(request)}
         if missing:
-            _make_pass(list(missing.values()), index, num_gpus, num_nodes, on_progress)
+            _make_pass(list(missing.values()), index, num_gpus, cpus_of_a_node, on_progress)
     caches = []
     for request in requests:
         cache = open_cache(request.folder)
@@ -105,13 +106,13 @@ def _import_encoders(block: pa.Table) -> pa.Table:
 
 
 def _make_pass(
-    requests: Sequence[Request], index: ImageIndex, num_gpus: int, num_nodes: int, on_progress: Progress
+    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_of_a_node: int | None, on_progress: Progress
 ) -> None:
     started = time.perf_counter()
     for request in requests:
         remove_leftovers(request.folder)
     tally, num_rows = _Tally(len(requests)), len(index.table)
-    dataset = _dataset(requests, index, num_gpus, num_nodes)
+    dataset = _dataset(requests, index, num_gpus, cpus_of_a_node)
     for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         tally.add(receipts)
         on_progress(tally.num_rows, num_rows)
@@ -159,7 +160,9 @@ class _Tally:
         return [float(share) for share in wall * cost / cost.sum()]
 
 
-def _dataset(requests: Sequence[Request], index: ImageIndex, num_gpus: int, num_nodes: int) -> ray.data.Dataset:
+def _dataset(
+    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_of_a_node: int | None
+) -> ray.data.Dataset:
     """A Ray Dataset that yields a receipt for every row; nothing runs yet."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -177,16 +180,19 @@ def _dataset(requests: Sequence[Request], index: ImageIndex, num_gpus: int, num_
     if not any(isinstance(request, FeatureRequest) for request in requests):
         return dataset.map_batches(partial(_decode, job=job), **WHOLE_BLOCKS)
     if not num_gpus:
-        # Tasks rather than actors, because Ray starts a process for every actor, but has idle ones for tasks. Each
-        # asks for one CPU only, or it might never start beside training runs. On one node all blocks go to one
-        # process, which gives the encoders' memory back by ending after the last.
-        one_each = {"compute": TaskPoolStrategy(size=num_nodes), "max_calls": len(blocks)}
+        # Tasks rather than actors, because Ray starts a process for every actor, but has idle ones for tasks. On one
+        # machine all blocks go to one process, which gives the encoders' memory back by ending after the last; its
+        # task asks for one CPU only, or it might never start beside training runs. On a cluster a task takes a node.
+        compute = TaskPoolStrategy(size=None if cpus_of_a_node else 1)
+        one_each = {"compute": compute, "num_cpus": cpus_of_a_node or 1, "max_calls": len(blocks)}
         return dataset.map_batches(partial(_decode_and_encode, job=job), **one_each, **WHOLE_BLOCKS)
+    # Nodes that join a cluster while the pass goes on get actors too.
+    size = {"min_size": num_gpus, "max_size": max(num_gpus, len(blocks))} if cpus_of_a_node else {"size": num_gpus}
     return dataset.map_batches(partial(_decode, job=job), **WHOLE_BLOCKS).map_batches(
         _Encoders,
         fn_constructor_args=(job,),
         # Of two calls at once, one copies pixels or writes its file while the GPU works for the other.
-        compute=ActorPoolStrategy(size=num_gpus, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
+        compute=ActorPoolStrategy(**size, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
         num_cpus=0,  # so that decoding gets every core, on a machine of one core too
         num_gpus=1,
         **(WHOLE_BLOCKS | {"batch_size": GPU_BLOCK}),
@@ -204,9 +210,10 @@ def _target(request: Request) -> dict[str, Any]:
     """A request as it travels to the workers."""
     if isinstance(request, PixelRequest):
         geometry = Geometry.of(request.preprocessing, for_training=True)
-        return {"folder": str(request.folder), "geometry": geometry, "encoder": None, "streamed": request.streamed}
+        folder = location(request.folder)
+        return {"folder": folder, "geometry": geometry, "encoder": None, "streamed": request.streamed}
     return {
-        "folder": str(request.folder),
+        "folder": location(request.folder),
         "geometry": Geometry.of(request.encoder.preprocessing, for_training=False),
         "encoder": request.encoder.spec(),
         "weights": request.weights,
@@ -233,7 +240,7 @@ def _decode(block: pa.Table, job: dict[str, Any], num_threads: int = 1) -> pa.Ta
     for number, target in enumerate(targets):
         if target["encoder"] is None and not target["streamed"]:
             started, images = time.perf_counter(), pixels[target["geometry"]]
-            write_pixels(target["folder"], row_ids[good], images if good.all() else images[good])
+            write_pixels(str(local_path(target["folder"])), row_ids[good], images if good.all() else images[good])
             seconds[1 + number] = time.perf_counter() - started
     columns = {f"pixels_{number}": fixed_lists(pixels[geometry]) for number, geometry in enumerate(_encoded(job))}
     return pa.table(_receipts(row_ids, pa.array(errors, pa.string()), seconds) | columns)
@@ -292,7 +299,7 @@ class _Encoders:
             geometry = target["geometry"]
             pixels = lists(decoded, f"pixels_{geometries.index(geometry)}", geometry.shape)
             features = encode(encoder, pixels if good.all() else pixels[good], self.device, target["precision"])
-            write_rows(target["folder"], feature_table(row_ids[good], features))
+            write_rows(str(local_path(target["folder"])), feature_table(row_ids[good], features))
             seconds[1 + number] = time.perf_counter() - started
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()

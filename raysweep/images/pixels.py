@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from raysweep.images.cache import file_of_rows, missing_rows, reading_file
 from raysweep.images.decode import decode_images
 from raysweep.images.sources import ImageIndex, read_image_bytes
 from raysweep.paths import signature
+from raysweep.storage import publish, replacing
 from raysweep.training.disk_rows import read_into, runs
 
 PIXEL_FORMAT = "arrow"  # of the files; another name makes every pixel cache anew
@@ -139,14 +138,9 @@ def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
     values = pa.FixedSizeBinaryArray.from_buffers(kind, len(row_ids), [None, flat])
     rows = pa.record_batch({"row_id": row_ids, "pixels": values})
     path = file_of_rows(folder, int(row_ids[0]), "arrow")
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
-            writer.write_batch(rows)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), rows.schema) as writer:
+        writer.write_batch(rows)
+    publish(path)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""File systems, and tables of images in CSV, TSV, JSON Lines and Parquet: rows as listed, before an image is opened."""
+"""Tables of images in CSV, TSV, JSON Lines and Parquet: rows as listed, before an image is opened."""
 
 import csv
 import io
@@ -12,13 +12,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.parquet as pq
-from pyarrow import fs, types
+from pyarrow import types
 
 from raysweep.errors import DataError, did_you_mean
+from raysweep.filesystems import open_filesystem, split_uri
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
@@ -32,7 +32,6 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
 BUFFER_BYTES = 8 << 20
-REMOTE_SCHEMES = ("s3", "gs", "hf")
 
 
 class Row(NamedTuple):
@@ -73,7 +72,7 @@ def absolute_source(source: str) -> str:
     if source.startswith("file://"):
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     if "://" in source:
-        scheme, path, query = _split_uri(source)
+        scheme, path, query = split_uri(source)
         return f"{scheme}://{path.rstrip('/')}{query}"
     return os.path.abspath(os.path.expanduser(source))
 
@@ -84,7 +83,7 @@ def join_source(folder: str, relative: str) -> str:
         return absolute_source(relative)
     if "://" not in folder:
         return os.path.abspath(os.path.join(folder, relative))
-    scheme, path, query = _split_uri(folder)
+    scheme, path, query = split_uri(folder)
     return f"{scheme}://{posixpath.normpath(posixpath.join(path, relative))}{query}"
 
 
@@ -92,53 +91,8 @@ def parent_source(source: str) -> str:
     """Returns the folder that a path or URI lies in."""
     if "://" not in source:
         return os.path.dirname(source)
-    scheme, path, query = _split_uri(source)
+    scheme, path, query = split_uri(source)
     return f"{scheme}://{posixpath.dirname(path)}{query}"
-
-
-def _split_uri(uri: str) -> tuple[str, str, str]:
-    """`s3://bucket/key?region=x` to `("s3", "bucket/key", "?region=x")`; a `?` in a key's name is left alone."""
-    scheme, _, rest = uri.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    # They would be copied into caches, logs and MLflow with every path; "anonymous@" is Arrow's word for none.
-    if at and user != "anonymous":
-        raise DataError(f"{scheme}://...@...: credentials belong into the environment, not into the URI")
-    match = re.search(r"\?\w+=[^?]*$", rest)
-    return (scheme, rest[: match.start()], match.group()) if match else (scheme, rest, "")
-
-
-def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """Opens the file system that a path or URI lies in.
-
-    Returns:
-        The file system, and the path within it.
-
-    Raises:
-        DataError: the scheme is not known, or the URI carries credentials.
-    """
-    scheme, path, query = _split_uri(uri) if "://" in uri else ("", uri, "")
-    if scheme not in ("", *REMOTE_SCHEMES):
-        raise DataError(
-            f"{uri}: '{scheme}://' is not read; accepted: a local path, file://, s3://, gs://, hf://datasets/..., "
-            "sklearn://digits"
-        )
-    if scheme == "hf" and not re.match(r"datasets/[^/]+/[^/]+", path):
-        raise DataError(f"{uri}: a dataset on the Hugging Face hub is written hf://datasets/<organisation>/<name>")
-    bucket = path.partition("/")[0]
-    return _connect(scheme, bucket if scheme in ("s3", "gs") else "", query), path.removeprefix("anonymous@")
-
-
-@lru_cache(maxsize=16)
-def _connect(scheme: str, bucket: str, query: str) -> fs.FileSystem:
-    if scheme == "hf":
-        from huggingface_hub import HfFileSystem
-
-        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
-    if scheme == "gs" and "retry_limit_seconds" not in query:
-        # Without it, a machine that has no network or no credentials waits for a quarter of an hour.
-        query = f"{query}&retry_limit_seconds=30" if query else "?retry_limit_seconds=30"
-    # Only the bucket goes through Arrow's URI parser, which would refuse or decode spaces and % in a key.
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0] if scheme else fs.LocalFileSystem()
 
 
 @contextmanager
@@ -183,7 +137,7 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     Raises:
         DataError: the table or one of its columns cannot be found or read. A single bad line is a row with a problem.
     """
-    suffix = posixpath.splitext(_split_uri(source)[1] if "://" in source else source)[1].lower()
+    suffix = posixpath.splitext(split_uri(source)[1] if "://" in source else source)[1].lower()
     if suffix == ".parquet":
         return read_parquet_files([(source, None)], data)
     if suffix not in TABLE_SUFFIXES:

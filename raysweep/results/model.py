@@ -19,6 +19,7 @@ from raysweep.encoders import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.decode import decode_image
+from raysweep.storage import publish
 from raysweep.training.loop import predict_logits
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
+        publish(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

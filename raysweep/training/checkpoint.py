@@ -1,8 +1,6 @@
 """Checkpoints: safetensors files with JSON metadata, written whole or not at all."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysweep.errors import TrialError
+from raysweep.storage import fetch, publish, replacing
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes tensors and JSON-able metadata to one safetensors file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"raysweep": json.dumps(metadata)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    publish(path)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,7 +28,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         TrialError: the file is missing, damaged, or not one of ours.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(fetch(path), framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["raysweep"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import DataError
+from raysweep.storage import replacing
 
 DTYPE = np.dtype("<f2")
 CPU = torch.device("cpu")
@@ -47,21 +47,15 @@ class DiskRows:
         Raises:
             DataError: the blocks do not hold every row.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         missing = np.ones(num_rows, dtype=bool)
-        try:
-            with open(descriptor, "wb", buffering=0) as file:
+        with replacing(path) as temporary:
+            with open(temporary, "wb", buffering=0) as file:
                 for places, rows in blocks:
                     assert rows.shape == (len(places), num_features), f"{rows.shape} for {len(places)} places"
                     missing[places] = False
                     _write(file.fileno(), places, np.ascontiguousarray(rows, dtype=DTYPE))
             if missing.any():
                 raise DataError(f"{path}: {missing.sum()} of {num_rows} rows were never written")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
         return cls.open(path, num_features)
 
     @classmethod

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from raysweep.encoders.head import Classifier
+from raysweep.storage import exists
 from raysweep.training.augment import Augmentation
 from raysweep.training.batches import Batch, EpochInputs, plan_epoch
 from raysweep.training.checkpoint import (
@@ -272,7 +273,7 @@ def _restore(
     model: Classifier, average: AveragedModel | None, optimizer: torch.optim.Optimizer, folder: Path
 ) -> LoopResult:
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
-    if last.exists() and result.checkpoint.exists():
+    if exists(last) and exists(result.checkpoint):
         tensors, state = load_checkpoint(last)
         model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})
         if average:

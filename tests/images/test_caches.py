@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from raysweep import storage
 from raysweep.cluster import ray_session
 from raysweep.encoders import build_encoder, weights_signature
 from raysweep.errors import DataError
@@ -324,7 +325,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pixels_module.os, "replace", fail)
+    monkeypatch.setattr(storage.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_pixels(str(tmp_path), ROW_IDS, PIXELS)
     assert names(tmp_path, "*") == []

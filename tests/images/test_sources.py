@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raysweep import filesystems
 from raysweep.errors import DataError
-from raysweep.images import listing, tables
+from raysweep.filesystems import open_filesystem
+from raysweep.images import listing
 from raysweep.images.sources import load_index, read_image_bytes
-from raysweep.images.tables import absolute_source, join_source, open_filesystem, parent_source
+from raysweep.images.tables import absolute_source, join_source, parent_source
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -581,9 +583,9 @@ def hub(tmp_path, monkeypatch):
         return DirFileSystem(str(tmp_path / "hub"), LocalFileSystem())
 
     monkeypatch.setattr("huggingface_hub.HfFileSystem", build)
-    tables._connect.cache_clear()
+    filesystems._connect.cache_clear()
     yield tmp_path / "hub"
-    tables._connect.cache_clear()
+    filesystems._connect.cache_clear()
 
 
 def test_hub_dataset_of_parquet_files(hub):
@@ -624,7 +626,7 @@ def test_a_network_that_fails_is_a_data_error(monkeypatch):
 
 def test_bucket_uris_keep_their_options_and_their_odd_keys(monkeypatch):
     asked = []
-    monkeypatch.setattr(tables, "_connect", lambda *parts: asked.append(parts))
+    monkeypatch.setattr(filesystems, "_connect", lambda *parts: asked.append(parts))
     assert open_filesystem("s3://bucket/a b/100%.png?region=x")[1] == "bucket/a b/100%.png"
     assert open_filesystem("gs://anonymous@bucket/x.png")[1] == "bucket/x.png"
     assert asked == [("s3", "bucket", "?region=x"), ("gs", "anonymous@bucket", "")]

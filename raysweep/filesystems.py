@@ -1,0 +1,66 @@
+"""File systems by URI: local folders, `s3://`, `gs://` and `hf://`."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from raysweep.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+BUCKETS = ("s3", "gs")
+REMOTE_SCHEMES = (*BUCKETS, "hf")
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """`s3://bucket/key?region=x` to `("s3", "bucket/key", "?region=x")`; a `?` in a key's name is left alone.
+
+    Raises:
+        DataError: the URI carries credentials.
+    """
+    scheme, _, rest = uri.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    # They would be copied into caches, logs and MLflow with every path; "anonymous@" is Arrow's word for none.
+    if at and user != "anonymous":
+        raise DataError(f"{scheme}://...@...: credentials belong into the environment, not into the URI")
+    match = re.search(r"\?\w+=[^?]*$", rest)
+    return (scheme, rest[: match.start()], match.group()) if match else (scheme, rest, "")
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Opens the file system that a path or URI lies in.
+
+    Returns:
+        The file system, and the path within it.
+
+    Raises:
+        DataError: the scheme is not known, or the URI carries credentials.
+    """
+    scheme, path, query = split_uri(uri) if "://" in uri else ("", uri, "")
+    if scheme not in ("", *REMOTE_SCHEMES):
+        raise DataError(
+            f"{uri}: '{scheme}://' is not read; accepted: a local path, file://, s3://, gs://, hf://datasets/..., "
+            "sklearn://digits"
+        )
+    if scheme == "hf" and not re.match(r"datasets/[^/]+/[^/]+", path):
+        raise DataError(f"{uri}: a dataset on the Hugging Face hub is written hf://datasets/<organisation>/<name>")
+    bucket = path.partition("/")[0]
+    return _connect(scheme, bucket if scheme in BUCKETS else "", query), path.removeprefix("anonymous@")
+
+
+@lru_cache(maxsize=16)
+def _connect(scheme: str, bucket: str, query: str) -> fs.FileSystem:
+    from pyarrow import fs
+
+    if scheme == "hf":
+        from huggingface_hub import HfFileSystem
+
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+    if scheme == "gs" and "retry_limit_seconds" not in query:
+        # Without it, a machine that has no network or no credentials waits for a quarter of an hour.
+        query = f"{query}&retry_limit_seconds=30" if query else "?retry_limit_seconds=30"
+    # Only the bucket goes through Arrow's URI parser, which would refuse or decode spaces and % in a key.
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0] if scheme else fs.LocalFileSystem()

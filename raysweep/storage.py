@@ -1,0 +1,251 @@
+"""Where files are kept: in folders, or in buckets (`s3://`, `gs://`) of which every node has a copy of what it uses.
+
+All code works on local paths. A path under `scratch()` is the copy of an object: `publish` uploads it once it is whole,
+`fetch` brings what another node has written, and `location` names it in words that mean the same on every node. For any
+other path they do next to nothing, since its folder is the thing itself.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysweep.errors import RaysweepError
+from raysweep.filesystems import BUCKETS, open_filesystem
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+SCRATCH = "RAYSWEEP_SCRATCH"
+TRANSFERS = 8  # files at a time
+
+
+def scratch() -> Path:
+    """The folder of this node's copies; `RAYSWEEP_SCRATCH` moves it."""
+    return Path(os.environ.get(SCRATCH) or "~/.cache/raysweep").expanduser().absolute()
+
+
+def is_bucket(location: str) -> bool:
+    """Whether a location is a URI of a bucket."""
+    return location.partition("://")[0] in BUCKETS and "://" in location
+
+
+def local_path(location: str) -> Path:
+    """Where a location lies on this node: for a bucket's URI where its copy does, if it has been fetched."""
+    if not is_bucket(location):
+        return Path(location).resolve()
+    scheme, _, path = location.partition("://")
+    return scratch() / scheme / posixpath.normpath(path)
+
+
+def location(path: Path) -> str:
+    """The inverse of `local_path`: what a path is called on every node."""
+    if not path.is_absolute() or not path.is_relative_to(scratch()):
+        return str(path)
+    scheme, *parts = path.relative_to(scratch()).parts
+    return f"{scheme}://{'/'.join(parts)}"
+
+
+def _remote(path: Path) -> tuple[fs.FileSystem, str] | None:
+    """File system and path within it of what a path is a copy of; None where it is no copy."""
+    uri = location(path)
+    return open_filesystem(uri) if is_bucket(uri) else None
+
+
+def publish(path: Path) -> None:
+    """Uploads a file that is whole, or a folder, of which what the bucket has beside it is removed.
+
+    Raises:
+        RaysweepError: the bucket cannot be written to.
+    """
+    remote = _remote(path)
+    if remote is None:
+        return
+    with _reaching(path):
+        if path.is_dir():
+            files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                list(pool.map(lambda name: _upload(path / name), sorted(files)))
+            for name in set(_listed(path)) - files:
+                remote[0].delete_file(f"{remote[1]}/{name}")
+        else:
+            _upload(path)
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copies a file or folder of this machine into a bucket.
+
+    Raises:
+        RaysweepError: the bucket cannot be written to.
+    """
+    from pyarrow import fs
+
+    filesystem, inner = open_filesystem(uri)
+    try:
+        fs.copy_files(str(path), inner, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    except OSError as error:
+        raise RaysweepError(f"{uri}: cannot be written to ({' '.join(str(error).split())[:300]})") from error
+
+
+def _upload(path: Path) -> None:
+    from pyarrow import fs
+
+    remote = _remote(path)
+    assert remote is not None
+    filesystem, inner = remote
+    # An object appears when it is whole: there is no need of another name meanwhile.
+    fs.copy_files(str(path), inner, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+    _stamp(path, filesystem.get_file_info(inner))
+
+
+def _stamp(path: Path, info: fs.FileInfo) -> None:
+    """Gives a copy the time of its object, by which it is known to be the same."""
+    os.utime(path, ns=(info.mtime_ns, info.mtime_ns))
+
+
+def fetch(path: Path) -> Path:
+    """Brings this node's copy of a file up to date, where there is such an object; returns the path.
+
+    Raises:
+        RaysweepError: the bucket cannot be read.
+    """
+    remote = _remote(path)
+    if remote is not None:
+        with _reaching(path):
+            info = remote[0].get_file_info(remote[1])
+            if info.is_file:
+                _download(path, info)
+            else:
+                path.unlink(missing_ok=True)
+    return path
+
+
+def fetch_folder(folder: Path, wanted: Callable[[str], bool] = lambda _name: True) -> list[str]:
+    """Makes this node's copy of a folder what the bucket has, in as far as files are wanted.
+
+    Args:
+        folder: of any depth.
+        wanted: whether a file, by its path relative to the folder, is to be fetched, and removed where there is none.
+
+    Returns:
+        Relative paths of the wanted files there are.
+
+    Raises:
+        RaysweepError: the bucket cannot be read.
+    """
+    if _remote(folder) is None:
+        return sorted(name for name in _files_in(folder) if wanted(name))
+    with _reaching(folder):
+        found = {name: info for name, info in _listed(folder).items() if wanted(name)}
+        for name in _files_in(folder):
+            if wanted(name) and name not in found and not Path(name).name.startswith("."):
+                (folder / name).unlink(missing_ok=True)
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(lambda name: _download(folder / name, found[name]), sorted(found)))
+    return sorted(found)
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _listed(folder: Path) -> dict[str, fs.FileInfo]:
+    """Objects under a folder's prefix, by relative path."""
+    from pyarrow import fs
+
+    remote = _remote(folder)
+    assert remote is not None
+    filesystem, inner = remote
+    infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    return {posixpath.relpath(info.path, inner): info for info in infos if info.is_file}
+
+
+def _download(path: Path, info: fs.FileInfo) -> None:
+    from pyarrow import fs
+
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) == (info.size, info.mtime_ns):
+            return
+    remote = _remote(path)
+    assert remote is not None
+    with replacing(path) as temporary:
+        fs.copy_files(
+            remote[1], str(temporary), source_filesystem=remote[0], destination_filesystem=fs.LocalFileSystem()
+        )
+        _stamp(temporary, info)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file, or such an object, whatever this node has a copy of.
+
+    Raises:
+        RaysweepError: the bucket cannot be read.
+    """
+    remote = _remote(path)
+    if remote is None:
+        return path.exists()
+    with _reaching(path):
+        return bool(remote[0].get_file_info(remote[1]).is_file)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, and what it is a copy of; nothing where there is none.
+
+    Raises:
+        RaysweepError: the bucket cannot be written to.
+    """
+    unpublish(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def unpublish(path: Path) -> None:
+    """Removes what a file or folder is a copy of, and leaves the copy.
+
+    Raises:
+        RaysweepError: the bucket cannot be written to.
+    """
+    remote = _remote(path)
+    if remote is None:
+        return
+    filesystem, inner = remote
+    with _reaching(path):
+        if filesystem.get_file_info(inner).is_file:
+            filesystem.delete_file(inner)
+            return
+        for name in _listed(path):
+            filesystem.delete_file(f"{inner}/{name}")
+
+
+@contextmanager
+def _reaching(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # all that Arrow's file systems raise
+        reason = " ".join(str(error).split())[:300]
+        raise RaysweepError(f"{location(path)}: the storage cannot be used ({reason})") from error
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yields a temporary file beside `path` that takes its place when all went well, and is removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(mode)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
