@@ -9,8 +9,9 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from typing import Any
 
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
+from raysweep.filesystems import open_filesystem
 
 # A pass over the images and the worker of a training run each hold one.
 MIN_LOGICAL_CPUS = 2
+SECONDS_BETWEEN_LOOKS = 2  # at the nodes of a cluster
 PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker,raysweep.tester"
 
 
@@ -36,6 +39,16 @@ class Resources:
     def num_nodes(self) -> int:
         """Machines."""
         return max(1, len(self.nodes))
+
+    @property
+    def by_node(self) -> tuple[tuple[int, int], ...]:
+        """(CPUs, GPUs) of each machine, where there is one too."""
+        return self.nodes or ((self.num_cpus, self.num_gpus),)
+
+    @property
+    def cpus_of_a_node(self) -> int:
+        """CPUs that every node has which has any: a head often has none, so that no work comes to it."""
+        return min((num_cpus for num_cpus, _ in self.by_node if num_cpus), default=1)
 
 
 def local_resources() -> Resources:
@@ -88,14 +101,13 @@ def check_resources(config: ResourcesConfig, present: Resources, reserved_cpus: 
 
 
 def _describe(present: Resources) -> str:
-    nodes = present.nodes or ((present.num_cpus, present.num_gpus),)
-    return ", ".join(f"{num_cpus} CPUs with {num_gpus} GPUs" for num_cpus, num_gpus in nodes)
+    return ", ".join(f"{num_cpus} CPUs with {num_gpus} GPUs" for num_cpus, num_gpus in present.by_node)
 
 
 def num_fitting_workers(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
     """How many workers there is room for: each lies on one node, and a share of a GPU on one GPU."""
     total = 0
-    for num_cpus, num_gpus in present.nodes or ((present.num_cpus, present.num_gpus),):
+    for num_cpus, num_gpus in present.by_node:
         fitting = num_cpus // config.cpus_per_worker
         if uses_gpu(config, present):
             # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
@@ -128,6 +140,7 @@ class RaySession:
         self._thread = ThreadPoolExecutor(1, "ray")
         self._stack = ExitStack()
         self._resources: Future[Resources] | None = None
+        self._seen: tuple[float, Resources] | None = None
         self._preparation: Future[None] | None = None
 
     def start(self) -> None:
@@ -154,6 +167,16 @@ class RaySession:
         self.start()
         assert self._resources is not None
         return self._resources.result()
+
+    @property
+    def resources_now(self) -> Resources:
+        """What the cluster has by now: nodes come and go. It is looked at every few seconds."""
+        before = self.resources
+        if not joins_cluster():
+            return before
+        if self._seen is None or time.monotonic() - self._seen[0] > SECONDS_BETWEEN_LOOKS:
+            self._seen = time.monotonic(), present_resources()
+        return self._seen[1]
 
     def leave(self) -> None:
         """Begins to leave Ray, where it was started: nothing needs it any more."""
@@ -192,7 +215,7 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    if not joins_cluster():
         # The processes that Ray starts ahead import what takes them seconds while the driver reads the images.
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
         # Ray runs workers at niceness 15: beside anything else on the machine they would hardly run at all.
@@ -204,7 +227,7 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
 
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS", "")
-    joins, started = bool(address), not ray.is_initialized()
+    joins, started = joins_cluster(), not ray.is_initialized()
     if started:
         _check_reachable(address)
     with warnings.catch_warnings():
@@ -216,13 +239,108 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         if not verbose:
             _quieten()
         try:
-            total = ray.cluster_resources()
-            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            nodes = tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
-            yield Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), nodes)
+            yield present_resources()
         finally:
             if started:
                 ray.shutdown()
+
+
+def joins_cluster() -> bool:
+    """Whether this sweep runs on a cluster that is there already, rather than on a Ray of its own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def present_resources() -> Resources:
+    """What the nodes have that are alive."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
+    return Resources(sum(num_cpus for num_cpus, _ in nodes), sum(num_gpus for _, num_gpus in nodes), nodes)
+
+
+def wait_for_nodes(config: ResourcesConfig, session: RaySession, say: Callable[[str], None]) -> Resources:
+    """Has the cluster's autoscaler bring what one training run lacks, and waits until it is there.
+
+    Args:
+        config: what one training run takes, and how long to wait.
+        session: Ray.
+        say: told that there is something to wait for.
+
+    Raises:
+        ResourceError: one training run needs more than there is in the end.
+    """
+    present, deadline, is_waiting = session.resources, time.monotonic() + config.wait_for_nodes_s, False
+    while True:
+        try:
+            check_resources(config, present)
+        except ResourceError as error:
+            if not joins_cluster() or time.monotonic() > deadline:
+                raise
+            if not is_waiting:
+                say(f"waiting for nodes, at most {config.wait_for_nodes_s:g} s: {error}")
+                _request_nodes(config, uses_gpu(config, present))
+            is_waiting = True
+        else:
+            if is_waiting:
+                _request_nodes(None)
+            return present
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        present = session.resources_now
+
+
+def _request_nodes(config: ResourcesConfig | None, on_gpus: bool = False) -> None:
+    """Tells the autoscaler what one training run needs; None: no more than what runs holds by itself."""
+    from ray.autoscaler.sdk import request_resources
+
+    if config is None:
+        request_resources(bundles=[])
+        return
+    gpus = {"GPU": math.ceil(config.gpus_per_worker)} if on_gpus else {}
+    request_resources(bundles=[{"CPU": config.cpus_per_worker, **gpus}] * config.num_workers)
+
+
+def check_nodes(places: Mapping[str, str]) -> None:
+    """Refuses files that some node of the cluster cannot see, before hours of work end on that node.
+
+    Args:
+        places: paths or URIs, each with what a user calls it.
+
+    Raises:
+        ResourceError: a node does not see one of them.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    look = ray.remote(num_cpus=0)(_unseen)
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    unseen = ray.get([look.options(scheduling_strategy=strategy).remote(dict(places)) for strategy in there])
+    for name in places:
+        blind = sorted(node["NodeManagerAddress"] for node, keys in zip(nodes, unseen, strict=True) if name in keys)
+        if blind:
+            raise ResourceError(
+                f"{name} is not seen by {len(blind)} of {len(nodes)} nodes ({', '.join(blind[:5])}); accepted on "
+                "several nodes: a folder that all of them share, at the same path, or a bucket: s3://..., gs://..."
+            )
+
+
+def _unseen(places: dict[str, str]) -> list[str]:
+    """The names of places that this node does not see."""
+    return [name for name, place in places.items() if not is_visible(place)]
+
+
+def is_visible(place: str) -> bool:
+    """Whether this machine can see a file or folder, by path or URI."""
+    if "://" not in place:
+        return os.path.exists(place)
+    filesystem, inner = open_filesystem(place)
+    try:
+        return bool(filesystem.get_file_info(inner).type.value)
+    except OSError:  # no rights, or no such bucket
+        return False
 
 
 def let_tune_use_started_workers() -> None:
@@ -233,7 +351,7 @@ def let_tune_use_started_workers() -> None:
     """
     from ray.tune.execution import class_cache
 
-    if not os.environ.get("RAY_ADDRESS"):
+    if not joins_cluster():
         class_cache.DEFAULT_ENV_VARS.clear()
         class_cache.ENV_VARS_TO_PROPAGATE.clear()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from raysweep.cards import EncoderInUse
-from raysweep.cluster import RaySession, Resources, check_resources, local_resources, uses_gpu
+from raysweep.cluster import (
+    RaySession,
+    Resources,
+    check_nodes,
+    check_resources,
+    joins_cluster,
+    local_resources,
+    uses_gpu,
+    wait_for_nodes,
+)
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
@@ -31,6 +40,7 @@ from raysweep.paths import SweepPaths, signature, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
 from raysweep.results.tracking import environment_tags
+from raysweep.storage import location, remove
 
 MIN_FEW_SHOT_VALIDATION = 16
 FREE_DISK_SHARE = 0.8  # that pixel caches may take, unless the experiment says how much
@@ -109,14 +119,27 @@ class SweepContext:
     @cached_property
     def resources(self) -> Resources:
         """Starts Ray on first use, if it was not before: a sweep with nothing left to do never needs it."""
-        present = self.ray.resources
-        check_resources(self.experiment.resources, present)
+        present = wait_for_nodes(self.experiment.resources, self.ray, self.progress.say)
+        self._check_nodes()
         return present
+
+    def _check_nodes(self) -> None:
+        """Refuses a storage or a source that some node cannot see."""
+        mark = self.paths.caches / f".seen-{uuid.uuid4().hex}"
+        places = {f"storage: '{self.experiment.storage}'": location(mark)}
+        first = self.index.table.slice(0, 1).to_pylist()[0]
+        if first["image"] is None:
+            places[f"data.source: '{self.experiment.data.source}'"] = first["path"]
+        write_atomically(mark, "")
+        try:
+            check_nodes(places)
+        finally:
+            remove(mark)
 
     @property
     def present(self) -> Resources:
         """What there is to run on; found without starting Ray where that is this machine."""
-        return self.resources if os.environ.get("RAY_ADDRESS") else local_resources()
+        return self.resources if joins_cluster() else local_resources()
 
     @cached_property
     def run_id(self) -> str:
@@ -221,7 +244,7 @@ class SweepContext:
             requests,
             self.index,
             num_gpus=num_gpus,
-            num_nodes=present.num_nodes,
+            cpus_of_a_node=present.cpus_of_a_node if joins_cluster() else None,
             on_progress=lambda done, _total: stage.update(done),
         )
         stage.finish()

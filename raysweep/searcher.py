@@ -18,13 +18,14 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysweep.cluster import let_tune_use_started_workers
+from raysweep.cluster import joins_cluster, let_tune_use_started_workers
 from raysweep.group import Group, Work
 from raysweep.trial import run_work, work_resources
 
 Trainable = Callable[[Work, dict[str, Any]], None]
 
 SECONDS_TO_LET_GO = 600
+LOST_NODES = 3  # under one piece of work, before its trials count as failed
 
 
 class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
@@ -33,10 +34,10 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
     Args:
         groups: in the order in which they are begun.
         num_groups: groups at a time.
-        num_runs: pieces of work at a time.
+        num_runs: tells how many pieces of work at a time, by now.
     """
 
-    def __init__(self, groups: Sequence[Group], num_groups: int, num_runs: int) -> None:
+    def __init__(self, groups: Sequence[Group], num_groups: int, num_runs: Callable[[], int]) -> None:
         super().__init__()
         self.groups, self.num_groups, self.num_runs = groups, num_groups, num_runs
         self.running: dict[str, tuple[Group, Work]] = {}
@@ -57,7 +58,7 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
             raise
 
     def _next(self, trial_id: str) -> Any:
-        if len(self.running) >= self.num_runs:
+        if len(self.running) >= self.num_runs():
             return None
         for group in self.groups:
             num_open = len({running.name for running, _ in self.running.values()} | {group.name})
@@ -132,17 +133,18 @@ def _patient(trainable: Trainable) -> Trainable:
     return run
 
 
-def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: int) -> None:
+def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: Callable[[], int]) -> None:
     """Works through all that is left of some groups with Ray Tune.
 
     Args:
         groups: in the order in which they are begun.
         tune_folder: where Tune may write.
         num_groups: groups at a time.
-        num_runs: pieces of work at a time.
+        num_runs: tells how many pieces of work at a time, by now.
     """
     let_tune_use_started_workers()
-    jobs = {group.name: group.build_job(min(num_groups, len(groups))) for group in groups}
+    num_side_by_side = min(num_groups, len(groups), num_runs())
+    jobs = {group.name: group.build_job(num_side_by_side) for group in groups}
     searcher = GroupSearcher(groups, num_groups, num_runs)
     tuner = tune.Tuner(
         tune.with_resources(
@@ -157,7 +159,12 @@ def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, n
             # Without it Tune writes the whole population into a folder's name.
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name=groups[0].mode, storage_path=str(tune_folder), verbose=0),
+        run_config=tune.RunConfig(
+            name=groups[0].mode,
+            storage_path=str(tune_folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=LOST_NODES if joins_cluster() else 0),
+        ),
     )
     try:
         tuner.fit()

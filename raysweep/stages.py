@@ -100,11 +100,14 @@ def run_stage(context: SweepContext, groups: Sequence[Group]) -> None:
     resources = context.experiment.resources
     reserved_cpus = max(group.reserved_cpus for group in groups)
     check_resources(resources, context.resources, reserved_cpus)
-    num_runs = num_concurrent_trials(resources, context.resources, reserved_cpus)
+
+    def num_runs() -> int:
+        fitting = num_concurrent_trials(resources, context.ray.resources_now, reserved_cpus)
+        # One that waits for room is what makes an autoscaler bring nodes.
+        return fitting + 1 if resources.wait_for_nodes_s and resources.max_concurrent_trials == "auto" else fitting
+
     limit = resources.max_concurrent_studies
-    run_groups(
-        groups, context.paths.tune, num_groups=num_runs if limit == "auto" else min(limit, num_runs), num_runs=num_runs
-    )
+    run_groups(groups, context.paths.tune, num_groups=len(groups) if limit == "auto" else limit, num_runs=num_runs)
 
 
 def conclude(context: SweepContext, outcomes: list[dict[str, Any]]) -> SweepResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.cluster import RaySession, Resources, check_resources, local_resources
+from raysweep.cluster import RaySession, Resources, check_resources, joins_cluster, local_resources
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.sources import ImageIndex, load_index
@@ -20,9 +21,13 @@ from raysweep.images.splits import SPLITS
 from raysweep.paths import SweepPaths, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
+from raysweep.storage import is_bucket
 
 if TYPE_CHECKING:
     from raysweep.stages import SweepResult
+
+
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by Ray's job server
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
@@ -31,18 +36,20 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
     Raises:
         RaysweepError: the experiment, data, weights, resources or store cannot be used; the message says which.
     """
-    paths = SweepPaths(Path(experiment.storage), experiment.name)
-    if not os.environ.get("RAY_ADDRESS"):
+    paths = SweepPaths(experiment.storage, experiment.name)
+    check_outlives_job(experiment)
+    if not joins_cluster():
         check_resources(experiment.resources, local_resources())
     with ExitStack() as stack:
         stack.enter_context(only_sweep_in(paths.root))
         stack.enter_context(ended_by_sigterm())
+        paths.fetch()
         # Both start while torch is imported and the images are read: Ray where it is sure to be needed, MLflow always.
         ray = RaySession(verbose, lambda present: describe_resources(present, progress))
         stack.callback(ray.close)
         if not paths.optuna_journal.exists() and has_source(experiment):
             ray.start()
-            if not paths.has_features and not os.environ.get("RAY_ADDRESS"):
+            if not paths.has_features and not joins_cluster():
                 ray.prepare(warm_up_pass)
         recorder = Recorder(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
         stack.callback(recorder.close)
@@ -58,6 +65,29 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         check_studies(context)
         recorder.wait()  # a store that cannot be used shows before hours of work
         return run_stages(context)
+
+
+def check_outlives_job(experiment: Experiment) -> None:
+    """Refuses, in a submitted job, results in its working directory, which Ray removes when the job has ended.
+
+    Raises:
+        ConfigError: the storage or the MLflow store is relative.
+    """
+    if IN_A_JOB not in os.environ:
+        return
+    ways = "results would be lost with this job's working directory, which Ray removes"
+    if not is_bucket(experiment.storage) and not Path(experiment.storage).expanduser().is_absolute():
+        raise ConfigError(
+            f"storage: '{experiment.storage}' is relative, and {ways}; accepted in a job: an absolute path that all "
+            "nodes see, s3://bucket/prefix or gs://bucket/prefix, in the file, with --set storage=..., or as "
+            "RAYSWEEP_STORAGE in the nodes' environment"
+        )
+    uri = experiment.tracking.uri
+    if "://" not in uri or re.match(r"sqlite:///[^/]", uri):
+        raise ConfigError(
+            f"tracking.uri: '{uri}' is relative, and {ways}; accepted in a job: an MLflow server's http://..., in the "
+            "file, with --set tracking.uri=..., or as MLFLOW_TRACKING_URI in the nodes' environment; or sqlite:////..."
+        )
 
 
 def has_source(experiment: Experiment) -> bool:

@@ -7,10 +7,10 @@ import math
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from raysweep.paths import write_atomically
+from raysweep.storage import local_path
 
 Results = list[dict[str, Any]]
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED")
@@ -40,7 +40,9 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
             study = job["studies"][work["trials"][0]["study"]]
         else:
             name, study = "test", job["studies"][[*work["test"], *work["baselines"]][0]]
-        write_atomically(Path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
+        write_atomically(local_path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
+        if lost_a_worker(error):
+            raise  # nobody's setting is at fault: Tune runs the work again where there are other nodes
         reason = " ".join(str(error).split()) or "no message"
         tune.report({"error": f"{type(error).__name__}: {reason[:500]}"})
 
@@ -77,8 +79,20 @@ def within_memory(train: Callable[[int | None], Results], micro_batch_size: int 
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether this, or what a worker of a Train run raised, is about memory; Ray's own error of a host's counts too."""
     # By words: CUDA's libraries raise plain RuntimeErrors. Of a worker's error Ray keeps only ends in its own text.
-    errors = [error, *getattr(error, "worker_failures", {}).values()]
-    return any(words in f"{type(one).__name__} {one}" for one in errors for words in OUT_OF_MEMORY)
+    return any(words in f"{type(one).__name__} {one}" for one in _causes(error) for words in OUT_OF_MEMORY)
+
+
+def lost_a_worker(error: Exception) -> bool:
+    """Whether a worker process of a Train run died, or its node did, without running out of memory."""
+    from ray.exceptions import RayActorError
+
+    causes = [getattr(one, "health_check_failure", one) for one in _causes(error)]
+    return any(isinstance(one, RayActorError) for one in causes) and not ran_out_of_memory(error)
+
+
+def _causes(error: Exception) -> list[Exception]:
+    """An error, and those of the workers where it is a Train run's."""
+    return [error, *getattr(error, "worker_failures", {}).values()]
 
 
 def _train(trials: list[dict[str, Any]], job: dict[str, Any], micro_batch_size: int | None) -> Results:
@@ -105,12 +119,15 @@ def _train(trials: list[dict[str, Any]], job: dict[str, Any], micro_batch_size: 
 
         # Named after its trials, so that Train's own recovery finds the run again.
         name = f"trials-{trials[0]['number']}-{trials[-1]['number']}-{micro_batch_size or 'all'}"
-        folder = job["studies"][trials[0]["study"]]["folder"]
+        folder = local_path(job["studies"][trials[0]["study"]]["folder"])
         trainer = TorchTrainer(
             train_worker,
             train_loop_config=loop_config | {"report": None},
             scaling_config=ScalingConfig(
-                num_workers=job["num_workers"], use_gpu=job["use_gpu"], resources_per_worker=worker_resources(job)
+                num_workers=job["num_workers"],
+                use_gpu=job["use_gpu"],
+                resources_per_worker=worker_resources(job),
+                placement_strategy=job["placement"],
             ),
             run_config=RunConfig(name=name, storage_path=f"{folder}/train", callbacks=[TuneReportCallback()]),
         )

@@ -60,7 +60,7 @@ def done(results=None):
 
 
 def test_work_goes_side_by_side_until_all_runs_are_taken():
-    searcher = GroupSearcher([FakeGroup("a", [1, 2]), FakeGroup("b", [1, 2])], num_groups=2, num_runs=3)
+    searcher = GroupSearcher([FakeGroup("a", [1, 2]), FakeGroup("b", [1, 2])], num_groups=2, num_runs=lambda: 3)
     running, end = suggest_all(searcher)
     assert (pieces(running), end) == ([("a", 1), ("a", 2), ("b", 1)], None)
     searcher.on_trial_complete("t1", done())
@@ -74,7 +74,7 @@ def test_work_goes_side_by_side_until_all_runs_are_taken():
 
 
 def test_no_more_groups_are_begun_than_may_be_open():
-    searcher = GroupSearcher([FakeGroup(name, [1, 2]) for name in "abc"], num_groups=2, num_runs=9)
+    searcher = GroupSearcher([FakeGroup(name, [1, 2]) for name in "abc"], num_groups=2, num_runs=lambda: 9)
     running, end = suggest_all(searcher)
     assert (pieces(running), end) == ([("a", 1), ("a", 2), ("b", 1), ("b", 2)], None)
     searcher.on_trial_complete("t0", done())
@@ -85,7 +85,7 @@ def test_no_more_groups_are_begun_than_may_be_open():
 
 
 def test_groups_go_one_after_another_when_one_may_be_open():
-    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=1, num_runs=9)
+    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=1, num_runs=lambda: 9)
     order = []
     for _ in range(3):
         running, end = suggest_all(searcher)
@@ -97,7 +97,7 @@ def test_groups_go_one_after_another_when_one_may_be_open():
 
 
 def test_a_group_that_waits_for_its_own_results_does_not_hold_up_the_next():
-    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=2, num_runs=9)
+    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=2, num_runs=lambda: 9)
     running, end = suggest_all(searcher)
     assert (pieces(running), end) == ([("a", 1), ("b", 1)], None)
     searcher.on_trial_complete("t0", done())
@@ -239,7 +239,7 @@ def fake_tune(monkeypatch):
 def test_groups_are_worked_through_and_what_tune_wrote_is_deleted(fake_tune, tmp_path):
     groups = [FakeGroup("a", [1, 2]), FakeGroup("b", [3])]
     (tmp_path / "tune").mkdir()
-    run_groups(groups, tmp_path / "tune", num_groups=2, num_runs=2)
+    run_groups(groups, tmp_path / "tune", num_groups=2, num_runs=lambda: 2)
     assert [[piece for piece, *_ in group.taken] for group in groups] == [[1, 2], [3]]
     assert not (tmp_path / "tune").exists()
 
@@ -249,13 +249,13 @@ def test_an_error_of_ours_is_raised_as_it_is(fake_tune, tmp_path, listener):
     group = FakeGroup("a", [1, 2])
     setattr(group, listener, fail)
     with pytest.raises(BrokenStoreError, match="the disk is full"):
-        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=1)
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
 
 
 def test_an_error_of_tune_is_not_swallowed(fake_tune, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeTuner, "error", ValueError("no such resource"))
     with pytest.raises(ValueError, match="no such resource"):
-        run_groups([FakeGroup("a", [1])], tmp_path / "tune", num_groups=1, num_runs=1)
+        run_groups([FakeGroup("a", [1])], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
 
 
 # With Tune itself
@@ -288,7 +288,7 @@ def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tm
     monkeypatch.setattr(searchers, "run_work", train)
     group = ThriftyGroup("a", [0, 1, 2])
     with ray_session(verbose=False):
-        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=1)
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
     assert group.epochs == [(0, 0), (0, 1), *((piece, epoch) for piece in (1, 2) for epoch in range(4))]
     (stopped, *_), (one, first, _), (two, second, _) = group.taken
     assert (stopped, one, two) == (0, 1, 2)
