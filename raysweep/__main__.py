@@ -1,10 +1,10 @@
-"""`raysweep run|predict ...`: the console script, the same as `python -m raysweep.run|predict ...`."""
+"""`raysweep run|submit|predict ...`: the console script, the same as `python -m raysweep.run|submit|predict ...`."""
 
 import sys
 
 from raysweep import __version__
 
-COMMANDS = ("run", "predict")
+COMMANDS = ("run", "submit", "predict")
 USAGE = f"usage: raysweep {{{','.join(COMMANDS)}}} ...   (raysweep COMMAND --help says more)"
 
 
@@ -15,6 +15,10 @@ def main() -> int:
         from raysweep import run
 
         return run.main(arguments)
+    if command == "submit":
+        from raysweep import submit
+
+        return submit.main(arguments)
     if command == "predict":
         from raysweep import predict
 

@@ -1,0 +1,248 @@
+"""`python -m raysweep.submit EXPERIMENT.yaml --address http://HEAD:8265`: a sweep on a cluster, by Ray Jobs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from raysweep.errors import ConfigError, RaysweepError, ResourceError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ADDRESS = "http://127.0.0.1:8265"
+SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_TO_STOP = 60
+CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+LOST_CONNECTIONS = 30  # one after another, before the job is left to itself
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the command line of `raysweep submit`."""
+    parser = argparse.ArgumentParser(
+        prog="raysweep submit",
+        description="Runs a sweep on a Ray cluster, and shows what it says. Ctrl-C leaves it running.",
+        epilog="Where the cluster wants a token: RAY_AUTH_TOKEN, a file that RAY_AUTH_TOKEN_PATH names, or "
+        "~/.ray/auth_token. It is sent as a header; use an SSH tunnel or https:// to a head that is not this machine.",
+    )
+    parser.add_argument("experiment", nargs="?", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS), metavar="URL",
+                        help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or %(default)s)")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key of the file")  # fmt: skip
+    parser.add_argument("--no-pip", action="store_true",
+                        help="install nothing, the nodes have it all (default: what constraints.txt pins)")  # fmt: skip
+    parser.add_argument("--upload-data", action="store_true",
+                        help="send local images and weights along (images into the storage's bucket)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what the cluster has, the plan, and how long it will take there")  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages too, and tracebacks")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--detach", action="store_true", help="do not wait for the job")
+    action.add_argument("--follow", metavar="JOB", help="show a job from its beginning, and wait for it")
+    action.add_argument("--stop", metavar="JOB", help="stop a job; submitted again, its sweep goes on")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the job's exit status, 1 for a clear error, 2 for wrong usage, 130 for Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not (options.experiment or options.follow or options.stop):
+        parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml; or --follow JOB, or --stop JOB")
+    try:
+        if options.stop:
+            return _stop(options.address, options.stop)
+        job = options.follow or _submit(options)
+        if options.detach:
+            print(_ways_back(job, options.address))
+            return 0
+        try:
+            return _follow(options.address, job)
+        except KeyboardInterrupt:
+            print(f"\nthe job goes on\n{_ways_back(job, options.address)}", file=sys.stderr)
+            return 130
+    except RaysweepError as error:
+        if options.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was submitted", file=sys.stderr)
+        return 130
+
+
+def _submit(options: argparse.Namespace) -> str:
+    """Checks the experiment, packs it and hands it to the cluster; returns the job's name."""
+    from raysweep.experiment.config import load_experiment
+    from raysweep.package import build_package, requirements
+
+    experiment = load_experiment(options.experiment, options.overrides)
+    with _reaching(options.address), tempfile.TemporaryDirectory() as folder:
+        client = connect(options.address)
+        package = Path(folder) / "package.zip"
+        inside, uploaded = build_package(package, options.experiment, experiment, upload_data=options.upload_data)
+        runtime_env: dict[str, object] = {"working_dir": str(package)}
+        if not options.no_pip:
+            runtime_env["pip"] = requirements(Path("constraints.txt"))
+        size = package.stat().st_size
+        job: str = client.submit_job(
+            entrypoint=_entrypoint(options, inside, uploaded),
+            runtime_env=runtime_env,
+            submission_id=f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            metadata={"raysweep": experiment.name},
+        )
+    versions = "with the nodes' own packages" if options.no_pip else "and the pinned packages"
+    print(f"submitted {job}: the working directory ({size / 1e6:.1f} MB) {versions}", file=sys.stderr)
+    return job
+
+
+def _entrypoint(options: argparse.Namespace, inside: str, uploaded: Sequence[str]) -> str:
+    settings = [word for setting in [*options.overrides, *uploaded] for word in ("--set", setting)]
+    flags = [f"--{name.replace('_', '-')}" for name in ("dry_run", "verbose") if getattr(options, name)]
+    return shlex.join(["python", "-m", "raysweep.run", inside, *settings, *flags])
+
+
+def _ways_back(job: str, address: str) -> str:
+    command = f"raysweep submit --address {address}"
+    return f"follow it   {command} --follow {job}\nstop it     {command} --stop {job}"
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Connects to a cluster's job server; the token goes along as a header.
+
+    Raises:
+        ConfigError: the address is not one of a dashboard.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--address: '{address}' is not the URL of a dashboard; accepted: http://HEAD:8265")
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the environment goes before the argument
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    token, _ = read_token()
+    return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def read_token() -> tuple[str, str]:
+    """The token of a cluster that wants one, and where it was found; empty where there is none.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token, "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named or "~/.ray/auth_token").expanduser()
+    if not named and not path.is_file():
+        return "", ""
+    try:
+        return path.read_text().strip(), str(path)
+    except OSError as error:
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be read ({error.strerror})") from error
+
+
+@contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    """Turns what Ray's client raises into a clear error.
+
+    Raises:
+        ResourceError: there is no cluster, it wants another token, or it refuses.
+    """
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        _, origin = read_token()
+        known = f"another one than that of {origin}" if origin else "and there is none here"
+        raise ResourceError(
+            f"--address: the cluster at {address} wants a token, {known}; set RAY_AUTH_TOKEN to it, or "
+            "RAY_AUTH_TOKEN_PATH to a file that holds it"
+        ) from error
+    except RaysweepError:
+        raise
+    except OSError as error:  # requests' errors, and Ray's own ConnectionError
+        raise ResourceError(f"--address: no Ray dashboard answers at {address} ({_short(error)})") from error
+    except (RuntimeError, ValueError) as error:  # what the job server refuses
+        raise ResourceError(f"--address: the cluster at {address} refused: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _follow(address: str, job: str) -> int:
+    """Prints what a job says until it ends; returns its exit status."""
+    import aiohttp
+
+    with _reaching(address):
+        client = connect(address)
+        printed, lost = 0, 0
+        client.get_job_info(job)  # a job that does not exist shows at once
+        while True:
+            try:
+                printed = asyncio.run(_print_log(client, job, printed))
+                info = client.get_job_info(job)
+                lost = 0
+            except (aiohttp.ClientError, OSError, RuntimeError) as error:
+                # A laptop sleeps, a tunnel breaks: the job does not mind, and its log is there from the beginning.
+                lost += 1
+                if lost > LOST_CONNECTIONS:
+                    raise ResourceError(
+                        f"--address: the connection to {address} is lost ({_short(error)}); the job goes on\n"
+                        f"{_ways_back(job, address)}"
+                    ) from error
+            else:
+                if info.status.is_terminal():
+                    break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:  # it did not begin, or was stopped: its log does not say why
+        print(f"{job} {info.status.lower()}: {' '.join(str(info.message).split())[:1000]}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+async def _print_log(client: JobSubmissionClient, job: str, printed: int) -> int:
+    """Prints a job's log from a number of characters on, until it ends; returns how many there are by then."""
+    seen = 0
+    async for text in client.tail_job_logs(job):
+        seen += len(text)
+        if seen > printed:
+            print(text[max(0, len(text) - (seen - printed)) :], end="", flush=True)
+            printed = seen
+    return printed
+
+
+def _stop(address: str, job: str) -> int:
+    """Stops a job and waits until it has ended; returns 0, or 1 where it had ended before."""
+    with _reaching(address):
+        client = connect(address)
+        if not client.stop_job(job):
+            print(f"{job} had ended already: {client.get_job_info(job).status.lower()}", file=sys.stderr)
+            return 1
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        while not client.get_job_info(job).status.is_terminal():
+            if time.monotonic() > deadline:
+                raise ResourceError(f"{job} has not ended within {SECONDS_TO_STOP} s; look at it with --follow {job}")
+            time.sleep(0.2)
+    print(f"{job} stopped; what is finished is kept, and the same submission goes on from there", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
