@@ -31,16 +31,16 @@ from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
 from raysweep.images.cache import Cache, has_cache, leftovers, open_cache
 from raysweep.images.features import FeatureRequest, feature_signature
-from raysweep.images.passes import build_caches
+from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.images.splits import SPLITS, few_shot
-from raysweep.images.streaming import DECODING_CPUS, put_index
+from raysweep.images.streaming import DECODING_CPUS
 from raysweep.paths import SweepPaths, signature, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
 from raysweep.results.tracking import environment_tags
-from raysweep.storage import location, remove
+from raysweep.storage import location, on_every_node, remove
 
 MIN_FEW_SHOT_VALIDATION = 16
 FREE_DISK_SHARE = 0.8  # that pixel caches may take, unless the experiment says how much
@@ -129,7 +129,7 @@ class SweepContext:
         places = {f"storage: '{self.experiment.storage}'": location(mark)}
         first = self.index.table.slice(0, 1).to_pylist()[0]
         if first["image"] is None:
-            places[f"data.source: '{self.experiment.data.source}'"] = first["path"]
+            places[f"data.source: '{self.experiment.data.source}'"] = on_every_node(first["path"])
         write_atomically(mark, "")
         try:
             check_nodes(places)

@@ -24,12 +24,23 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 SCRATCH = "RAYSWEEP_SCRATCH"
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job server
 TRANSFERS = 8  # files at a time
 
 
 def scratch() -> Path:
     """The folder of this node's copies; `RAYSWEEP_SCRATCH` moves it."""
     return Path(os.environ.get(SCRATCH) or "~/.cache/raysweep").expanduser().absolute()
+
+
+def in_a_job() -> bool:
+    """Whether this is the driver of a submitted job: its working directory is a copy that Ray removes."""
+    return JOB in os.environ
+
+
+def on_every_node(path: str) -> str:
+    """What worker processes call a file: in a job's working directory, of which every node has a copy, relative."""
+    return path.removeprefix(f"{Path.cwd()}/") if in_a_job() else path
 
 
 def is_bucket(location: str) -> bool:

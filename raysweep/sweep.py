@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import signal
 import sys
@@ -21,13 +20,10 @@ from raysweep.images.splits import SPLITS
 from raysweep.paths import SweepPaths, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
-from raysweep.storage import is_bucket
+from raysweep.storage import in_a_job, is_bucket
 
 if TYPE_CHECKING:
     from raysweep.stages import SweepResult
-
-
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by Ray's job server
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
@@ -73,7 +69,7 @@ def check_outlives_job(experiment: Experiment) -> None:
     Raises:
         ConfigError: the storage or the MLflow store is relative.
     """
-    if IN_A_JOB not in os.environ:
+    if not in_a_job():
         return
     ways = "results would be lost with this job's working directory, which Ray removes"
     if not is_bucket(experiment.storage) and not Path(experiment.storage).expanduser().is_absolute():

@@ -36,7 +36,7 @@ from raysweep.images.features import FeatureRequest, encode, feature_table, load
 from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, write_pixels
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.paths import write_json
-from raysweep.storage import local_path, location
+from raysweep.storage import local_path, location, on_every_node
 
 if TYPE_CHECKING:
     import ray.data
@@ -169,9 +169,8 @@ def _dataset(
 
     job = {
         "key": uuid.uuid4().hex,
-        "rows": ray.put(index.table.select(["row_id", "path", "position", "image"])),
-        "image_column": index.image_column,
         "targets": [_target(request) for request in requests],
+        **put_index(index),
     }
     blocks = _blocks(len(index.table))
     # A block is a place in the index, which all processes of a node share: with tables, Ray would start a task for
@@ -197,6 +196,16 @@ def _dataset(
         num_gpus=1,
         **(WHOLE_BLOCKS | {"batch_size": GPU_BLOCK}),
     )
+
+
+def put_index(index: ImageIndex) -> dict[str, Any]:
+    """Puts into Ray's object store what workers need to decode rows of an index: `rows` and `image_column`."""
+    import ray
+
+    rows = index.table.select(["row_id", "path", "position", "image"])
+    paths = pa.array([on_every_node(path) for path in rows["path"].to_pylist()], pa.string())
+    rows = rows.set_column(rows.schema.get_field_index("path"), "path", paths)
+    return {"rows": ray.put(rows), "image_column": index.image_column}
 
 
 def _blocks(num_rows: int) -> list[dict[str, int]]:

@@ -15,19 +15,10 @@ import torch
 from raysweep.errors import DataError
 from raysweep.images.passes import WHOLE_BLOCKS, fixed_lists, lists
 from raysweep.images.pixels import Geometry, decode_rows
-from raysweep.images.sources import ImageIndex
 
 DECODING_CPUS = 1  # that training runs must leave free
 BLOCK_ROWS, BLOCK_BYTES = 64, 2**24  # that a task decodes, at the most
 READ_AHEAD_BYTES = 2**28  # of pixels that wait for a training worker, or half of the object store if that is less
-INDEX_COLUMNS = ["row_id", "path", "position", "image"]
-
-
-def put_index(index: ImageIndex) -> dict[str, Any]:
-    """Puts into Ray's object store what workers need to decode rows of an index: `rows` and `image_column`."""
-    import ray
-
-    return {"rows": ray.put(index.table.select(INDEX_COLUMNS)), "image_column": index.image_column}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +26,7 @@ class StreamedPixels:
     """Rows of an index whose pixels are decoded whenever they are asked for: `PixelRows`, inside of Ray.
 
     Attributes:
-        stream: from `put_index`.
+        stream: from `passes.put_index`.
         row_ids: int64 `(num_rows,)`, of the rows.
         geometry: of the pixels.
     """

@@ -14,10 +14,10 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images import streaming
 from raysweep.images.cache import has_cache, open_cache
-from raysweep.images.passes import build_caches
+from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import Geometry, PixelRequest, open_pixels
 from raysweep.images.sources import ImageIndex
-from raysweep.images.streaming import StreamedPixels, put_index, rebatch
+from raysweep.images.streaming import StreamedPixels, rebatch
 
 NUM_ROWS = 30
 PREPROCESSING = Preprocessing("shortest_edge", 14, 12, 3, (0.5,) * 3, (0.5,) * 3)
