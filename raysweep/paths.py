@@ -70,12 +70,12 @@ class SweepPaths:
     @property
     def root(self) -> Path:
         """The sweep's own folder."""
-        return local_path(self.storage) / self.name
+        return local_path(self.storage).resolve() / self.name
 
     @property
     def caches(self) -> Path:
         """Caches and what else all sweeps of one storage share."""
-        return local_path(self.storage) / ".cache"
+        return local_path(self.storage).resolve() / ".cache"
 
     def fetch(self) -> None:
         """Brings what a sweep begins with from a bucket: all small files of its own, and what caches there are.

@@ -51,7 +51,7 @@ def is_bucket(location: str) -> bool:
 def local_path(location: str) -> Path:
     """Where a location lies on this node: for a bucket's URI where its copy does, if it has been fetched."""
     if not is_bucket(location):
-        return Path(location).resolve()
+        return Path(location)
     scheme, _, path = location.partition("://")
     return scratch() / scheme / posixpath.normpath(path)
 

@@ -1,0 +1,232 @@
+"""Several nodes, which come and go: real Ray nodes of this machine, and drivers in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import textwrap
+import time
+from contextlib import contextmanager
+
+import pytest
+from nodes import running_nodes
+
+pytestmark = pytest.mark.ray
+
+NUM_IMAGES = 64
+
+PASS = """
+    import io, json, sys, time
+    from pathlib import Path
+    import numpy as np, pyarrow as pa, ray
+    from PIL import Image
+    from raysweep.cluster import present_resources
+    from raysweep.encoders import build_encoder
+    from raysweep.images.features import FeatureRequest, load_features
+    from raysweep.images.passes import build_caches
+    from raysweep.images.sources import ImageIndex
+
+    folder, marks, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+    def slow_down():
+        from raysweep.images import passes
+        encode = passes.encode
+
+        def slowly(*arguments):
+            time.sleep(0.7)
+            with open(f"{marks}/{ray.get_runtime_context().get_node_id()}", "a") as mark:
+                mark.write("x")
+            return encode(*arguments)
+
+        passes.encode = slowly
+
+    def image(number):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    ray.init(runtime_env={"worker_process_setup_hook": slow_down}, log_to_driver=False, logging_level="ERROR")
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    encoder = build_encoder({"type": "dinov2", "use_pretrained": False, "config": tiny, "image_size": 32}, seed=0)
+    ids = np.arange(count)
+    columns = {"row_id": ids, "path": [f"{n}.png" for n in ids], "position": np.full(count, -1),
+               "image": pa.array([image(n) for n in ids], pa.large_binary()), "label": pa.array(ids % 2, pa.int32()),
+               "split": ["train"] * count, "content_hash": [str(n) for n in ids]}
+    index = ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "fingerprint")
+    weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
+    (cache,) = build_caches(
+        [FeatureRequest(folder, encoder, weights, "fp32")], index, num_gpus=0,
+        cpus_of_a_node=present_resources().cpus_of_a_node, on_progress=lambda done, _: print("done", done),
+    )
+    features = load_features(cache.folder, ids, ["cls"])["cls"]
+    print("result", json.dumps({"num_rows": cache.num_rows, "distinct": len(np.unique(features.numpy(), axis=0))}))
+"""
+
+GROUPS = """
+    import json, sys, time
+    from pathlib import Path
+    from raysweep import searcher
+    from raysweep.cluster import RaySession
+
+    class Group:
+        name = mode = "a"
+
+        def __init__(self, count):
+            self.pieces, self.taken, self.num_running = list(range(count)), {}, 0
+
+        def next_work(self):
+            return {"group": "a", "piece": self.pieces.pop(0)} if self.pieces else None
+
+        def take(self, work, results, reason):
+            self.taken[work["piece"]] = results or reason
+            print("taken", work["piece"])
+
+        def build_job(self, num_side_by_side):
+            return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+
+    def work(work, jobs):
+        import ray
+        from ray import tune
+        time.sleep(1.5)
+        tune.report({"results": json.dumps(ray.get_runtime_context().get_node_id())})
+
+    searcher.run_work = work
+    session, group = RaySession(verbose=False), Group(int(sys.argv[2]))
+    print("up", session.resources.num_cpus)
+    searcher.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
+    session.close()
+    print("result", json.dumps(group.taken))
+"""
+
+WAIT = """
+    import json
+    from raysweep.cluster import RaySession, wait_for_nodes
+    from raysweep.experiment.config import ResourcesConfig
+
+    session = RaySession(verbose=False)
+    config = ResourcesConfig(num_workers=2, wait_for_nodes_s=60)
+    present = wait_for_nodes(config, session, lambda text: print("said", text))
+    session.close()
+    print("result", json.dumps(present.num_cpus))
+"""
+
+
+@pytest.fixture
+def nodes():
+    """A head with one CPU."""
+    with running_nodes(0) as found:
+        yield found
+
+
+@contextmanager
+def driver(nodes, code, *arguments):
+    process = nodes.start_driver(textwrap.dedent(code), *map(str, arguments))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def read_until(process, word):
+    """Reads what a driver prints until a line begins with a word; returns the rest of that line."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(word):
+            return line.removeprefix(word).strip()
+    raise AssertionError("".join(seen)[-3000:])
+
+
+def test_a_node_that_joins_takes_part_in_the_pass(nodes, tmp_path):
+    (tmp_path / "marks").mkdir()
+    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 4 * NUM_IMAGES) as process:
+        read_until(process, "done")
+        nodes.add()
+        found = json.loads(read_until(process, "result"))
+    shares = [len(path.read_text()) for path in (tmp_path / "marks").iterdir()]
+    assert len(shares) == 2, "both nodes have encoded"
+    assert found == {"num_rows": 4 * NUM_IMAGES, "distinct": 4 * NUM_IMAGES}
+
+
+def test_a_pass_survives_the_loss_of_a_node(nodes, tmp_path):
+    (tmp_path / "marks").mkdir()
+    lost = nodes.add()
+    nodes.wait_for(2)
+    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 3 * NUM_IMAGES) as process:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "marks").iterdir())) < 2:
+            assert time.monotonic() < deadline, "the second node never began"
+            time.sleep(0.1)
+        nodes.kill(lost)
+        found = json.loads(read_until(process, "result"))
+    assert found == {"num_rows": 3 * NUM_IMAGES, "distinct": 3 * NUM_IMAGES}
+
+
+def test_a_node_that_joins_gets_trials(nodes, tmp_path):
+    with driver(nodes, GROUPS, tmp_path / "tune", 12) as process:
+        read_until(process, "taken")
+        nodes.add()
+        taken = json.loads(read_until(process, "result"))
+    assert sorted(map(int, taken)) == list(range(12))
+    assert len(set(taken.values())) == 2, "both nodes have worked"
+
+
+def test_the_work_of_a_lost_node_is_done_again(nodes, tmp_path):
+    lost = nodes.add()
+    nodes.wait_for(2)
+    with driver(nodes, GROUPS, tmp_path / "tune", 8) as process:
+        assert read_until(process, "up") == "2"
+        for _ in range(3):
+            read_until(process, "taken")
+        nodes.kill(lost)
+        taken = json.loads(read_until(process, "result"))
+    assert sorted(map(int, taken)) == list(range(8))
+    assert all(len(node) == len("node") * 14 for node in taken.values()), taken  # node ids, and no reasons
+
+
+def test_a_sweep_waits_for_nodes_where_it_is_told_to(nodes):
+    with driver(nodes, WAIT) as process:
+        said = read_until(process, "said")
+        assert said.startswith("waiting for nodes, at most 60 s: resources: one training run needs 2 CPUs"), said
+        nodes.add()
+        assert json.loads(read_until(process, "result")) == 2
+
+
+def may_unshare():
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        return False
+    return subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode == 0
+
+
+RUN = "import sys; from raysweep.run import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(not may_unshare(), reason="hiding a folder from a node needs root and mount namespaces")
+@pytest.mark.parametrize("hidden", ["storage", "data.source"])
+def test_what_a_node_cannot_see_is_refused_before_anything_starts(nodes, tmp_path, hidden):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    runs, images = tmp_path / "runs", tmp_path / "images"
+    runs.mkdir()
+    digits = load_digits()
+    for number in range(60):
+        folder = images / str(digits.target[number] % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * 15).astype("uint8")).save(folder / f"{number}.png")
+    (tmp_path / "x.yaml").write_text(
+        f"storage: {runs}\ndata: {{source: {images}}}\nencoders: [{{type: stacked_cnn, image_size: 32}}]\n"
+        f"tracking: {{uri: 'sqlite:///{tmp_path}/mlflow.db'}}\n"
+    )
+    place = {"storage": runs, "data.source": images}[hidden]
+    script = f'mount -t tmpfs none {place} && exec "$@"'
+    nodes.add(wrapper=("unshare", "-m", "sh", "-c", script, "sh"))
+    nodes.wait_for(2)
+    with driver(nodes, RUN, tmp_path / "x.yaml") as process:
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 1
+    assert f"error: {hidden}: '{place}' is not seen by 1 of 2 nodes (" in said
+    assert not list(runs.glob("x/studies")), "nothing has begun"

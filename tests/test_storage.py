@@ -1,0 +1,276 @@
+"""Buckets over real HTTP, against a server of this machine; two scratch folders stand for two nodes."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from raysweep import storage
+from raysweep.errors import DataError, RaysweepError
+from raysweep.images.cache import fetched, leftovers, remove_leftovers
+from raysweep.paths import SweepPaths, write_atomically, write_json
+from raysweep.storage import (
+    exists,
+    fetch,
+    fetch_folder,
+    in_a_job,
+    is_bucket,
+    local_path,
+    location,
+    on_every_node,
+    publish,
+    remove,
+    replacing,
+    upload,
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path, request):
+    """The URI of a bucket of its own."""
+    import boto3
+
+    for name, value in {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key",
+                        "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "node-0"))
+    return f"s3://{name}/some/prefix"
+
+
+@pytest.fixture
+def on_node(monkeypatch, tmp_path):
+    """A function that goes on on another node."""
+    return lambda number: monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / f"node-{number}"))
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# Names
+
+
+def test_a_location_means_the_same_on_every_node(on_node, tmp_path):
+    uri = "gs://bucket/a/b.json"
+    for number in (0, 1):
+        on_node(number)
+        path = local_path(uri)
+        assert path == tmp_path / f"node-{number}" / "gs" / "bucket" / "a" / "b.json"
+        assert location(path) == uri
+    assert location(local_path("/shared/runs")) == "/shared/runs"
+    assert location(Path("runs")) == "runs"
+    assert [is_bucket(place) for place in ("s3://b/x", "gs://b", "hf://datasets/x", "/s3/x", "s3")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_files_of_a_jobs_working_directory_are_relative(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    inside = str(tmp_path / "uploaded" / "1.png")
+    assert on_every_node(inside) == inside
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert in_a_job()
+    assert on_every_node(inside) == "uploaded/1.png"
+    assert on_every_node("/shared/1.png") == "/shared/1.png"
+    assert on_every_node("s3://b/1.png") == "s3://b/1.png"
+
+
+# Files
+
+
+def test_what_one_node_writes_another_reads(bucket, on_node):
+    write_json(local_path(f"{bucket}/x/a.json"), {"a": 1})
+    on_node(1)
+    path = local_path(f"{bucket}/x/a.json")
+    assert not path.exists()
+    assert exists(path)
+    assert json.loads(fetch(path).read_text()) == {"a": 1}
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_copy_that_is_up_to_date_is_not_fetched_again(bucket, on_node, monkeypatch):
+    path = local_path(f"{bucket}/a")
+    write_atomically(path, "one")
+    on_node(1)
+    other = fetch(local_path(f"{bucket}/a"))
+    node, before = other.stat().st_ino, other.read_text()
+    assert fetch(other).stat().st_ino == node, "the same file"
+    time.sleep(1.1)  # S3 tells times to the second
+    on_node(0)
+    write_atomically(path, "two")
+    assert fetch(path).read_text() == "two"
+    on_node(1)
+    assert (before, fetch(other).read_text()) == ("one", "two"), "of the same size, and yet another"
+
+
+def test_what_is_gone_from_the_bucket_is_gone_from_the_node(bucket, on_node):
+    write_atomically(local_path(f"{bucket}/a"), "one")
+    on_node(1)
+    copy = fetch(local_path(f"{bucket}/a"))
+    on_node(0)
+    remove(local_path(f"{bucket}/a"))
+    assert not local_path(f"{bucket}/a").exists()
+    on_node(1)
+    assert not exists(copy)
+    assert not fetch(copy).exists()
+
+
+def test_a_folder_is_made_what_the_bucket_has(bucket, on_node):
+    folder = local_path(f"{bucket}/cache")
+    for name in ("rows-0.parquet", "rows-1.parquet", "sub/manifest.json"):
+        write_atomically(folder / name, name)
+    on_node(1)
+    folder = local_path(f"{bucket}/cache")
+    (folder / "sub").mkdir(parents=True)
+    for stale in ("rows-7.parquet", "other.txt", ".lock"):
+        (folder / stale).write_text("stale")
+    found = fetch_folder(folder, lambda name: name.startswith("rows-"))
+    assert found == ["rows-0.parquet", "rows-1.parquet"]
+    assert files_in(folder) == [".lock", "other.txt", "rows-0.parquet", "rows-1.parquet"]
+    assert fetch_folder(folder)[-1] == "sub/manifest.json"
+    assert (folder / "sub" / "manifest.json").read_text() == "sub/manifest.json"
+
+
+def test_a_published_folder_replaces_the_one_before(bucket, on_node):
+    model = local_path(f"{bucket}/models/a")
+    model.mkdir(parents=True)
+    (model / "old.txt").write_text("1")
+    publish(model)
+    (model / "old.txt").unlink()
+    (model / "new.txt").write_text("2")
+    publish(model)
+    on_node(1)
+    assert fetch_folder(local_path(f"{bucket}/models/a")) == ["new.txt"]
+
+
+def test_a_folder_can_be_removed_whole(bucket):
+    for name in ("a", "b/c"):
+        write_atomically(local_path(f"{bucket}/trials/{name}"), "x")
+    write_atomically(local_path(f"{bucket}/trials-2/a"), "x")
+    remove(local_path(f"{bucket}/trials"))
+    assert fetch_folder(local_path(bucket)) == ["trials-2/a"]
+    remove(local_path(f"{bucket}/trials"))  # nothing is left to remove
+
+
+def test_local_data_is_uploaded_with_its_folders(bucket, tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"png")
+    upload(tmp_path / "images", f"{bucket}/.data/images-1")
+    assert fetch_folder(local_path(f"{bucket}/.data")) == ["images-1/cat/1.png"]
+
+
+def test_ordinary_folders_need_no_moving(tmp_path):
+    path = tmp_path / "a" / "b"
+    write_atomically(path, "x")
+    assert (exists(path), fetch(path), fetch_folder(tmp_path)) == (True, path, ["a/b"])
+    publish(path)
+    remove(path)
+    remove(path)
+    assert not exists(path)
+    remove(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# Caches
+
+
+def test_a_cache_is_fetched_whole_and_without_leftovers(bucket, on_node):
+    folder = local_path(f"{bucket}/.cache/features-1")
+    for first in (0, 64):
+        write_atomically(folder / f"rows-{first:012d}.parquet", "rows")
+    on_node(1)
+    stale = local_path(f"{bucket}/.cache/features-1")
+    write_atomically_here(stale / "rows-000000000032.parquet")  # of a pass that was cut short on this node
+    write_atomically_here(stale / "rows-abc.f16")
+    assert fetched(f"{bucket}/.cache/features-1") == str(stale)
+    assert [path.name for path in sorted(stale.glob("rows-*"))] == [
+        "rows-000000000000.parquet", "rows-000000000064.parquet", "rows-abc.f16",
+    ]  # fmt: skip
+
+
+def write_atomically_here(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("stale")
+
+
+def test_what_a_pass_left_is_removed_from_the_bucket_too(bucket, on_node):
+    folder = local_path(f"{bucket}/.cache/features-1")
+    write_atomically(folder / "rows-000000000000.parquet", "rows")
+    on_node(1)
+    folder = local_path(f"{bucket}/.cache/features-1")
+    remove_leftovers(folder)
+    assert (fetch_folder(folder), leftovers(folder)) == ([], [])
+
+
+def test_a_sweep_begins_with_its_small_files(bucket, on_node):
+    paths = SweepPaths(bucket, "beans")
+    write_atomically(paths.optuna_journal, "journal")
+    write_atomically(paths.study("s", "k") / "trials" / "0" / "best.safetensors", "weights")
+    write_atomically(paths.cache("features", "f") / "manifest.json", "{}")
+    write_atomically(paths.cache("features", "f") / "rows-0.parquet", "rows")
+    on_node(1)
+    paths = SweepPaths(bucket, "beans")
+    paths.fetch()
+    assert files_in(local_path(bucket)) == [".cache/features-f/manifest.json", "beans/optuna.journal"]
+    assert paths.has_features
+
+
+# What goes wrong
+
+
+def test_a_bucket_that_is_not_there_is_a_clear_error(bucket):
+    path = local_path("s3://no-such-bucket-here/x/a.json")
+    with pytest.raises(RaysweepError, match=r"s3://no-such-bucket-here/x/a.json: the storage cannot be used"):
+        write_atomically(path, "x")
+    with pytest.raises(RaysweepError, match=r"s3://no-such-bucket-here/x: cannot be written to"):
+        upload(Path(__file__).parent / "images", "s3://no-such-bucket-here/x")
+
+
+def test_a_download_that_breaks_off_leaves_nothing(bucket, on_node, monkeypatch):
+    write_atomically(local_path(f"{bucket}/a"), "one")
+    on_node(1)
+    monkeypatch.setattr(os, "replace", lambda *_paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(RaysweepError, match="disk full"):
+        fetch(local_path(f"{bucket}/a"))
+    assert files_in(local_path(bucket)) == []
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_credentials_stay_out_of_locations():
+    with pytest.raises(DataError, match="credentials belong into the environment"):
+        storage.open_filesystem("s3://key:secret@bucket/x")
+
+
+def test_files_can_be_listed_in_gs_and_s3_alike(bucket):
+    filesystem, inner = storage.open_filesystem(bucket)
+    assert isinstance(filesystem, fs.S3FileSystem)
+    assert inner.endswith("/some/prefix")
