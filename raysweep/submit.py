@@ -191,11 +191,11 @@ def _follow(address: str, job: str) -> int:
 
     with _reaching(address):
         client = connect(address)
-        printed, lost = 0, 0
+        log, lost = Log(client, job), 0
         client.get_job_info(job)  # a job that does not exist shows at once
         while True:
             try:
-                printed = asyncio.run(_print_log(client, job, printed))
+                asyncio.run(log.print_on())
                 info = client.get_job_info(job)
                 lost = 0
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
@@ -217,15 +217,20 @@ def _follow(address: str, job: str) -> int:
     return info.driver_exit_code or 1
 
 
-async def _print_log(client: JobSubmissionClient, job: str, printed: int) -> int:
-    """Prints a job's log from a number of characters on, until it ends; returns how many there are by then."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        seen += len(text)
-        if seen > printed:
-            print(text[max(0, len(text) - (seen - printed)) :], end="", flush=True)
-            printed = seen
-    return printed
+class Log:
+    """A job's log, of which each character is printed once, however often the connection has to be made."""
+
+    def __init__(self, client: JobSubmissionClient, job: str) -> None:
+        self.client, self.job, self.printed = client, job, 0
+
+    async def print_on(self) -> None:
+        """Prints what is new, until the log ends or the connection does."""
+        seen = 0
+        async for text in self.client.tail_job_logs(self.job):  # from its beginning
+            seen += len(text)
+            if seen > self.printed:
+                print(text[max(0, len(text) - (seen - self.printed)) :], end="", flush=True)
+                self.printed = seen
 
 
 def _stop(address: str, job: str) -> int:

@@ -55,6 +55,7 @@ class Nodes:
         ]  # fmt: skip
         environment = os.environ | self.environment | {"RAYSWEEP_SCRATCH": str(own / "scratch")}
         environment.pop("RAY_ADDRESS", None)
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs run `python`
         with (self.folder / f"{number}.log").open("w") as log:
             self.processes.append(
                 subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -1,0 +1,292 @@
+"""Submission: the command line against a job server that is a stand-in, and against one that is real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nodes import TOKEN, running_nodes
+from PIL import Image
+
+from raysweep import submit
+
+DIGITS = "data: {source: 'sklearn://digits'}\nencoders: [{type: stacked_cnn, image_size: 32}]\n"
+HEAD = "http://127.0.0.1:8265"
+
+
+class FakeClient:
+    """A job server's client: a job that says `chunks`, connection by connection, and ends with `status`."""
+
+    def __init__(self, connections=(("done\n",),), status="SUCCEEDED", exit_code=0, message=""):
+        self.connections, self.submitted, self.stopped = list(connections), [], []
+        self.info = SimpleNamespace(status=Status(status), driver_exit_code=exit_code, message=message)
+
+    def submit_job(self, **job):
+        job["names"] = zipfile.ZipFile(job["runtime_env"]["working_dir"]).namelist()
+        self.submitted.append(job)
+        return job["submission_id"]
+
+    def get_job_info(self, job):
+        if job == "nothing":
+            raise RuntimeError("Request failed with status code 404: Job nothing does not exist.")
+        over = not self.connections
+        return self.info if over else SimpleNamespace(status=Status("RUNNING"), driver_exit_code=None, message="")
+
+    def stop_job(self, job):
+        self.stopped.append(job)
+        was_running, self.connections = bool(self.connections), []
+        return was_running
+
+    async def tail_job_logs(self, job):
+        for chunk in self.connections.pop(0):
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
+
+
+class Status(str):
+    def is_terminal(self):
+        return self != "RUNNING"
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text(DIGITS)
+    (tmp_path / "constraints.txt").write_text("torch==2.99.0\n")
+    monkeypatch.setattr(submit, "SECONDS_BETWEEN_LOOKS", 0)
+    found = FakeClient()
+    monkeypatch.setattr(submit, "connect", lambda address: found)
+    return found
+
+
+# What is submitted
+
+
+def test_the_same_command_runs_there(client, capsys):
+    assert submit.main(["x.yaml", "--set", "name=a b"]) == 1, "no such name"
+    assert "name" in capsys.readouterr().err
+    assert client.submitted == []
+    assert submit.main(["x.yaml", "--set", "seed=7", "--verbose", "--dry-run"]) == 0
+    (job,) = client.submitted
+    assert job["entrypoint"] == "python -m raysweep.run x.yaml --set seed=7 --dry-run --verbose"
+    assert "x.yaml" in job["names"]
+    assert job["submission_id"].startswith("x-")
+    assert "torch==2.99.0" in job["runtime_env"]["pip"]
+    assert "env_vars" not in job["runtime_env"], "Ray logs them in plain text"
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_nothing_is_installed_where_the_image_has_all(client):
+    submit.main(["x.yaml", "--no-pip"])
+    assert "pip" not in client.submitted[0]["runtime_env"]
+
+
+def test_where_uploaded_data_lies_comes_after_the_users_settings(client):
+    Path("images/a").mkdir(parents=True)
+    Path("images/a/1.png").write_bytes(b"png")
+    Path(".gitignore").write_text("images\n")
+    assert submit.main(["x.yaml", "--set", "data.source=images", "--upload-data"]) == 0
+    (job,) = client.submitted
+    assert job["entrypoint"].endswith(
+        "x.yaml --set data.source=images --set data.source=uploaded/data.source/images"
+    )  # fmt: skip
+    assert "uploaded/data.source/images/a/1.png" in job["names"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--detach"], ["x.yaml", "--detach", "--follow", "j"]])
+def test_wrong_usage(client, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        submit.main(arguments)
+    assert stopped.value.code == 2
+    assert client.submitted == []
+
+
+# What comes back
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "expected"), [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("STOPPED", None, 1)]
+)
+def test_the_jobs_exit_status_is_the_commands(client, status, exit_code, expected, capsys):
+    client.info = SimpleNamespace(status=Status(status), driver_exit_code=exit_code, message="why it ended")
+    assert submit.main(["x.yaml"]) == expected
+    assert ("why it ended" in capsys.readouterr().err) == (exit_code is None)
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke(client, capsys):
+    client.connections = [
+        ("one\n", "two\nth", OSError("reset by peer")),
+        (RuntimeError("WebSocket connection closed unexpectedly"),),
+        ("one\ntwo\n", "three\n"),
+    ]
+    assert submit.main(["--follow", "job"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_connection_that_stays_lost_says_how_to_return(client, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "LOST_CONNECTIONS", 2)
+    client.connections = [(OSError("no route to host"),)] * 5
+    assert submit.main(["--follow", "job", "--address", HEAD]) == 1
+    err = capsys.readouterr().err
+    assert "no route to host" in err
+    assert f"raysweep submit --address {HEAD} --follow job" in err
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_return(client, capsys):
+    client.connections = [("one\n", KeyboardInterrupt())]
+    assert submit.main(["x.yaml", "--address", HEAD]) == 130
+    err, job = capsys.readouterr().err, client.submitted[0]["submission_id"]
+    assert "the job goes on" in err
+    assert f"raysweep submit --address {HEAD} --follow {job}" in err
+    assert f"raysweep submit --address {HEAD} --stop {job}" in err
+    assert client.stopped == []
+
+
+def test_detached_it_says_the_same_at_once(client, capsys):
+    client.connections = [("never read",)]
+    assert submit.main(["x.yaml", "--detach"]) == 0
+    job = client.submitted[0]["submission_id"]
+    assert f"--follow {job}" in capsys.readouterr().out
+    assert client.connections == [("never read",)]
+
+
+def test_a_job_is_stopped_once(client, capsys):
+    assert submit.main(["--stop", "job"]) == 0
+    assert "the same submission goes on from there" in capsys.readouterr().err
+    assert submit.main(["--stop", "job"]) == 1
+    assert "job had ended already: succeeded" in capsys.readouterr().err
+
+
+def test_an_unknown_job_is_named(client, capsys):
+    assert submit.main(["--follow", "nothing"]) == 1
+    assert "Job nothing does not exist" in capsys.readouterr().err
+
+
+# Tokens and addresses
+
+
+def test_tokens_are_found_where_ray_looks(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert submit.read_token() == ("", "")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("from home\n")
+    assert submit.read_token() == ("from home", f"{tmp_path}/.ray/auth_token")
+    (tmp_path / "file").write_text("from a file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file"))
+    assert submit.read_token() == ("from a file", f"{tmp_path}/file")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "from the environment")
+    assert submit.read_token() == ("from the environment", "RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(submit.ConfigError, match=r"RAY_AUTH_TOKEN_PATH: .*/none cannot be read"):
+        submit.read_token()
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", "http://"])
+def test_an_address_is_that_of_a_dashboard(address, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(DIGITS)
+    assert submit.main(["x.yaml", "--address", address]) == 1
+    assert f"--address: '{address}' is not the URL of a dashboard" in capsys.readouterr().err
+
+
+# A real cluster of two nodes
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with running_nodes(1) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A working directory with images that .gitignore keeps out."""
+    for number in range(60):
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        pixels[:, :, number % 2] //= 4
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / ".gitignore").write_text("images/\n")
+    (tmp_path / "x.yaml").write_text(
+        "data: {source: images}\n"
+        "encoders: [{type: stacked_cnn, image_size: 32, config: {channels: [8, 16]}}]\n"
+        "search: {from_scratch: {num_trials: 2, space: {epochs: 3}}}\n"
+    )
+    return tmp_path
+
+
+def run_submit(cluster, folder, *arguments, token=TOKEN, timeout=240):
+    environment = os.environ | {"RAY_AUTH_TOKEN": token}
+    command = [sys.executable, "-m", "raysweep.submit", *arguments, "--address", cluster.dashboard]
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def settings(tmp_path):
+    return ["--no-pip", "--set", f"storage={tmp_path}/runs", "--set", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+
+
+@pytest.mark.end_to_end
+def test_local_images_are_sent_along_and_every_node_finds_them(cluster, project):
+    done = run_submit(cluster, project, "x.yaml", "--upload-data", *settings(project))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Ray is up: 2 CPUs, 0 GPUs on 2 nodes" in done.stdout
+    assert f"predict    raysweep predict {project}/runs/x/models/stacked_cnn-from_scratch" in done.stdout
+    (row,) = json.loads((project / "runs" / "x" / "leaderboard.json").read_text())
+    assert (row["study"], row["num_trials"]) == ("stacked_cnn-from_scratch", 2)
+
+
+@pytest.mark.end_to_end
+def test_another_token_is_refused(cluster, project):
+    done = run_submit(cluster, project, "x.yaml", "--upload-data", *settings(project), token="another")
+    assert done.returncode == 1
+    assert "wants a token, another one than that of RAY_AUTH_TOKEN" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.end_to_end
+def test_results_that_would_be_lost_are_refused(cluster, project):
+    done = run_submit(cluster, project, "x.yaml", "--upload-data", "--no-pip")
+    assert done.returncode == 1
+    assert "error: storage: 'runs' is relative" in done.stdout
+    done = run_submit(cluster, project, "x.yaml", "--upload-data", *settings(project)[:3])
+    assert done.returncode == 1
+    assert "error: tracking.uri: 'sqlite:///mlflow.db' is relative" in done.stdout
+
+
+@pytest.mark.end_to_end
+def test_a_job_outlives_its_watcher_and_can_be_stopped(cluster, project):
+    long = ["--set", "search.from_scratch.space.epochs=200", "--set", "train.early_stopping_patience=200"]
+    environment = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "raysweep.submit", "x.yaml", "--upload-data", "--address", cluster.dashboard]
+    watcher = subprocess.Popen(
+        [*command, *long, *settings(project)], env=environment, cwd=project, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in watcher.stdout:
+        if "Ray is up" in line:
+            break
+    watcher.send_signal(signal.SIGINT)
+    _, err = watcher.communicate(timeout=30)
+    assert watcher.returncode == 130
+    assert "the job goes on" in err
+    job = err.rpartition("--stop ")[2].strip()
+    time.sleep(1)
+    stopped = run_submit(cluster, project, "--stop", job)
+    assert (stopped.returncode, stopped.stderr.count("stopped")) == (0, 1), stopped.stderr
+    again = run_submit(cluster, project, "--follow", job)
+    assert again.returncode != 0
+    assert "Ray is up" in again.stdout
