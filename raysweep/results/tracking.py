@@ -65,6 +65,8 @@ class Tracker:
     def __init__(self, uri: str, experiment: str) -> None:
         # MLflow sets its own logger's level when it is imported.
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # Of every run it would print where a server shows it.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         import mlflow
 
@@ -78,15 +80,25 @@ class Tracker:
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
                 self.client.get_experiment_by_name(experiment)
             found = self.client.get_experiment_by_name(experiment)
-            self.experiment_id = (
-                found.experiment_id if found else self.client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
-            )
+            self.experiment_id = found.experiment_id if found else self._create_experiment(experiment)
             if found is not None and found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)
         except Exception as error:
             raise RaysweepError(f"tracking.uri: '{uri}' cannot be used as an MLflow store ({error})") from error
         self._children: dict[str, dict[str, Run]] = {}
         self._open: set[str] = set()
+
+    def _create_experiment(self, name: str) -> str:
+        """Returns the new experiment's id, or that of another sweep's which was quicker."""
+        from mlflow import MlflowException
+
+        try:
+            return str(self.client.create_experiment(name, tags=EXPERIMENT_TAGS))
+        except MlflowException:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def start_run(
         self, key: str, name: str, level: str, parent: str | None = None, tags: Mapping[str, str] | None = None
