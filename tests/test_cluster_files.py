@@ -1,0 +1,390 @@
+"""Every file of cluster/ by the validator of whoever reads it, and the local cluster for real."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raysweep import run, submit
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLUSTER = REPOSITORY / "cluster"
+BIN = Path(sys.executable).parent
+PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line)
+HEADED = ["Dockerfile", "aws.yaml", "gcp.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "local/cluster",
+          "mlflow/Dockerfile", "mlflow/compose.yaml", "slurm/sweep.sbatch"]  # fmt: skip
+
+
+def read(name):
+    return (CLUSTER / name).read_text()
+
+
+def documents(name):
+    return list(yaml.safe_load_all(read(name)))
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_header_says_what_it_needs_does_and_costs(name):
+    header = re.match(r"(?:#!.*\n)?((?:#.*\n)+)", read(name)).group(1)
+    assert all(f"# {word}" in header for word in ("Needs:", "Command:", "Costs:", "Remove:")), header
+
+
+def test_every_file_is_in_the_table():
+    told = read("README.md")
+    files = {path.relative_to(CLUSTER).as_posix() for path in CLUSTER.rglob("*") if path.is_file()}
+    assert files - {"README.md", "Dockerfile.dockerignore", "mlflow/.env.example"} == set(HEADED)
+    assert not [name for name in HEADED if name != "mlflow/Dockerfile" and f"({name})" not in told]
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_versions_are_those_of_the_constraints(name):
+    text = read(name)
+    found = dict(re.findall(r'"?([\w-]+)(?:\[\w+\])?==([\d.]+)"?', text))
+    assert {package: PINS[package] for package in found} == found
+    assert set(re.findall(r"rayproject/ray:([\d.]+)", text)) <= {PINS["ray"]}
+    assert set(re.findall(r'rayVersion: "([\d.]+)"', text)) <= {PINS["ray"]}
+
+
+def commands_in(text):
+    """Calls of raysweep's commands, continued lines joined and shell variables left as words."""
+    joined = re.sub(r"\\*\n\s*#?\s+(?=--)", " ", text)
+    return re.findall(r"(?:raysweep |-m raysweep\.)(run|submit)\b([^\n&|`;]*)", joined)
+
+
+@pytest.mark.parametrize("name", [*HEADED, "README.md"])
+def test_commands_use_options_that_exist(name, capsys):
+    parsers = {"run": run.build_parser(), "submit": submit.build_parser()}
+    for command, rest in commands_in(read(name)):
+        words = [word for word in shlex.split(rest.replace("$@", "")) if word]
+        parsers[command].parse_args(words)
+    if name in ("aws.yaml", "gcp.yaml", "slurm/sweep.sbatch", "kuberay/rayjob.yaml", "local/cluster"):
+        assert commands_in(read(name))
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_no_secret_lies_in_a_file(name):
+    assert re.findall(r"\b[0-9a-f]{24,}\b|AKIA[0-9A-Z]{16}|-----BEGIN|://[^/\s:$]+:[^/\s$]+@", read(name)) == []
+    for document in documents(name) if name.startswith("kuberay") else ():
+        assert set(document.get("stringData", {}).values()) <= {"https://MLFLOW", "REPLACE"}
+
+
+@pytest.mark.parametrize("name", [name for name in HEADED if "ocker" not in name and "mlflow" not in name])
+def test_every_cluster_wants_a_token(name):
+    assert re.search(r"RAY_AUTH_MODE=token|authOptions:\n\s+mode: token", read(name))
+
+
+# Ray's cluster launcher
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_ray_up_takes_it(name):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(yaml.safe_load(read(name)))
+    validate_config(prepared)
+    head, workers = (prepared["available_node_types"][kind] for kind in ("head", "gpu"))
+    assert head["resources"] == {"CPU": 0}
+    assert (workers["min_workers"], workers["max_workers"], workers["resources"]["GPU"]) == (0, 8, 1)
+    for commands in (prepared["head_start_ray_commands"], prepared["worker_start_ray_commands"]):
+        assert "RAYSWEEP_STORAGE=" in " ".join(commands)
+    with pytest.raises(Exception, match="unexpected"):
+        validate_config(prepare_config(yaml.safe_load(read(name)) | {"wrong_key": 1}))
+
+
+def test_workers_are_spot_and_heads_are_not():
+    aws, gcp = (yaml.safe_load(read(name))["available_node_types"] for name in ("aws.yaml", "gcp.yaml"))
+    assert aws["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert gcp["gpu"]["node_config"]["scheduling"][0]["provisioningModel"] == "SPOT"
+    assert "InstanceMarketOptions" not in aws["head"]["node_config"]
+    assert "scheduling" not in gcp["head"]["node_config"]
+
+
+# KubeRay: what its CRDs (ray.io/v1, KubeRay 1.5 and 1.6) and Kubernetes' core types say of the fields that are used
+
+CLUSTER_FIELDS = {"rayVersion": str, "enableInTreeAutoscaling": bool, "autoscalerOptions": dict, "authOptions": dict,
+                  "headGroupSpec": dict, "workerGroupSpecs": list, "suspend": bool, "headServiceAnnotations": dict,
+                  "gcsFaultToleranceOptions": dict}  # fmt: skip
+AUTOSCALER_FIELDS = {"idleTimeoutSeconds": int, "upscalingMode": ("Default", "Aggressive", "Conservative"), "env": list,
+                     "envFrom": list, "image": str, "imagePullPolicy": str, "resources": dict, "version": str,
+                     "volumeMounts": list, "securityContext": dict}  # fmt: skip
+AUTH_FIELDS = {"mode": ("disabled", "token"), "secretName": str, "enableK8sTokenAuth": bool}
+HEAD_FIELDS = {"rayStartParams": dict, "template": dict, "serviceType": str, "headService": dict, "enableIngress": bool}
+WORKER_FIELDS = {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "numOfHosts": int,
+                 "rayStartParams": dict, "template": dict, "scaleStrategy": dict, "idleTimeoutSeconds": int,
+                 "suspend": bool}  # fmt: skip
+JOB_FIELDS = {"entrypoint": str, "runtimeEnvYAML": str, "jobId": str, "metadata": dict, "clusterSelector": dict,
+              "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"), "submitterConfig": dict,
+              "submitterPodTemplate": dict, "backoffLimit": int, "activeDeadlineSeconds": int,
+              "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "rayClusterSpec": dict, "suspend": bool,
+              "managedBy": str, "deletionStrategy": dict, "entrypointNumCpus": (int, float),
+              "entrypointNumGpus": (int, float), "entrypointResources": str}  # fmt: skip
+POD_FIELDS = {"containers": list, "volumes": list, "tolerations": list, "serviceAccountName": str, "nodeSelector": dict,
+              "affinity": dict, "securityContext": dict, "initContainers": list, "imagePullSecrets": list}  # fmt: skip
+CONTAINER_FIELDS = {"name": str, "image": str, "env": list, "ports": list, "resources": dict, "volumeMounts": list,
+                    "command": list, "args": list, "lifecycle": dict, "imagePullPolicy": str,
+                    "securityContext": dict}  # fmt: skip
+
+
+def check(value, fields, required=()):
+    assert set(required) <= set(value), f"{set(required) - set(value)} missing"
+    for name, content in value.items():
+        assert name in fields, f"{name}: no such field"
+        expected = fields[name]
+        if isinstance(expected, tuple) and isinstance(expected[0], str):
+            assert content in expected, f"{name}: {content}"
+        else:
+            assert isinstance(content, expected), f"{name}: {content!r}"
+
+
+def check_pod(template, names):
+    """A pod template of a Ray group; `names` are the Secrets, claims and service accounts of the same file."""
+    pod = template["spec"]
+    check(pod, POD_FIELDS, ["containers"])
+    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+    for volume in volumes.values():
+        assert volume["persistentVolumeClaim"]["claimName"] in names["PersistentVolumeClaim"]
+    if "serviceAccountName" in pod:
+        assert pod["serviceAccountName"] in names["ServiceAccount"]
+    (container,) = pod["containers"]
+    check(container, CONTAINER_FIELDS, ["name", "image", "resources"])
+    assert {mount["name"] for mount in container.get("volumeMounts", [])} == set(volumes)
+    for variable in container["env"]:
+        assert set(variable) in ({"name", "value"}, {"name", "valueFrom"})
+        if "value" in variable:
+            assert isinstance(variable["value"], str), "Kubernetes takes text only"
+        else:
+            reference = variable["valueFrom"]["secretKeyRef"]
+            assert reference["key"] in names["Secret"][reference["name"]]["stringData"]
+    requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+    assert requests == limits, "a Ray node counts on what it was promised"
+    assert all(isinstance(amount, str) for amount in requests.values())
+    return container
+
+
+def check_cluster(spec, names):
+    check(spec, CLUSTER_FIELDS, ["headGroupSpec"])
+    check(spec["autoscalerOptions"], AUTOSCALER_FIELDS)
+    check(spec["authOptions"], AUTH_FIELDS, ["mode"])
+    check(spec["headGroupSpec"], HEAD_FIELDS, ["template", "rayStartParams"])
+    head = check_pod(spec["headGroupSpec"]["template"], names)
+    assert {port["name"]: port["containerPort"] for port in head["ports"]} == {
+        "gcs-server": 6379, "dashboard": 8265, "client": 10001,
+    }  # fmt: skip
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    settings = {variable["name"]: variable for variable in head["env"]}
+    assert "valueFrom" in settings["MLFLOW_TRACKING_URI"]
+    for group in spec["workerGroupSpecs"]:
+        check(group, WORKER_FIELDS, ["groupName", "minReplicas", "maxReplicas", "template", "rayStartParams"])
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        worker = check_pod(group["template"], names)
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        storage = next(variable for variable in worker["env"] if variable["name"] == "RAYSWEEP_STORAGE")
+        assert storage == settings["RAYSWEEP_STORAGE"]
+        mounted = [mount["mountPath"] for mount in worker.get("volumeMounts", [])]
+        assert storage["value"].startswith("s3://") or storage["value"] in mounted
+
+
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])
+def test_kuberay_takes_it(name):
+    *others, main = documents(name)
+    assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", d["metadata"]["name"]) for d in [*others, main])
+    names = {kind: {} for kind in ("Secret", "PersistentVolumeClaim", "ServiceAccount")}
+    for document in others:
+        assert document["apiVersion"] == "v1"
+        names[document["kind"]][document["metadata"]["name"]] = document
+    for claim in names["PersistentVolumeClaim"].values():
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "every node writes to it"
+    assert main["apiVersion"] == "ray.io/v1"
+    assert set(main) == {"apiVersion", "kind", "metadata", "spec"}
+    if main["kind"] == "RayJob":
+        check(main["spec"], JOB_FIELDS, ["entrypoint", "rayClusterSpec"])
+        assert main["spec"]["shutdownAfterJobFinishes"], "ttlSecondsAfterFinished counts only then"
+        assert len(main["metadata"]["name"]) <= 47, "KubeRay's limit"
+        check_cluster(main["spec"]["rayClusterSpec"], names)
+    else:
+        assert main["kind"] == "RayCluster"
+        assert main["metadata"]["name"] not in names["Secret"], "KubeRay keeps the token in a Secret of that name"
+        check_cluster(main["spec"], names)
+
+
+def test_the_check_finds_what_is_wrong():
+    for wrong in ({"rayVersio": "2"}, {"rayVersion": 2}, {"headGroupSpec": {}, "suspend": "no"}):
+        with pytest.raises(AssertionError):
+            check(wrong, CLUSTER_FIELDS, ["headGroupSpec"])
+    with pytest.raises(AssertionError):
+        check({"mode": "tokn"}, AUTH_FIELDS)
+
+
+# Shells
+
+
+@pytest.mark.parametrize("name", ["local/cluster", "slurm/sweep.sbatch"])
+def test_shellcheck_finds_nothing(name):
+    done = subprocess.run([BIN / "shellcheck", CLUSTER / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert os.access(CLUSTER / "local/cluster", os.X_OK)
+
+
+def test_slurm_starts_one_ray_on_each_node():
+    from ray.scripts.symmetric_run import symmetric_run
+
+    text = read("slurm/sweep.sbatch")
+    settings = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
+    assert settings["ntasks-per-node"] == "1"
+    options = {option for parameter in symmetric_run.params for option in getattr(parameter, "opts", [])}
+    assert {"--address", "--min-nodes"} <= options
+    started = subprocess.run([BIN / "ray", "start", "--help"], capture_output=True, text=True, check=True).stdout
+    own = re.search(r"ray symmetric-run (.*?) -- ", text.replace("\\\n", " "), re.S).group(1)
+    for option in re.findall(r"--[\w-]+", own):
+        assert option in options or option in started, option
+    assert "env RAY_ADDRESS=" in text, "symmetric-run does not set it"
+
+
+# Docker
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "mlflow/Dockerfile"])
+def test_dockerfiles_parse_and_end_without_root(name, tmp_path):
+    from dockerfile_parse import DockerfileParser
+
+    parser = DockerfileParser(fileobj=(tmp_path / "Dockerfile").open("w+b"))
+    parser.content = read(name)
+    steps = [(step["instruction"], step["value"]) for step in parser.structure]
+    known = {"FROM", "RUN", "COPY", "WORKDIR", "USER", "ENV", "EXPOSE", "COMMENT"}
+    assert {instruction for instruction, _ in steps} <= known
+    assert re.fullmatch(r"[\w./-]+:[\w.-]+", parser.baseimage)
+    assert not parser.baseimage.endswith(":latest")
+    users = [value for instruction, value in steps if instruction == "USER"]
+    assert users
+    assert users[-1] not in ("root", "0")
+    kept = {line[1:] for line in read("Dockerfile.dockerignore").splitlines() if line.startswith("!")}
+    for instruction, value in steps:
+        if instruction == "COPY":
+            sources = [word for word in value.split() if not word.startswith("--")][:-1]
+            assert all((REPOSITORY / source).exists() and source in kept for source in sources), value
+
+
+@pytest.fixture
+def composed(tmp_path):
+    """Reads compose.yaml with podman-compose's parser; a stand-in for podman answers its question for a version."""
+
+    def read_with(**secrets):
+        (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 5.2.0\n")
+        (tmp_path / "podman").chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), **secrets}
+        command = [BIN / "podman-compose", "-f", CLUSTER / "mlflow" / "compose.yaml", "config"]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return read_with
+
+
+SECRETS = ("POSTGRES_PASSWORD", "S3_SECRET_KEY", "MLFLOW_SECRET_KEY", "MLFLOW_ADMIN_PASSWORD")
+
+
+def test_compose_takes_it(composed):
+    done = composed(**{name: f"value-of-{name}" for name in SECRETS})
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(done.stdout)
+    services = found["services"]
+    assert set(services) == {"postgres", "s3", "bucket", "mlflow"}
+    for name, service in services.items():
+        assert ("image" in service) != ("build" in service), name
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert {entry["source"] for entry in service.get("configs", [])} <= set(found["configs"])
+        named = {volume.partition(":")[0] for volume in service.get("volumes", []) if isinstance(volume, str)}
+        assert named <= set(found["volumes"])
+        for other, wants in service.get("depends_on", {}).items():
+            assert wants["condition"] in ("service_healthy", "service_completed_successfully")
+            assert wants["condition"] != "service_healthy" or "healthcheck" in services[other]
+    assert "value-of-S3_SECRET_KEY" in found["configs"]["s3"]["content"]
+    assert "mlflow_auth" in found["configs"]["databases"]["content"]
+
+
+@pytest.mark.parametrize("missing", SECRETS)
+def test_compose_asks_for_each_secret(composed, missing):
+    done = composed(**{name: "x" for name in SECRETS if name != missing})
+    assert done.returncode != 0
+    assert missing in done.stderr
+    assert f"{missing}=\n" in read("mlflow/.env.example")
+
+
+def test_the_mlflow_server_has_the_options_it_is_given():
+    told = subprocess.run([BIN / "mlflow", "server", "--help"], capture_output=True, text=True, check=True).stdout
+    command = yaml.safe_load(read("mlflow/compose.yaml"))["services"]["mlflow"]["command"][-1]
+    options = re.findall(r"--[\w-]+", command)
+    assert {"--backend-store-uri", "--artifacts-destination", "--allowed-hosts", "--app-name"} <= set(options)
+    assert [option for option in options if option not in told] == []
+
+
+# The local cluster
+
+
+def local_cluster(state, *arguments):
+    environment = os.environ | {"RAYSWEEP_LOCAL_CLUSTER": str(state)}
+    command = [CLUSTER / "local" / "cluster", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def answer(address, token=None):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/api/jobs/", headers=headers), timeout=10
+        ) as found:
+            return found.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.fixture
+def state():
+    """A short path: Ray keeps sockets there."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="lc")) / "s"
+    yield folder
+    if folder.exists():
+        local_cluster(folder, "stop")
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_the_local_cluster_starts_wants_its_token_and_stops(state):
+    started = local_cluster(state, "start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    assert "a head and 2 workers with 1 CPUs each are running" in started.stdout
+    assert (state / "token").stat().st_mode & 0o777 == 0o600
+    address, token = (state / "address").read_text().strip(), (state / "token").read_text().strip()
+    assert [answer(address), answer(address, "another"), answer(address, token)] == [401, 403, 200]
+    assert token not in started.stdout
+    assert f"3 nodes at {address}" in local_cluster(state, "status").stdout
+    again = local_cluster(state, "start")
+    assert (again.returncode, again.stderr.strip()) == (
+        1, f"error: {state}: a cluster is running, or one was not stopped: {CLUSTER}/local/cluster stop",
+    )  # fmt: skip
+    assert local_cluster(state, "stop").returncode == 0
+    left = subprocess.run(["pgrep", "-fa", f"{state}/"], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+    assert not state.exists()
+    stopped = local_cluster(state, "stop")
+    assert (stopped.returncode, stopped.stderr.strip()) == (1, f"error: no cluster is running ({state} is not there)")
+
+
+@pytest.mark.parametrize("arguments", [[], ["begin"], ["start", "--what", "1"]])
+def test_the_local_cluster_says_how_it_is_used(state, arguments):
+    done = local_cluster(state, *arguments)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+    assert not state.exists()
