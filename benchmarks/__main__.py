@@ -28,6 +28,7 @@ NAMES = (
     "schedulers",
     "encoders",
     "bound",
+    "weak_scaling",
 )
 
 
