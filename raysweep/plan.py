@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from raysweep.cluster import Resources, check_resources, num_concurrent_trials, uses_gpu
@@ -11,6 +12,15 @@ from raysweep.search import population_size
 
 if TYPE_CHECKING:
     from raysweep.images.sources import ImageIndex
+
+
+def cluster_lines(present: Resources) -> list[str]:
+    """What a cluster has, node by node, equal ones together."""
+    kinds = Counter(present.by_node)
+    lines = [f"cluster: {present.num_nodes} nodes, {present.num_cpus} CPUs, {present.num_gpus} GPUs"]
+    for (num_cpus, num_gpus), count in sorted(kinds.items(), reverse=True):
+        lines.append(f"  {count} with {num_cpus} CPUs and {num_gpus} GPUs")
+    return lines
 
 
 def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:

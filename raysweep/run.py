@@ -57,12 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(experiment: Experiment) -> int:
-    from raysweep.cluster import local_resources
+    from raysweep.cluster import RaySession, joins_cluster, local_resources
     from raysweep.images.sources import load_index
-    from raysweep.plan import plan_lines
+    from raysweep.plan import cluster_lines, plan_lines
 
     index = load_index(experiment.data, experiment.seed)
-    print("\n".join(plan_lines(experiment, index, local_resources())))
+    if not joins_cluster():
+        print("\n".join(plan_lines(experiment, index, local_resources())))
+        return 0
+    session = RaySession(verbose=False)
+    try:
+        present = session.resources
+        print("\n".join([*cluster_lines(present), *plan_lines(experiment, index, present)]), flush=True)
+        from raysweep.estimate import estimate_lines
+
+        print("\n".join(estimate_lines(experiment, index, present)))
+    finally:
+        session.close()
     return 0
 
 
