@@ -149,7 +149,7 @@ class SweepContext:
         for block in settings["search"].values():
             for name in ("num_trials", "time_budget_s", "population", "baselines"):
                 block.pop(name, None)
-        root = str(self.paths.root)
+        root = location(self.paths.root)
         key = signature([self.index.fingerprint, settings])
         run_id, created = self.recorder.call(
             "start_run", key, self.experiment.name, "sweep", None, environment_tags(root)

@@ -51,7 +51,7 @@ def is_bucket(location: str) -> bool:
 def local_path(location: str) -> Path:
     """Where a location lies on this node: for a bucket's URI where its copy does, if it has been fetched."""
     if not is_bucket(location):
-        return Path(location)
+        return Path(location).expanduser()
     scheme, _, path = location.partition("://")
     return scratch() / scheme / posixpath.normpath(path)
 
@@ -60,8 +60,8 @@ def location(path: Path) -> str:
     """The inverse of `local_path`: what a path is called on every node."""
     if not path.is_absolute() or not path.is_relative_to(scratch()):
         return str(path)
-    scheme, *parts = path.relative_to(scratch()).parts
-    return f"{scheme}://{'/'.join(parts)}"
+    scheme, *parts = path.relative_to(scratch()).parts or ("",)
+    return f"{scheme}://{'/'.join(parts)}" if scheme in BUCKETS and parts else str(path)
 
 
 def _remote(path: Path) -> tuple[fs.FileSystem, str] | None:

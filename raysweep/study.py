@@ -256,7 +256,9 @@ class SearchStudy(Study):
         else:
             record = make_record(number, dict(trial.params), result, reason)
         self.search.tell(trial, record)
-        if not self.waiting and sweep.experiment.tracking.optuna_uri is None:
+        # A Population's trials are told together; the others one by one, each the work of minutes.
+        is_whole = self.config.mode != "linear_probe" or not self.waiting
+        if is_whole and sweep.experiment.tracking.optuna_uri is None:
             publish(sweep.paths.optuna_journal)
         if number in self.stopped:
             remove(self._stop_file(number))

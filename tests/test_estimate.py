@@ -25,7 +25,8 @@ def experiment(**keys):
     space = {"epochs": {"choices": [10]}}
     return Experiment.model_validate(
         {"name": "x", "data": {"source": "sklearn://digits"}, "encoders": [TINY],
-         "modes": ["linear_probe", "fine_tune"], "search": {"linear_probe": {"num_trials": 20, "space": space}, "fine_tune": {"num_trials": 4, "space": space}},
+         "modes": ["linear_probe", "fine_tune"],
+         "search": {"linear_probe": {"num_trials": 20, "space": space}, "fine_tune": {"num_trials": 4, "space": space}},
          **keys}, strict=False,
     )  # fmt: skip
 

@@ -74,6 +74,8 @@ def test_a_location_means_the_same_on_every_node(on_node, tmp_path):
         assert location(path) == uri
     assert location(local_path("/shared/runs")) == "/shared/runs"
     assert location(Path("runs")) == "runs"
+    beside = tmp_path / "node-1" / "runs" / "x"  # an ordinary folder that happens to lie there
+    assert (location(beside), local_path(str(beside))) == (str(beside), beside)
     assert [is_bucket(place) for place in ("s3://b/x", "gs://b", "hf://datasets/x", "/s3/x", "s3")] == [
         True, True, False, False, False,
     ]  # fmt: skip
