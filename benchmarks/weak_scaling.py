@@ -99,7 +99,7 @@ def measure(num_nodes: int, per_node: int, on_gpus: bool, folder: Path) -> dict[
             [request],
             index,
             num_gpus=num_nodes if on_gpus else 0,
-            cpus_of_a_node=1,
+            cpus_by_node=[1] * num_nodes,
             on_progress=lambda done, _total: told.append((time.perf_counter() - started, done)),
         )
         seconds = time.perf_counter() - started

@@ -46,9 +46,9 @@ class Resources:
         return self.nodes or ((self.num_cpus, self.num_gpus),)
 
     @property
-    def cpus_of_a_node(self) -> int:
-        """CPUs that every node has which has any: a head often has none, so that no work comes to it."""
-        return min((num_cpus for num_cpus, _ in self.by_node if num_cpus), default=1)
+    def cpus_by_node(self) -> tuple[int, ...]:
+        """CPUs of each node that has any: a head often has none, so that no work comes to it."""
+        return tuple(num_cpus for num_cpus, _ in self.by_node if num_cpus)
 
 
 def local_resources() -> Resources:

@@ -244,7 +244,7 @@ class SweepContext:
             requests,
             self.index,
             num_gpus=num_gpus,
-            cpus_of_a_node=present.cpus_of_a_node if joins_cluster() else None,
+            cpus_by_node=present.cpus_by_node if joins_cluster() else (),
             on_progress=lambda done, _total: stage.update(done),
         )
         stage.finish()

@@ -26,14 +26,14 @@ PASS = """
     from raysweep.images.passes import build_caches
     from raysweep.images.sources import ImageIndex
 
-    folder, marks, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder, marks, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 
     def slow_down():
         from raysweep.images import passes
         encode = passes.encode
 
         def slowly(*arguments):
-            time.sleep(0.7)
+            time.sleep(seconds)
             with open(f"{marks}/{ray.get_runtime_context().get_node_id()}", "a") as mark:
                 mark.write("x")
             return encode(*arguments)
@@ -57,7 +57,7 @@ PASS = """
     weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
     (cache,) = build_caches(
         [FeatureRequest(folder, encoder, weights, "fp32")], index, num_gpus=0,
-        cpus_of_a_node=present_resources().cpus_of_a_node, on_progress=lambda done, _: print("done", done),
+        cpus_by_node=present_resources().cpus_by_node, on_progress=lambda done, _: print("done", done),
     )
     features = load_features(cache.folder, ids, ["cls"])["cls"]
     print("result", json.dumps({"num_rows": cache.num_rows, "distinct": len(np.unique(features.numpy(), axis=0))}))
@@ -142,27 +142,27 @@ def read_until(process, word):
 
 def test_a_node_that_joins_takes_part_in_the_pass(nodes, tmp_path):
     (tmp_path / "marks").mkdir()
-    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 4 * NUM_IMAGES) as process:
+    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 32 * NUM_IMAGES, 1.2) as process:
         read_until(process, "done")
         nodes.add()
         found = json.loads(read_until(process, "result"))
     shares = [len(path.read_text()) for path in (tmp_path / "marks").iterdir()]
-    assert len(shares) == 2, "both nodes have encoded"
-    assert found == {"num_rows": 4 * NUM_IMAGES, "distinct": 4 * NUM_IMAGES}
+    assert len(shares) == 2, "both nodes have encoded; Ray Data looks for new ones every ten seconds"
+    assert found == {"num_rows": 32 * NUM_IMAGES, "distinct": 32 * NUM_IMAGES}
 
 
 def test_a_pass_survives_the_loss_of_a_node(nodes, tmp_path):
     (tmp_path / "marks").mkdir()
     lost = nodes.add()
     nodes.wait_for(2)
-    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 3 * NUM_IMAGES) as process:
+    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 16 * NUM_IMAGES, 0.7) as process:
         deadline = time.monotonic() + 60
         while len(list((tmp_path / "marks").iterdir())) < 2:
             assert time.monotonic() < deadline, "the second node never began"
             time.sleep(0.1)
         nodes.kill(lost)
         found = json.loads(read_until(process, "result"))
-    assert found == {"num_rows": 3 * NUM_IMAGES, "distinct": 3 * NUM_IMAGES}
+    assert found == {"num_rows": 16 * NUM_IMAGES, "distinct": 16 * NUM_IMAGES}
 
 
 def test_a_node_that_joins_gets_trials(nodes, tmp_path):

@@ -1,8 +1,8 @@
 """One Ray Data pass over the images makes every cache that is missing: each image is decoded once, then encoded.
 
-On CPUs a task does both with all cores of its node, because decoding in other processes would take cores from the
-encoder's threads, which wait for the slowest of them (measured on two cores with MobileNetV2: half the speed). With
-GPUs, tasks decode on all cores and an actor on every GPU encodes.
+On CPUs a task, or on a cluster an actor of each node, does both with all cores of its node, because decoding in other
+processes would take cores from the encoder's threads, which wait for the slowest of them (measured on two cores with
+MobileNetV2: half the speed). With GPUs, tasks decode on all cores and an actor on every GPU encodes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_caches(
     index: ImageIndex,
     *,
     num_gpus: int,
-    cpus_of_a_node: int | None = None,
+    cpus_by_node: Sequence[int] = (),
     on_progress: Progress = lambda _done, _total: None,
 ) -> list[Cache]:
     """Returns the caches asked for, in that order; those that are not there yet are made in one pass.
@@ -64,7 +64,7 @@ def build_caches(
         requests: feature and pixel caches of this index; requests of one folder are one cache.
         index: the images.
         num_gpus: GPUs to spread the encoders over; 0 encodes on CPUs.
-        cpus_of_a_node: of a cluster, whose nodes encode side by side, those that come later too; None on one machine.
+        cpus_by_node: of a cluster, whose nodes work side by side, those that come later too; empty on a Ray of our own.
         on_progress: called with (images done, images in all).
 
     Raises:
@@ -76,7 +76,7 @@ def build_caches(
             locks.enter_context(only_writer(folder))
         missing = {folder: request for folder, request in missing.items() if not _is_there(request)}
         if missing:
-            _make_pass(list(missing.values()), index, num_gpus, cpus_of_a_node, on_progress)
+            _make_pass(list(missing.values()), index, num_gpus, cpus_by_node, on_progress)
     caches = []
     for request in requests:
         cache = open_cache(request.folder)
@@ -106,13 +106,13 @@ def _import_encoders(block: pa.Table) -> pa.Table:
 
 
 def _make_pass(
-    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_of_a_node: int | None, on_progress: Progress
+    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_by_node: Sequence[int], on_progress: Progress
 ) -> None:
     started = time.perf_counter()
     for request in requests:
         remove_leftovers(request.folder)
     tally, num_rows = _Tally(len(requests)), len(index.table)
-    dataset = _dataset(requests, index, num_gpus, cpus_of_a_node)
+    dataset = _dataset(requests, index, num_gpus, cpus_by_node)
     for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         tally.add(receipts)
         on_progress(tally.num_rows, num_rows)
@@ -161,7 +161,7 @@ class _Tally:
 
 
 def _dataset(
-    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_of_a_node: int | None
+    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_by_node: Sequence[int]
 ) -> ray.data.Dataset:
     """A Ray Dataset that yields a receipt for every row; nothing runs yet."""
     import ray.data
@@ -170,6 +170,7 @@ def _dataset(
     job = {
         "key": uuid.uuid4().hex,
         "targets": [_target(request) for request in requests],
+        "num_threads": min(cpus_by_node, default=None),
         **put_index(index),
     }
     blocks = _blocks(len(index.table))
@@ -178,15 +179,22 @@ def _dataset(
     dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
     if not any(isinstance(request, FeatureRequest) for request in requests):
         return dataset.map_batches(partial(_decode, job=job), **WHOLE_BLOCKS)
+    # On a cluster, nodes that join while the pass goes on get actors too.
+    size: dict[str, int] = {"size": num_gpus}
+    if cpus_by_node:
+        size = {"min_size": num_gpus or len(cpus_by_node), "max_size": max(num_gpus, len(blocks))}
+    if not num_gpus and cpus_by_node:
+        # An actor on each node, which has its next block waiting: for a task on another node, Ray would learn a tenth
+        # of a second late that there is room, after every block.
+        compute = ActorPoolStrategy(**size)
+        keys: dict[str, Any] = {"compute": compute, "num_cpus": min(cpus_by_node), **WHOLE_BLOCKS}
+        return dataset.map_batches(_DecodersAndEncoders, fn_constructor_args=(job,), **keys)
     if not num_gpus:
-        # Tasks rather than actors, because Ray starts a process for every actor, but has idle ones for tasks. On one
-        # machine all blocks go to one process, which gives the encoders' memory back by ending after the last; its
-        # task asks for one CPU only, or it might never start beside training runs. On a cluster a task takes a node.
-        compute = TaskPoolStrategy(size=None if cpus_of_a_node else 1)
-        one_each = {"compute": compute, "num_cpus": cpus_of_a_node or 1, "max_calls": len(blocks)}
-        return dataset.map_batches(partial(_decode_and_encode, job=job), **one_each, **WHOLE_BLOCKS)
-    # Nodes that join a cluster while the pass goes on get actors too.
-    size = {"min_size": num_gpus, "max_size": max(num_gpus, len(blocks))} if cpus_of_a_node else {"size": num_gpus}
+        # Tasks rather than actors, because Ray starts a process for every actor, but has idle ones for tasks. Each
+        # asks for one CPU only, or it might never start beside training runs. All blocks go to one process, which
+        # gives the encoders' memory back by ending after the last.
+        one = {"compute": TaskPoolStrategy(size=1), "max_calls": len(blocks)}
+        return dataset.map_batches(partial(_decode_and_encode, job=job), **one, **WHOLE_BLOCKS)
     return dataset.map_batches(partial(_decode, job=job), **WHOLE_BLOCKS).map_batches(
         _Encoders,
         fn_constructor_args=(job,),
@@ -291,7 +299,7 @@ class _Encoders:
         self.job = job
         self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(num_cores())
+            torch.set_num_threads(job["num_threads"] or num_cores())
         self.encoders: dict[int, Encoder] = {}
         for number, target in enumerate(job["targets"]):
             if target["encoder"] is not None:
@@ -313,6 +321,13 @@ class _Encoders:
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()
         return pa.table(_receipts(row_ids, decoded["error"], seconds, memory, gpu_memory))
+
+
+class _DecodersAndEncoders(_Encoders):
+    """A node's share of a pass without GPUs: turns places of the index into files of features."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return super().__call__(_decode(block, self.job, self.job["num_threads"]))
 
 
 # What the tasks of a pass leave for the next ones in the same process, by the key of the pass.
