@@ -201,3 +201,63 @@ def test_importing_needs_neither_torch_nor_ray():
 def test_fractions_must_leave_something_to_train_on():
     with pytest.raises(ValueError, match="must stay below 1"):
         DataConfig(source="x", validation_fraction=0.5, test_fraction=0.5)
+
+
+# Where things are kept
+
+
+PLACES = {
+    "RAYSWEEP_STORAGE": "s3://bucket/team",
+    "MLFLOW_TRACKING_URI": "https://mlflow.example",
+    "RAYSWEEP_OPTUNA_URI": "postgresql://raysweep@database/optuna",
+    "RAYSWEEP_WAIT_FOR_NODES_S": "900",
+}
+
+
+def test_what_the_file_leaves_open_the_environment_answers(load, monkeypatch):
+    for name, value in PLACES.items():
+        monkeypatch.setenv(name, value)
+    experiment = load(MINIMAL)
+    assert experiment.storage == "s3://bucket/team"
+    assert experiment.tracking.uri == "https://mlflow.example"
+    assert experiment.tracking.optuna_uri == "postgresql://raysweep@database/optuna"
+    assert experiment.resources.wait_for_nodes_s == 900
+    said = MINIMAL + "storage: here\ntracking: {uri: 'sqlite:///mine.db'}\nresources: {wait_for_nodes_s: 0}\n"
+    experiment = load(said)
+    assert (experiment.storage, experiment.tracking.uri) == ("here", "sqlite:///mine.db")
+    assert (experiment.tracking.optuna_uri, experiment.resources.wait_for_nodes_s) == (PLACES["RAYSWEEP_OPTUNA_URI"], 0)
+    assert load(said, ["storage=there"]).storage == "there"
+
+
+def test_an_empty_variable_answers_nothing(load, monkeypatch):
+    for name in PLACES:
+        monkeypatch.setenv(name, "")
+    assert load(MINIMAL) == load(MINIMAL + "storage: runs\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("s3://bucket/", "s3://bucket"), ("gs://b/x/y/", "gs://b/x/y"), ("a/b", "a/b")]
+)
+def test_storages(load, given, kept):
+    assert load(MINIMAL + f"storage: {given}\n").storage == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("storage: abfs://c@a/x\n", "storage (line 3): accepted: a folder, s3://bucket/prefix or gs://bucket/prefix"),
+        ("storage: s3://\n", "storage (line 3): accepted: a folder"),
+        ("storage: 's3://b/x?region=y'\n", "storage (line 3): holds no options and no credentials"),
+        ("storage: s3://key:secret@b/x\n", "storage (line 3): holds no options and no credentials"),
+        ("tracking: {optuna_uri: 'mysql://h/x'}\n", "tracking.optuna_uri (line 3): accepted: postgresql://"),
+        ("tracking: {optuna_uri: 'postgresql://u:p@h/x'}\n", "tracking.optuna_uri (line 3): holds a password"),
+        ("tracking: {uri: 'https://u:p@h'}\n", "tracking.uri (line 3): holds a password"),
+        ("resources: {placement: spread}\n", "resources.placement (line 3)"),
+    ],
+)
+def test_places_that_are_refused(load, text, problem):
+    (found,) = problems(load, MINIMAL + text)
+    assert found.startswith(problem)
+    if "password" in problem:
+        assert "environment: " in found
+        assert ":p@" not in found
