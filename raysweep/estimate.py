@@ -116,6 +116,7 @@ def time_study(job: dict[str, Any], weights: dict[str, np.ndarray]) -> dict[str,
         Seconds an image for `decode` (one core), `encode` (this device, with all its cores) and `train`; seconds for
         an epoch of one of many heads, `head_epoch`.
     """
+    import ray
     import torch
 
     from raysweep.encoders import encoder_from_spec
@@ -131,7 +132,7 @@ def time_study(job: dict[str, Any], weights: dict[str, np.ndarray]) -> dict[str,
     encoder = encoder.to(device)
     is_probe = job["mode"] == "linear_probe"
     geometry = Geometry.of(encoder.preprocessing, for_training=not is_probe)
-    rows = _sample(job["rows"])
+    rows = _sample(ray.get(job["rows"]))
     seconds, (errors, pixels) = _timed(lambda: decode_rows(rows, job["image_column"], [geometry], num_threads=1))
     if all(errors):
         raise DataError(f"none of {len(rows)} images can be decoded, such as {rows['path'][0]}: {errors[0]}")
