@@ -233,7 +233,9 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if not verbose else "default")
         if started:
-            own: dict[str, Any] = {} if joins else {"num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
+            # "local", because Ray would else look for a cluster that runs on this machine, and join that one.
+            own: dict[str, Any] = {"address": "local", "num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
+            own = {} if joins else own
             with nullcontext() if verbose else _silent_stderr():
                 ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
         if not verbose:

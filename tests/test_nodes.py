@@ -195,6 +195,22 @@ def test_a_sweep_waits_for_nodes_where_it_is_told_to(nodes):
         assert json.loads(read_until(process, "result")) == 2
 
 
+ALONE = """
+    import os
+    del os.environ["RAY_ADDRESS"]
+    from raysweep.cluster import RaySession, local_resources
+
+    session = RaySession(verbose=False)
+    print("result", session.resources.num_nodes, session.resources.num_cpus == max(2, local_resources().num_cpus))
+    session.close()
+"""
+
+
+def test_a_sweep_of_this_machine_takes_no_notice_of_a_cluster_on_it(nodes):
+    with driver(nodes, ALONE) as process:
+        assert read_until(process, "result") == "1 True"
+
+
 def may_unshare():
     if shutil.which("unshare") is None or os.geteuid() != 0:
         return False

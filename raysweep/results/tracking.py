@@ -76,6 +76,7 @@ class Tracker:
         self.uri = uri
         # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
         try:
+            _knock(uri)
             with _impatient(), _alone(uri):
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
                 self.client.get_experiment_by_name(experiment)
@@ -280,6 +281,15 @@ def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Met
         for epoch, values in enumerate(history, start=first_epoch + 1)
         for name, value in values.items()
     ]
+
+
+def _knock(uri: str) -> None:
+    """Asks a PostgreSQL server whether it is there: MLflow would ask ten times, over minutes."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.partition("+")[0] == "postgresql":
+        import psycopg
+
+        psycopg.connect(f"postgresql://{rest}", connect_timeout=10).close()
 
 
 @contextmanager
