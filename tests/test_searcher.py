@@ -109,7 +109,7 @@ def test_a_group_that_waits_for_its_own_results_does_not_hold_up_the_next():
 
 def test_results_go_to_the_group_they_belong_to():
     groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
-    searcher = GroupSearcher(groups, 2, 2)
+    searcher = GroupSearcher(groups, 2, lambda: 2)
     suggest_all(searcher)
     searcher.on_trial_complete("t1", done({"trials": [{"number": 4}]}))
     assert (groups[0].taken, groups[1].taken) == ([], [(2, {"trials": [{"number": 4}]}, "the worker process died")])
@@ -121,7 +121,7 @@ def test_results_go_to_the_group_they_belong_to():
 )
 def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
     group = FakeGroup("a", [1, 2])
-    searcher = GroupSearcher([group], 1, 1)
+    searcher = GroupSearcher([group], 1, lambda: 1)
     searcher.suggest("t0")
     searcher.on_trial_complete("t0", result, error=result is None)
     searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
@@ -135,7 +135,7 @@ def decision(searcher, trial_id, result):
 
 def test_epochs_are_passed_on_and_results_are_not_taken_for_one():
     groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
-    searcher = GroupSearcher(groups, 2, 2)
+    searcher = GroupSearcher(groups, 2, lambda: 2)
     suggest_all(searcher)
     epoch = {"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}}
     assert decision(searcher, "t1", {"epoch": json.dumps(epoch)}) is EpochScheduler.CONTINUE
@@ -145,7 +145,7 @@ def test_epochs_are_passed_on_and_results_are_not_taken_for_one():
 
 def test_a_trial_is_stopped_when_its_group_says_so():
     group = FakeGroup("a", [1], last_epoch=2)
-    searcher = GroupSearcher([group], 1, 1)
+    searcher = GroupSearcher([group], 1, lambda: 1)
     searcher.suggest("t0")
     decisions = [decision(searcher, "t0", {"epoch": json.dumps({"epoch": epoch})}) for epoch in range(3)]
     assert decisions == ["CONTINUE", "CONTINUE", "STOP"]
@@ -155,7 +155,7 @@ def test_a_trial_is_stopped_when_its_group_says_so():
 
 
 def test_tune_may_pickle_the_searcher_and_the_scheduler_whatever_their_groups_hold():
-    searcher = GroupSearcher([lambda: "no pickle can hold this"], 1, 1)
+    searcher = GroupSearcher([lambda: "no pickle can hold this"], 1, lambda: 1)
     assert isinstance(pickle.loads(pickle.dumps(searcher)), GroupSearcher)
     assert isinstance(pickle.loads(pickle.dumps(EpochScheduler(searcher))), EpochScheduler)
 
@@ -175,7 +175,7 @@ def fail(*_arguments):
 def test_an_error_of_a_listener_stops_the_search(listener):
     group = FakeGroup("a", range(9))
     setattr(group, listener, fail)
-    searcher = GroupSearcher([group], 1, 2)
+    searcher = GroupSearcher([group], 1, lambda: 2)
     suggest_all(searcher)
     if listener == "on_epoch":
         assert decision(searcher, "t0", {"epoch": "{}"}) == "CONTINUE"
@@ -192,7 +192,7 @@ def test_an_error_of_a_listener_stops_the_search(listener):
 def test_an_error_while_work_is_sought_stops_the_search():
     group = FakeGroup("a", [1])
     group.next_work = fail
-    searcher = GroupSearcher([group], 1, 1)
+    searcher = GroupSearcher([group], 1, lambda: 1)
     with pytest.raises(BrokenStoreError):
         searcher.suggest("t0")
     assert isinstance(searcher.failure, BrokenStoreError)
@@ -229,6 +229,7 @@ def fake_tune(monkeypatch):
         Tuner=FakeTuner,
         TuneConfig=SimpleNamespace,
         RunConfig=SimpleNamespace,
+        FailureConfig=SimpleNamespace,
         with_resources=lambda trainable, resources: trainable,
         with_parameters=lambda trainable, **parameters: trainable,
     )
