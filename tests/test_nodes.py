@@ -72,11 +72,16 @@ GROUPS = """
     class Group:
         name = mode = "a"
 
-        def __init__(self, count):
-            self.pieces, self.taken, self.num_running = list(range(count)), {}, 0
+        def __init__(self, count, num_nodes):
+            self.count, self.num_nodes, self.next, self.taken, self.num_running = count, num_nodes, 0, {}, 0
 
         def next_work(self):
-            return {"group": "a", "piece": self.pieces.pop(0)} if self.pieces else None
+            # At least `count` pieces, and more until so many nodes have worked: some take long to start.
+            is_enough = self.next >= self.count and len(set(self.taken.values())) >= self.num_nodes
+            if is_enough or self.next == 100:
+                return None
+            self.next += 1
+            return {"group": "a", "piece": self.next - 1}
 
         def take(self, work, results, reason):
             self.taken[work["piece"]] = results or reason
@@ -92,7 +97,7 @@ GROUPS = """
         tune.report({"results": json.dumps(ray.get_runtime_context().get_node_id())})
 
     searcher.run_work = work
-    session, group = RaySession(verbose=False), Group(int(sys.argv[2]))
+    session, group = RaySession(verbose=False), Group(int(sys.argv[2]), int(sys.argv[3]))
     print("up", session.resources.num_cpus)
     searcher.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
     session.close()
@@ -166,18 +171,18 @@ def test_a_pass_survives_the_loss_of_a_node(nodes, tmp_path):
 
 
 def test_a_node_that_joins_gets_trials(nodes, tmp_path):
-    with driver(nodes, GROUPS, tmp_path / "tune", 12) as process:
+    with driver(nodes, GROUPS, tmp_path / "tune", 4, 2) as process:
         read_until(process, "taken")
         nodes.add()
         taken = json.loads(read_until(process, "result"))
-    assert sorted(map(int, taken)) == list(range(12))
+    assert sorted(map(int, taken)) == list(range(len(taken)))
     assert len(set(taken.values())) == 2, "both nodes have worked"
 
 
 def test_the_work_of_a_lost_node_is_done_again(nodes, tmp_path):
     lost = nodes.add()
     nodes.wait_for(2)
-    with driver(nodes, GROUPS, tmp_path / "tune", 8) as process:
+    with driver(nodes, GROUPS, tmp_path / "tune", 8, 1) as process:
         assert read_until(process, "up") == "2"
         for _ in range(3):
             read_until(process, "taken")
