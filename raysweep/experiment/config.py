@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from raysweep.experiment.explain import explain
@@ -32,7 +32,7 @@ from raysweep.experiment.studies import (
     mode_problems,
     without_repeats,
 )
-from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_overrides
+from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_defaults, with_overrides
 from raysweep.filesystems import BUCKETS
 from raysweep.paths import file_name
 
@@ -56,12 +56,12 @@ __all__ = [
 ]
 
 
-# Where a key that the file leaves open is looked for: these say what a machine or cluster is like.
-ENVIRONMENT = {
-    "storage": "RAYSWEEP_STORAGE",
-    "tracking.uri": "MLFLOW_TRACKING_URI",
-    "tracking.optuna_uri": "RAYSWEEP_OPTUNA_URI",
-    "resources.wait_for_nodes_s": "RAYSWEEP_WAIT_FOR_NODES_S",
+# Where a key that the file leaves open is looked for, and what is read there: these say what a machine or cluster is.
+ENVIRONMENT: dict[str, tuple[str, type[str] | type[float]]] = {
+    "storage": ("RAYSWEEP_STORAGE", str),
+    "tracking.uri": ("MLFLOW_TRACKING_URI", str),
+    "tracking.optuna_uri": ("RAYSWEEP_OPTUNA_URI", str),
+    "resources.wait_for_nodes_s": ("RAYSWEEP_WAIT_FOR_NODES_S", float),
 }
 PASSWORDS = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
 
@@ -307,9 +307,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         ConfigError: everything that is wrong with the file, one line each.
     """
-    file = with_overrides(read_yaml(Path(path)), overrides)
+    file = with_defaults(with_overrides(read_yaml(Path(path)), overrides), _environment())
     try:
-        experiment = Experiment.model_validate({"name": file_name(Path(path).stem), **_with_environment(file.data)})
+        experiment = Experiment.model_validate({"name": file_name(Path(path).stem), **file.data})
     except ValidationError as error:
         raise config_error(file, [*file.problems, *explain(error, file, experiment_schema())]) from None
     if file.problems:
@@ -317,16 +317,16 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return experiment
 
 
-def _with_environment(data: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what the file leaves open and the environment says: where a machine or cluster keeps things."""
-    for key, name in ENVIRONMENT.items():
-        section, _, leaf = key.rpartition(".")
-        if (value := yaml.safe_load(os.environ.get(name, ""))) is not None:
-            if not section:
-                data = {leaf: value} | data
-            elif isinstance(inner := data.get(section, {}), dict):
-                data = data | {section: {leaf: value} | inner}
-    return data
+def _environment() -> dict[str, tuple[Any, str]]:
+    """What the environment answers: by key a value, and the name of its variable."""
+    found = {}
+    for key, (name, kind) in ENVIRONMENT.items():
+        if text := os.environ.get(name, "").strip():
+            value: str | float = text
+            with suppress(ValueError):  # the schema says better what is wrong
+                value = kind(text)
+            found[key] = value, f"{name} of the environment"
+    return found
 
 
 def experiment_schema() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A YAML file that remembers its lines, command-line overrides of it, and the error that lists its problems."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a YAML file holds, and where each part of it stands."""
+    """What a YAML file holds, and where each part of it stands; `origins` names where what it does not hold is from."""
 
     name: str
     data: Any
     root: yaml.Node | None = None
     problems: tuple[Problem, ...] = ()
-    overridden: tuple[KeyPath, ...] = ()
+    origins: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def lines(self, path: KeyPath) -> list[int]:
         """Returns the line, counted from 1, of each step of the path that stands in the file."""
@@ -68,8 +68,8 @@ class YamlFile:
             entry = _entry(node, step)
             node = entry[1] if entry else None
             value = child(value, step)
-        overridden = any(path[: len(changed)] == changed for changed in self.overridden)
-        if not overridden and isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | None):
+        in_file = not any(path[: len(changed)] == changed for changed in self.origins)
+        if in_file and isinstance(node, yaml.ScalarNode) and not isinstance(value, str | bool | None):
             return str(node.value)
         return _described(value)
 
@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> YamlFile:
 
 def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
     """Applies `a.b.c=value` overrides in order, each value read as YAML; those that fail become problems."""
-    data, problems, paths = file.data, list(file.problems), list(file.overridden)
+    data, problems, origins = file.data, list(file.problems), dict(file.origins)
     for override in overrides:
         key, equals, text = override.partition("=")
         path: KeyPath = tuple(key.strip().split("."))
@@ -115,8 +115,22 @@ def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
             continue
         steps = tuple(int(step) if str(step).isdigit() else step for step in path)
         problems.extend(_bad_keys(root, steps, set()))
-        paths.append(steps)
-    return replace(file, data=data, problems=tuple(problems), overridden=tuple(paths))
+        origins[steps] = "--set"
+    return replace(file, data=data, problems=tuple(problems), origins=origins)
+
+
+def with_defaults(file: YamlFile, defaults: Mapping[str, tuple[Any, str]]) -> YamlFile:
+    """Fills in keys `a.b` that are open, each with a value and the name of what it is from."""
+    data, origins = file.data, dict(file.origins)
+    for key, (value, origin) in defaults.items():
+        *sections, leaf = key.split(".")
+        section = data
+        for step in sections:
+            section = section.get(step, {})
+        if isinstance(section, dict) and leaf not in section:
+            data = _with_value(data, (*sections, leaf), value)
+            origins[(*sections, leaf)] = origin
+    return replace(file, data=data, origins=origins)
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
@@ -206,10 +220,12 @@ def _place(file: YamlFile, problem: Problem) -> str:
     if not path:
         return ""
     notes = [f"line {problem.line or lines[-1]}"] if lines else []
-    if any(path[: len(changed)] == changed for changed in file.overridden):
-        notes = ["--set"]
-    elif any(changed[: len(path)] == path for changed in file.overridden):
-        notes = [*notes, "--set"] if len(lines) == len(path) else ["--set"]
+    above = [origin for changed, origin in file.origins.items() if path[: len(changed)] == changed]
+    below = [origin for changed, origin in file.origins.items() if changed[: len(path)] == path]
+    if above:
+        notes = above[-1:]
+    elif below:
+        notes = [*(notes if len(lines) == len(path) else []), *dict.fromkeys(below)]
     return _dotted(path) + (f" ({' and '.join(notes)}): " if notes else ": ")
 
 

@@ -236,6 +236,31 @@ def test_an_empty_variable_answers_nothing(load, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("RAYSWEEP_STORAGE", "http://x", "storage (RAYSWEEP_STORAGE of the environment): accepted: a folder, s3://"),
+        ("RAYSWEEP_OPTUNA_URI", "mysql://h/x", "tracking.optuna_uri (RAYSWEEP_OPTUNA_URI of the environment): accep"),
+        ("RAYSWEEP_WAIT_FOR_NODES_S", "soon", "resources.wait_for_nodes_s (RAYSWEEP_WAIT_FOR_NODES_S of the environment"
+         "): expected a number, found 'soon'"),
+        ("MLFLOW_TRACKING_URI", "http://u:p@h", "tracking.uri (MLFLOW_TRACKING_URI of the environment): holds a pass"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_wrong_is_named(load, monkeypatch, name, value, problem):
+    monkeypatch.setenv(name, value)
+    (found,) = problems(load, MINIMAL + "tracking: {experiment: x}\n")
+    assert found.startswith(problem)
+    kept = {"RAYSWEEP_STORAGE": "storage=here", "MLFLOW_TRACKING_URI": "tracking.uri=sqlite:///x.db"}.get(name)
+    if kept:
+        load(MINIMAL, [kept])  # what is not asked cannot be wrong
+
+
+def test_a_variable_is_text_and_not_yaml(load, monkeypatch):
+    monkeypatch.setenv("RAYSWEEP_STORAGE", "12")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///a: b.db")
+    assert (load(MINIMAL).storage, load(MINIMAL).tracking.uri) == ("12", "sqlite:///a: b.db")
+
+
+@pytest.mark.parametrize(
     ("given", "kept"), [("s3://bucket/", "s3://bucket"), ("gs://b/x/y/", "gs://b/x/y"), ("a/b", "a/b")]
 )
 def test_storages(load, given, kept):
