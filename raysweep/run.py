@@ -102,11 +102,12 @@ def _next_steps(experiment: Experiment, rows: Sequence[dict[str, object]]) -> li
 
     paths = SweepPaths(experiment.storage, experiment.name)
     models = [_shown(str(row["model_path"])) for row in rows if row["model_path"]]
+    uri = experiment.tracking.uri
     return [
         "",
         f"results    {_shown(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         *[f"predict    raysweep predict {model} IMAGE [IMAGE ...]" for model in models[:1]],
-        f"compare    mlflow ui --backend-store-uri {experiment.tracking.uri}",
+        f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
 

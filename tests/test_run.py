@@ -124,6 +124,15 @@ def test_the_next_steps_name_the_best_model_that_there_is(experiment, tmp_path):
     assert not any(step.startswith("predict") for step in run._next_steps(loaded, [{"model_path": None}]))
 
 
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [("sqlite:///m.db", "mlflow ui --backend-store-uri sqlite:///m.db"), ("https://mlflow.example", "https://mlflow.e")],
+)
+def test_the_next_steps_say_where_runs_are_compared(experiment, uri, told):
+    loaded = load_experiment(Path(experiment()), [f"tracking.uri={uri}"])
+    assert any(step.startswith(f"compare    {told}") for step in run._next_steps(loaded, []))
+
+
 def test_the_console_script_shares_its_commands(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["raysweep", "--version"])
     assert __main__.main() == 0
