@@ -54,8 +54,7 @@ def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precisi
     """
     spec = encoder.spec()
     kept = {key: spec[key] for key in ("family", "config", "preprocessing", "parts")}
-    rows = signature([index.table["row_id"].to_pylist(), index.table["content_hash"].to_pylist()])
-    return signature(["features", rows, kept, weights, precision, STORED_DTYPE])
+    return signature(["features", index.row_signature, kept, weights, precision, STORED_DTYPE])
 
 
 @torch.inference_mode()

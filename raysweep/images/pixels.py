@@ -115,8 +115,7 @@ def pixel_signature(index: ImageIndex, preprocessing: Preprocessing) -> str:
     """Signature of row contents and of the geometry; encoders that differ in mean and std alone share a cache."""
     geometry = preprocessing.to_dict()
     kept = {key: geometry[key] for key in ("resize", "resize_size", "crop_size", "resample")}
-    rows = signature([index.table["row_id"].to_pylist(), index.table["content_hash"].to_pylist()])
-    return signature(["pixels", PIXEL_FORMAT, rows, kept])
+    return signature(["pixels", PIXEL_FORMAT, index.row_signature, kept])
 
 
 def pixel_bytes(index: ImageIndex, preprocessing: Preprocessing) -> int:

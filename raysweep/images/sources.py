@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,15 @@ class ImageIndex:
     fingerprint: str
     image_column: str | None = None
     derived_splits: tuple[str, ...] = ()
+
+    @cached_property
+    def row_signature(self) -> str:
+        """Signature of row ids and contents in their order: what caches of all rows depend on."""
+        row_ids, contents = hashlib.sha256(), hashlib.sha256()
+        for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=2**16):
+            row_ids.update(batch["row_id"].to_numpy().tobytes())
+            contents.update("".join(f"{content}\n" for content in batch["content_hash"].to_pylist()).encode())
+        return signature([row_ids.hexdigest(), contents.hexdigest()])
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Returns the number of images by split and class name, zeros included."""
@@ -172,7 +182,8 @@ def _stream_images(
 
 def _hash_images(listing: Listing) -> list[str | DataError]:
     """Content hash of each row, or why it is bad; the bytes are not kept."""
-    outcomes: list[str | DataError] = [DataError(row.problem or "not read") for row in listing.rows]
+    unread = DataError("not read")  # one for all, since an exception takes more room than a row
+    outcomes: list[str | DataError] = [DataError(row.problem) if row.problem else unread for row in listing.rows]
     files: list[int] = []
     tables: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(listing.rows):
