@@ -95,10 +95,23 @@ def test_ray_up_takes_it(name):
     head, workers = (prepared["available_node_types"][kind] for kind in ("head", "gpu"))
     assert head["resources"] == {"CPU": 0}
     assert (workers["min_workers"], workers["max_workers"], workers["resources"]["GPU"]) == (0, 8, 1)
+    # Docker hands no GPU on by itself, and Ray's defaults would install packages that the image has.
+    assert prepared["docker"]["worker_run_options"] == ["--gpus all"]
+    assert prepared["setup_commands"] == prepared["head_setup_commands"] == []
     for commands in (prepared["head_start_ray_commands"], prepared["worker_start_ray_commands"]):
         assert "RAYSWEEP_STORAGE=" in " ".join(commands)
     with pytest.raises(Exception, match="unexpected"):
         validate_config(prepare_config(yaml.safe_load(read(name)) | {"wrong_key": 1}))
+
+
+def test_aws_machines_have_an_image_and_rights_of_their_own():
+    """Ray's default image is of 2023 and has no driver for today's CUDA; a head with no rights starts no workers."""
+    nodes = yaml.safe_load(read("aws.yaml"))["available_node_types"]
+    settings = [nodes[kind]["node_config"] for kind in ("head", "gpu")]
+    assert [setting["ImageId"] for setting in settings] == ["AMI", "AMI"]
+    names = [setting["IamInstanceProfile"]["Name"] for setting in settings]
+    assert names == ["raysweep-head", "raysweep-node"]
+    assert all(f"`{name}`" in read("aws.yaml") for name in names)
 
 
 def test_workers_are_spot_and_heads_are_not():
