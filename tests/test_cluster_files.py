@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -387,6 +388,9 @@ def test_the_local_cluster_starts_wants_its_token_and_stops(state):
     assert (again.returncode, again.stderr.strip()) == (
         1, f"error: {state}: a cluster is running, or one was not stopped: {CLUSTER}/local/cluster stop",
     )  # fmt: skip
+    os.killpg(
+        int((state / "worker-2.pid").read_text()), signal.SIGKILL
+    )  # a node that died does not keep it from ending
     assert local_cluster(state, "stop").returncode == 0
     left = subprocess.run(["pgrep", "-fa", f"{state}/"], capture_output=True, text=True, check=False).stdout
     assert left == ""

@@ -126,7 +126,10 @@ def test_the_next_steps_name_the_best_model_that_there_is(experiment, tmp_path):
 
 @pytest.mark.parametrize(
     ("uri", "told"),
-    [("sqlite:///m.db", "mlflow ui --backend-store-uri sqlite:///m.db"), ("https://mlflow.example", "https://mlflow.e")],
+    [
+        ("sqlite:///m.db", "mlflow ui --backend-store-uri sqlite:///m.db"),
+        ("https://mlflow.example", "https://mlflow.e"),
+    ],
 )
 def test_the_next_steps_say_where_runs_are_compared(experiment, uri, told):
     loaded = load_experiment(Path(experiment()), [f"tracking.uri={uri}"])
