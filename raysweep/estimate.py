@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 SAMPLE = 16  # images that are decoded; as many are encoded on a CPU, and trained on
 GPU_SAMPLE = 128
 MAX_ROWS = 4096  # of features on which a Population is timed for one epoch
+SECONDS_FOR_ROOM = 15
 START_SECONDS = {"pass": 8.0, "trial": 1.0}  # of a pass, and of a trial that trains alone, measured on two cores
 
 
 def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:
     """Times a sample of the work on one node; returns what each part of the plan will take, and all of it.
 
-    Must be called with Ray up. Loads each encoder.
+    Must be called with Ray up. Loads each encoder. Where all nodes are busy, a line says that there is no estimate.
 
     Raises:
         RaysweepError: an encoder cannot be loaded, or no image of the sample can be decoded.
     """
     on_gpu = uses_gpu(experiment.resources, present)
+    if not _is_room(on_gpu):
+        return [f"time there: no estimate, since {'every GPU' if on_gpu else 'every CPU'} of the cluster is busy"]
     counts = {split: sum(by_class.values()) for split, by_class in index.counts().items()}
     lines, total, passes = ["time there, from a sample that one node worked on:"], 0.0, {}
     for study in experiment.studies():
@@ -65,6 +68,18 @@ def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources
         total += seconds
     lines.append(f"  all: {_about(total)}; less where trials stop early, or where caches are there already")
     return lines
+
+
+def _is_room(on_gpu: bool) -> bool:
+    """Waits for a while until some node could work on the sample at once."""
+    import ray
+
+    deadline = time.monotonic() + SECONDS_FOR_ROOM
+    while ray.available_resources().get("GPU" if on_gpu else "CPU", 0) < 1:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 def _about(seconds: float) -> str:

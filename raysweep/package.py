@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import subprocess
+import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import raysweep
 from raysweep.errors import ConfigError
-from raysweep.experiment.config import Experiment
+from raysweep.experiment.config import DataConfig, Experiment
+from raysweep.images.listing import list_source, local_files
 from raysweep.paths import signature
 from raysweep.storage import is_bucket, upload
 
-LIMIT = 500 * 2**20  # bytes; Ray keeps packages in its head's memory and takes 512 MiB
-LEFT_OUT = [".git", ".venv", "venv", "__pycache__", "*.pyc"]
+LIMIT = 100 * 2**20  # bytes that the dashboard of Ray takes in one request
+# Whatever .gitignore says: secrets, and what a sweep leaves.
+LEFT_OUT = {
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    ".env",
+    ".ssh",
+    ".aws",
+    ".ray",
+    "mlruns",
+    "mlartifacts",
+    "mlflow.db",
+}
 UPLOADED = "uploaded"  # folder of the package for what --upload-data adds
 CLUSTERS_OWN = {"ray"}  # whose version must be that of the nodes
+CHUNK = 2**20
+
+Files = dict[str, Path]  # by name, with slashes, in the package
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,16 @@ class LocalPath:
     value: str
     path: Path
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether it means a place in the working directory, as it is and as the job finds it."""
+        return not Path(self.value).expanduser().is_absolute()
+
+    @property
+    def folder(self) -> Path:
+        """What names within it are relative to: tables name their images relative to themselves."""
+        return self.path.parent if self.path.is_file() else self.path
+
 
 def local_paths(experiment: Experiment) -> list[LocalPath]:
     """The images and weights of an experiment, in as far as they lie on this machine or claim to.
@@ -39,114 +70,181 @@ def local_paths(experiment: Experiment) -> list[LocalPath]:
     """
     values = {"data.source": experiment.data.source}
     for number, encoder in enumerate(experiment.encoders):
-        if encoder.use_pretrained and encoder.pretrained_model_name_or_path:
+        if encoder.pretrained_model_name_or_path:
             values[f"encoders.{number}.pretrained_model_name_or_path"] = encoder.pretrained_model_name_or_path
     found = []
     for key, value in values.items():
-        path = Path(value).expanduser()
-        if "://" in value or not (path.exists() or key == "data.source"):  # else the name of weights on the hub
+        local = LocalPath(key, value, Path(os.path.abspath(os.path.expanduser(value))))
+        if "://" in value or not (local.path.exists() or key == "data.source"):  # else the name of weights on the hub
             continue
-        if not path.exists() and not path.is_absolute():
-            raise ConfigError(f"{key}: {path.absolute()}: no such file or folder")
-        found.append(LocalPath(key, value, path.absolute()))
+        if not local.path.exists() and local.is_relative:
+            raise ConfigError(f"{key}: {local.path}: no such file or folder")
+        found.append(local)
     return found
 
 
 def build_package(
-    target: Path, experiment_file: Path, experiment: Experiment, *, upload_data: bool
+    target: Path,
+    experiment_file: Path,
+    experiment: Experiment,
+    *,
+    upload_data: bool,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[str, list[str]]:
-    """Packs the working directory, as its .gitignore says, with the experiment file and raysweep itself.
+    """Packs the working directory, as .gitignore says, with the experiment file and raysweep itself.
 
     Args:
         target: the zip file to be made.
         experiment_file: as it was named.
         experiment: what is in it.
-        upload_data: whether local images and weights go along, images into the storage where that is a bucket.
+        upload_data: whether local images and weights go along, into the storage where that is a bucket.
+        say: told what takes long.
 
     Returns:
         The experiment file's path within the package, and `KEY=VALUE` settings that lead to what was uploaded.
 
     Raises:
         ConfigError: the cluster would not see something that the experiment names, or the package is too large.
+        DataError: the images cannot be listed.
     """
-    from ray._private.runtime_env.packaging import create_package
-
-    create_package(os.getcwd(), target, include_gitignore=True, excludes=LEFT_OUT)
-    with zipfile.ZipFile(target, "a", zipfile.ZIP_DEFLATED) as package:
-        names = set(package.namelist())
-        inside = _name_inside(experiment_file)
-        if inside is None or inside not in names:
-            inside = f"{UPLOADED}/{experiment_file.name}"
-            package.write(experiment_file, inside)
-        if "raysweep/__init__.py" not in names:
-            _add(package, Path(raysweep.__file__).parent, "raysweep", {".py", ".typed"})
-        settings = []
-        for local in local_paths(experiment):
-            if _is_packed(local, names):
-                continue
-            if not upload_data:
-                _check_visible(local)
-                continue
-            if not local.path.exists():
-                raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
-            settings.append(f"{local.key}={_send(local, experiment, package)}")
-    if target.stat().st_size > LIMIT:
-        size = f"{target.stat().st_size / 2**20:,.0f} MiB"
-        raise ConfigError(
-            f"the working directory makes a package of {size}, Ray takes {LIMIT / 2**20:,.0f}: leave data out of it "
-            "with .gitignore, and keep it in a bucket (data.source: s3://..., or storage: s3://... and --upload-data)"
-        )
+    here = Path.cwd()
+    results = _name_inside(Path(experiment.storage).expanduser()) or ".."
+    files = {name: here / name for name in working_files(here) if not name.startswith(f"{results}/")}
+    inside = _name_inside(experiment_file)
+    if inside not in files:
+        inside = f"{UPLOADED}/{experiment_file.name}"
+        files[inside] = experiment_file
+    if "raysweep/__init__.py" not in files:
+        folder = Path(raysweep.__file__).parent
+        modules = [name for name in local_files(str(folder)) if name.endswith((".py", ".typed"))]
+        files |= {f"raysweep/{name}": folder / name for name in modules}
+    settings = []
+    for local in local_paths(experiment):
+        if local.is_relative and all(_name_inside(path) in files for path in _files_of(local, experiment.data)):
+            continue
+        if upload_data:
+            place, added = _send(local, experiment, say)
+            files |= added
+            settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
+        elif local.is_relative:
+            raise ConfigError(_invisible(local))
+    _write(target, files)
     return inside, settings
+
+
+def working_files(folder: Path) -> list[str]:
+    """Names of the files below a folder that no .gitignore keeps out, as git lists them; links are followed.
+
+    Raises:
+        ConfigError: git is not there, or refuses.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        environment = os.environ | {"LC_ALL": "C"}
+        return subprocess.run(["git", *arguments], cwd=folder, env=environment, capture_output=True, check=False)
+
+    if shutil.which("git") is None:
+        raise ConfigError("git is not installed; it is asked what .gitignore keeps out of the package")
+    with tempfile.TemporaryDirectory() as empty:
+        repository: list[str] = []
+        if b"not a git repository" in git("rev-parse").stderr:
+            git("init", "--quiet", empty)
+            repository = [f"--git-dir={empty}/.git", f"--work-tree={folder}"]
+        listed = git(*repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed.returncode:
+        raise ConfigError(f"{folder}: git cannot list it ({' '.join(listed.stderr.decode().split())})")
+    found = []
+    for name in os.fsdecode(listed.stdout).split("\0"):
+        path = folder / name
+        if name and path.is_dir():  # a link to a folder, or a repository of its own
+            within = working_files(path) if (path / ".git").exists() else local_files(str(path))
+            found += [f"{name.rstrip('/')}/{inner}" for inner in within]
+        elif path.is_file():  # and not one that git knows, but that is gone
+            found.append(name)
+    return sorted(name for name in set(found) if not LEFT_OUT & set(name.split("/")))
 
 
 def _name_inside(path: Path) -> str | None:
     """A path relative to the working directory, None outside of it."""
-    absolute, here = path.absolute(), Path.cwd()
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else None
 
 
-def _is_packed(local: LocalPath, names: Iterable[str]) -> bool:
-    inside = _name_inside(local.path)
-    if Path(local.value).is_absolute() or inside is None:
-        return False
-    return any(PurePosixPath(name).is_relative_to(inside) and not name.endswith("/") for name in names)
+def _files_of(local: LocalPath, data: DataConfig) -> list[Path]:
+    """The files that a local path stands for: of data the images and tables that would be read."""
+    if local.key != "data.source":
+        return [local.folder / name for name in local_files(str(local.folder))]
+    paths = {Path(row.path) for row in list_source(data).rows if "://" not in row.path}
+    return sorted(path for path in {*paths, local.path} if path.is_file())
 
 
-def _check_visible(local: LocalPath) -> None:
-    """Lets an absolute path pass: it may be a folder that the nodes share, and the job says so if it is not."""
-    if Path(local.value).expanduser().is_absolute():
-        return
-    raise ConfigError(
+def _invisible(local: LocalPath) -> str:
+    other = "images in a bucket or on the hub: s3://, gs://, hf://datasets/..."
+    if local.key != "data.source":
+        other = "weights in a bucket or on the hub: s3://, gs://, facebook/dinov2-base"
+    return (
         f"{local.key}: '{local.value}' lies on this machine alone, and the nodes of the cluster cannot see it. Ways "
         "out: (1) --upload-data sends it along; (2) an absolute path of a folder that all nodes share, with "
-        f"--set {local.key}=/...; (3) images in a bucket or on the hub: s3://, gs://, hf://datasets/..."
+        f"--set {local.key}=/...; (3) {other}"
     )
 
 
-def _send(local: LocalPath, experiment: Experiment, package: zipfile.ZipFile) -> str:
-    """Sends a file or folder along, or to the bucket; returns where the job finds it."""
-    # A table names its images relative to itself.
-    is_table = local.path.is_file() and local.path.suffix != ".parquet"
-    folder = local.path.parent if is_table else local.path
-    rest = f"/{local.path.name}" if is_table else ""
-    if local.key == "data.source" and is_bucket(experiment.storage):
-        files = [folder] if folder.is_file() else [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        stats = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        uri = f"{experiment.storage}/.data/{folder.stem}-{signature(stats)}{folder.suffix if folder.is_file() else ''}"
-        upload(folder, uri)
-        return uri + rest
-    inside = f"{UPLOADED}/{local.key}/{folder.name}"
-    if folder.is_file():
-        package.write(folder, inside)
-    else:
-        _add(package, folder, inside)
-    return inside + rest
+def _send(local: LocalPath, experiment: Experiment, say: Callable[[str], None]) -> tuple[str, Files]:
+    """Sends files to the bucket that is the storage, or has them packed; returns where the job finds them."""
+    if not local.path.exists():
+        raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
+    paths = _files_of(local, experiment.data)
+    _check_relative(local, paths)
+    names = {path.relative_to(local.folder).as_posix(): path for path in paths}
+    rest = f"/{local.path.name}" if local.path.is_file() else ""
+    if not is_bucket(experiment.storage):
+        inside = f"{UPLOADED}/{local.key}/{local.folder.name}"
+        return inside + rest, {f"{inside}/{name}": path for name, path in names.items()}
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in names.items()]
+    uri = f"{experiment.storage}/.data/{local.folder.name}-{signature(stats)}"
+    say(f"uploading {len(names):,} files, {sum(size for _, size, _ in stats) / 1e6:,.1f} MB, to {uri}")
+    upload({f"{uri}/{name}": path for name, path in names.items()})
+    return uri + rest, {}
 
 
-def _add(package: zipfile.ZipFile, folder: Path, inside: str, suffixes: set[str] | None = None) -> None:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and (suffixes is None or file.suffix in suffixes):
-            package.write(file, f"{inside}/{file.relative_to(folder).as_posix()}")
+def _check_relative(local: LocalPath, paths: Sequence[Path]) -> None:
+    """Refuses a table whose images the nodes would look for elsewhere than beside it."""
+    problem = next((path for path in paths if not path.is_relative_to(local.folder)), None)
+    if problem is None and local.path.is_file() and local.path.suffix != ".parquet":
+        table = local.path.read_text(encoding="utf-8-sig")
+        problem = next((path for path in paths if path != local.path and str(path) in table), None)
+    if problem is not None:
+        raise ConfigError(
+            f"{local.key}: {local.path} names {problem}, which the nodes would not find; accepted with --upload-data: "
+            "paths relative to the table, of files beside it or in folders below"
+        )
+
+
+def _write(target: Path, files: Mapping[str, Path]) -> None:
+    """Writes the zip file, and gives up as soon as it is too large."""
+    with zipfile.ZipFile(target, "w") as package, target.open("rb") as written:
+        for name, path in sorted(files.items()):
+            entry = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with path.open("rb") as source, package.open(entry, "w", force_zip64=True) as packed:
+                while chunk := source.read(CHUNK):
+                    packed.write(chunk)
+                    if os.fstat(written.fileno()).st_size > LIMIT:
+                        raise ConfigError(_too_large(files))
+    if target.stat().st_size > LIMIT:  # of what was still on its way to the disk
+        raise ConfigError(_too_large(files))
+
+
+def _too_large(files: Mapping[str, Path]) -> str:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return (
+        f"the working directory ({sum(sizes.values()) / 2**20:,.0f} MiB in {len(files):,} files; the largest: "
+        f"{largest}, {sizes[largest] / 2**20:,.0f} MiB) makes a package of more than the {LIMIT / 2**20:,.0f} MiB that "
+        "Ray takes. "
+        "Ways out: (1) .gitignore keeps files out; (2) data and weights lie where all nodes see them, in a shared "
+        "folder or a bucket; (3) storage: s3://... or gs://..., where --upload-data sends them"
+    )
 
 
 def requirements(constraints: Path) -> list[str]:
@@ -167,7 +265,8 @@ def requirements(constraints: Path) -> list[str]:
                 seen.add((needed, its_extras))
                 waiting.append((needed, its_extras))
                 if needed not in CLUSTERS_OWN:
-                    found[needed] = pins.get(needed) or distribution(needed).version
+                    # Without a build's own name, as in 2.13.0+cpu: no index has that.
+                    found[needed] = pins.get(needed) or distribution(needed).version.partition("+")[0]
     return [f"{name}=={version.strip()}" for name, version in sorted(found.items())]
 
 

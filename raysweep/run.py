@@ -65,6 +65,9 @@ def _plan(experiment: Experiment) -> int:
     if not joins_cluster():
         print("\n".join(plan_lines(experiment, index, local_resources())))
         return 0
+    from raysweep.sweep import check_outlives_job
+
+    check_outlives_job(experiment)
     session = RaySession(verbose=False)
     try:
         present = session.resources

@@ -11,7 +11,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,19 +90,25 @@ def publish(path: Path) -> None:
             _upload(path)
 
 
-def upload(path: Path, uri: str) -> None:
-    """Copies a file or folder of this machine into a bucket.
+def upload(files: Mapping[str, Path]) -> None:
+    """Copies files of this machine into a bucket, each to its URI; those that are there in their size already stay.
 
     Raises:
         RaysweepError: the bucket cannot be written to.
     """
     from pyarrow import fs
 
-    filesystem, inner = open_filesystem(uri)
-    try:
-        fs.copy_files(str(path), inner, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
-    except OSError as error:
-        raise RaysweepError(f"{uri}: cannot be written to ({' '.join(str(error).split())[:300]})") from error
+    def copy(uri: str) -> None:
+        filesystem, inner = open_filesystem(uri)
+        try:
+            if filesystem.get_file_info(inner).size != files[uri].stat().st_size:
+                local = fs.LocalFileSystem()
+                fs.copy_files(str(files[uri]), inner, source_filesystem=local, destination_filesystem=filesystem)
+        except OSError as error:
+            raise RaysweepError(f"{uri}: cannot be written to ({' '.join(str(error).split())[:300]})") from error
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        list(pool.map(copy, files))
 
 
 def _upload(path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -26,6 +26,12 @@ SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_TO_STOP = 60
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 LOST_CONNECTIONS = 30  # one after another, before the job is left to itself
+SECONDS_OF_SILENCE = 30  # after which the log is asked for anew: a connection may break without a word
+END_OF_MESSAGE = 2000  # characters; packages that cannot be installed are told of last
+
+
+class NobodyReadsError(Exception):
+    """Whatever read the output has ended, such as `head`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-pip", action="store_true",
                         help="install nothing, the nodes have it all (default: what constraints.txt pins)")  # fmt: skip
     parser.add_argument("--upload-data", action="store_true",
-                        help="send local images and weights along (images into the storage's bucket)")  # fmt: skip
+                        help="send local images and weights along (into the storage, if it is a bucket)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
                         help="print what the cluster has, the plan, and how long it will take there")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages too, and tracebacks")
@@ -56,7 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the job's exit status, 1 for a clear error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Runs the command.
+
+    Returns:
+        The job's exit status; 1 for a clear error, 2 for wrong usage, 130 for Ctrl-C, 141 where nobody reads it.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not (options.experiment or options.follow or options.stop):
@@ -65,22 +75,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.stop:
             return _stop(options.address, options.stop)
         job = options.follow or _submit(options)
-        if options.detach:
-            print(_ways_back(job, options.address))
-            return 0
-        try:
-            return _follow(options.address, job)
-        except KeyboardInterrupt:
-            print(f"\nthe job goes on\n{_ways_back(job, options.address)}", file=sys.stderr)
-            return 130
+        if not options.detach:
+            return _watch(options.address, job)
+        print(_ways_back(job, options.address))
+        return 0
     except RaysweepError as error:
         if options.verbose:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was submitted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; {interrupt if interrupt.args else 'nothing was submitted'}", file=sys.stderr)
         return 130
+
+
+def _watch(address: str, job: str) -> int:
+    """Follows a job until it ends, or until nobody watches any more."""
+    try:
+        return _follow(address, job)
+    except KeyboardInterrupt:
+        status = 130
+    except NobodyReadsError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        status = 141
+    _say(f"\nthe job goes on\n{_ways_back(job, address)}")
+    return status
 
 
 def _submit(options: argparse.Namespace) -> str:
@@ -89,23 +108,36 @@ def _submit(options: argparse.Namespace) -> str:
     from raysweep.package import build_package, requirements
 
     experiment = load_experiment(options.experiment, options.overrides)
-    with _reaching(options.address), tempfile.TemporaryDirectory() as folder:
+    with _reaching(options.address):
         client = connect(options.address)
+    with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.zip"
-        inside, uploaded = build_package(package, options.experiment, experiment, upload_data=options.upload_data)
+        inside, uploaded = build_package(
+            package, options.experiment, experiment, upload_data=options.upload_data, say=_say
+        )
         runtime_env: dict[str, object] = {"working_dir": str(package)}
         if not options.no_pip:
             runtime_env["pip"] = requirements(Path("constraints.txt"))
         size = package.stat().st_size
-        job: str = client.submit_job(
-            entrypoint=_entrypoint(options, inside, uploaded),
-            runtime_env=runtime_env,
-            submission_id=f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            metadata={"raysweep": experiment.name},
-        )
+        job = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        try:
+            with _reaching(options.address):
+                client.submit_job(
+                    entrypoint=_entrypoint(options, inside, uploaded),
+                    runtime_env=runtime_env,
+                    submission_id=job,
+                    metadata={"raysweep": experiment.name},
+                )
+        except KeyboardInterrupt:
+            ways = _ways_back(job, options.address)
+            raise KeyboardInterrupt(f"{job} may have been submitted\n{ways}") from None
     versions = "with the nodes' own packages" if options.no_pip else "and the pinned packages"
-    print(f"submitted {job}: the working directory ({size / 1e6:.1f} MB) {versions}", file=sys.stderr)
+    _say(f"submitted {job}: the working directory ({size / 1e6:.1f} MB) {versions}")
     return job
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _entrypoint(options: argparse.Namespace, inside: str, uploaded: Sequence[str]) -> str:
@@ -181,8 +213,8 @@ def _reaching(address: str) -> Iterator[None]:
         raise ResourceError(f"--address: the cluster at {address} refused: {_short(error)}") from error
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _short(message: object) -> str:
+    return " ".join(str(message).split())[:300]
 
 
 def _follow(address: str, job: str) -> int:
@@ -191,29 +223,31 @@ def _follow(address: str, job: str) -> int:
 
     with _reaching(address):
         client = connect(address)
-        log, lost = Log(client, job), 0
-        client.get_job_info(job)  # a job that does not exist shows at once
+        log, lost, waits_for = Log(client, job), 0, ""
+        info = client.get_job_info(job)  # a job that does not exist shows at once
         while True:
             try:
-                asyncio.run(log.print_on())
-                info = client.get_job_info(job)
-                lost = 0
+                if info.status != "PENDING":
+                    asyncio.run(log.print_on())
+                elif waits_for != info.message:  # such as packages that are being installed
+                    waits_for = info.message
+                    _say(f"{job} waits: {_short(waits_for)}")
+                if info.status.is_terminal():  # when its log was read
+                    break
+                info, lost = client.get_job_info(job), 0
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
                 # A laptop sleeps, a tunnel breaks: the job does not mind, and its log is there from the beginning.
                 lost += 1
                 if lost > LOST_CONNECTIONS:
                     raise ResourceError(
-                        f"--address: the connection to {address} is lost ({_short(error)}); the job goes on\n"
+                        f"--address: the connection to {address} is lost ({_short(error)}); the job may go on\n"
                         f"{_ways_back(job, address)}"
                     ) from error
-            else:
-                if info.status.is_terminal():
-                    break
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it did not begin, or was stopped: its log does not say why
-        print(f"{job} {info.status.lower()}: {' '.join(str(info.message).split())[:1000]}", file=sys.stderr)
+        _say(f"{job} {info.status.lower()}: {str(info.message)[-END_OF_MESSAGE:]}")
     return info.driver_exit_code or 1
 
 
@@ -224,13 +258,23 @@ class Log:
         self.client, self.job, self.printed = client, job, 0
 
     async def print_on(self) -> None:
-        """Prints what is new, until the log ends or the connection does."""
-        seen = 0
-        async for text in self.client.tail_job_logs(self.job):  # from its beginning
-            seen += len(text)
-            if seen > self.printed:
-                print(text[max(0, len(text) - (seen - self.printed)) :], end="", flush=True)
-                self.printed = seen
+        """Prints what is new, until the log ends, the connection does, or nothing more comes for a while."""
+        seen, loop = 0, asyncio.get_running_loop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS_OF_SILENCE) as silence:
+                async for text in self.client.tail_job_logs(self.job):  # from its beginning
+                    silence.reschedule(loop.time() + SECONDS_OF_SILENCE)
+                    seen += len(text)
+                    if seen > self.printed:
+                        self._print(text[max(0, len(text) - (seen - self.printed)) :])
+                        self.printed = seen
+
+    @staticmethod
+    def _print(text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError as error:
+            raise NobodyReadsError from error
 
 
 def _stop(address: str, job: str) -> int:

@@ -1,10 +1,12 @@
 """Submission: the command line against a job server that is a stand-in, and against one that is real."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -45,7 +47,7 @@ class FakeClient:
         return was_running
 
     async def tail_job_logs(self, job):
-        for chunk in self.connections.pop(0):
+        for chunk in self.connections.pop(0) if self.connections else ():
             if isinstance(chunk, BaseException):
                 raise chunk
             yield chunk
@@ -53,7 +55,7 @@ class FakeClient:
 
 class Status(str):
     def is_terminal(self):
-        return self != "RUNNING"
+        return self not in ("RUNNING", "PENDING")
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_where_uploaded_data_lies_comes_after_the_users_settings(client):
     assert submit.main(["x.yaml", "--set", "data.source=images", "--upload-data"]) == 0
     (job,) = client.submitted
     assert job["entrypoint"].endswith(
-        "x.yaml --set data.source=images --set data.source=uploaded/data.source/images"
+        """x.yaml --set data.source=images --set 'data.source="uploaded/data.source/images"'"""
     )  # fmt: skip
     assert "uploaded/data.source/images/a/1.png" in job["names"]
 
@@ -138,6 +140,90 @@ def test_a_connection_that_stays_lost_says_how_to_return(client, capsys, monkeyp
     err = capsys.readouterr().err
     assert "no route to host" in err
     assert f"raysweep submit --address {HEAD} --follow job" in err
+
+
+def test_a_silent_connection_is_made_anew(client, capsys, monkeypatch):
+    """As one looks that some router on the way has forgotten."""
+    monkeypatch.setattr(submit, "SECONDS_OF_SILENCE", 0.05)
+
+    async def tail_job_logs(job):
+        yield "one\n"
+        if client.connections and client.connections.pop(0) == "silent":
+            await asyncio.sleep(60)
+        yield "two\n"
+
+    client.connections, client.tail_job_logs = ["silent", "whole"], tail_job_logs
+    assert submit.main(["--follow", "job"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_job_that_waits_says_for_what_once(client, capsys):
+    waiting = [SimpleNamespace(status=Status("PENDING"), message=text) for text in ("a", "packages", "packages")]
+    client.get_job_info = lambda job: waiting.pop(0) if waiting else FakeClient.get_job_info(client, job)
+    assert submit.main(["--follow", "job"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("done\n", "job waits: a\njob waits: packages\n")
+
+
+def test_what_packages_could_not_be_installed_is_said_last(client, capsys):
+    message = "Traceback\n" + 3000 * "x" + "\nERROR: No matching distribution found for torch==9"
+    client.info = SimpleNamespace(status=Status("FAILED"), driver_exit_code=None, message=message)
+    assert submit.main(["x.yaml"]) == 1
+    assert capsys.readouterr().err.endswith("No matching distribution found for torch==9\n")
+
+
+def test_ctrl_c_while_it_is_handed_over_leaves_it_open(client, capsys):
+    def interrupted(**job):
+        client.submitted.append(job)
+        raise KeyboardInterrupt
+
+    client.submit_job = interrupted
+    assert submit.main(["x.yaml", "--address", HEAD]) == 130
+    job = client.submitted[0]["submission_id"]
+    err = capsys.readouterr().err
+    assert f"interrupted; {job} may have been submitted" in err
+    assert f"--stop {job}" in err
+
+
+def test_ctrl_c_before_that_submits_nothing(client, capsys, monkeypatch):
+    from raysweep import package
+
+    monkeypatch.setattr(package, "working_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert submit.main(["x.yaml"]) == 130
+    assert "interrupted; nothing was submitted" in capsys.readouterr().err
+    assert client.submitted == []
+
+
+def test_a_reader_that_has_seen_enough_is_no_lost_connection(tmp_path):
+    code = """
+        import sys, types
+        from raysweep import submit
+
+        class Client:
+            def get_job_info(self, job):
+                return types.SimpleNamespace(status=Status("RUNNING"))
+
+            async def tail_job_logs(self, job):
+                for number in range(100_000):
+                    yield f"{number}\\n"
+
+        class Status(str):
+            is_terminal = lambda self: False
+
+        submit.connect = lambda address: Client()
+        sys.exit(submit.main(["--follow", "job"]))
+    """
+    done = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert done.stdout.readline() == "0\n"
+    done.stdout.close()
+    err = done.stderr.read()
+    done.stderr.close()
+    assert done.wait(30) == 141
+    assert "the job goes on" in err
+    assert "lost" not in err
+    assert "Error" not in err
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_return(client, capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from raysweep.encoders.preprocess import Preprocessing, from_processor_config
 from raysweep.errors import EncoderError
+from raysweep.storage import fetch_folder, is_bucket, local_path
 
 # Seconds that the hub may take to answer; downloads themselves are not limited.
 HUB_TIMEOUT_S = 8.0
@@ -73,18 +74,21 @@ class Checkpoint:
 
 
 def load_checkpoint(name: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
-    """Finds a checkpoint, downloading it from the hub when it is neither a folder nor cached.
+    """Finds a checkpoint, fetching it from a bucket or the hub when it is neither a folder nor cached.
 
     Raises:
         EncoderError: it cannot be had; the message says what was tried and what else would do.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     commit = None
-    if not folder.is_dir():
+    if is_bucket(name):
+        if not fetch_folder(folder, lambda file: with_weights or file.endswith(".json")):
+            raise EncoderError(f"pretrained_model_name_or_path: {name}: nothing is there")
+    elif not folder.is_dir():
         if _is_path(name):
             raise EncoderError(
                 f"pretrained_model_name_or_path: {name}: no such folder; accepted: a folder with config.json and "
-                "*.safetensors, or a Hugging Face id such as facebook/dinov2-base"
+                "*.safetensors, also in a bucket (s3://, gs://), or a Hugging Face id such as facebook/dinov2-base"
             )
         folder = _download(name, revision or "main", with_weights)
         commit = folder.name

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
+from raysweep.errors import DataError
 from raysweep.experiment.explain import explain
 from raysweep.experiment.search_blocks import (
     FineTuneSearch,
@@ -33,7 +34,7 @@ from raysweep.experiment.studies import (
     without_repeats,
 )
 from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_defaults, with_overrides
-from raysweep.filesystems import BUCKETS
+from raysweep.filesystems import BUCKETS, split_uri
 from raysweep.paths import file_name
 
 __all__ = [
@@ -99,6 +100,16 @@ class DataConfig(Section):
     )
 
     _check_shots = field_validator("shots")(without_repeats)
+
+    @field_validator("source")
+    @classmethod
+    def _holds_no_credentials(cls, value: str) -> str:
+        if "://" in value:
+            try:
+                split_uri(value)
+            except DataError as error:
+                raise ValueError(str(error)) from None
+        return value
 
     @field_validator("test_fraction")
     @classmethod

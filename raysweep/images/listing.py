@@ -50,7 +50,7 @@ def list_source(data: "DataConfig") -> Listing:
             raise DataError(f"data.source: {source}: no such file or folder")
         if kind != fs.FileType.Directory:
             return read_table(source, data)
-        files = sorted(_local_files(source) if "://" not in source else _remote_files(source))
+        files = sorted(local_files(source) if "://" not in source else _remote_files(source))
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     tables = [file for file in files if file.lower().endswith(".parquet")]
     # Repositories of Parquet files often hold a picture or two for their README.
@@ -86,7 +86,7 @@ def _list_sklearn(source: str) -> Listing:
     return Listing(rows)
 
 
-def _local_files(folder: str) -> list[str]:
+def local_files(folder: str) -> list[str]:
     """Paths relative to the folder, hidden ones left out; linked folders are followed, but not in circles."""
 
     def walk(path: str, above: tuple[str, ...]) -> Iterator[str]:
