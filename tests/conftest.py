@@ -23,3 +23,28 @@ def same_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server of this process; its URL."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3, monkeypatch, tmp_path, request):
+    """The URI of a bucket of its own."""
+    import boto3
+
+    for name, value in {"AWS_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key",
+                        "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "node-0"))
+    return f"s3://{name}/some/prefix"

@@ -34,6 +34,7 @@ def experiment(**keys):
 @pytest.fixture
 def lines(monkeypatch, index):
     monkeypatch.setattr(estimate, "_speeds", lambda *_: SPEEDS)
+    monkeypatch.setattr(estimate, "_is_room", lambda _on_gpu: True)
 
     def estimated(present, **keys):
         return estimate_lines(experiment(**keys), index, present)
@@ -62,6 +63,18 @@ def test_gpus_decode_and_encode_at_once(lines, monkeypatch):
     slow_decoding = lines(Resources(8, 2, ((0, 0), (8, 2))))
     assert "pass at 20 images/s" in slow_decoding[1], "two GPUs at 10 images/s; 8 CPUs decode 20"
     assert "pass at 10 images/s" in lines(Resources(4, 2, ((4, 2),)))[1]
+
+
+@pytest.mark.parametrize(("num_gpus", "what"), [(0, "CPU"), (1, "GPU")])
+def test_a_busy_cluster_keeps_nobody_waiting(index, monkeypatch, num_gpus, what):
+    free = [{}, {"CPU": 8.0, "GPU": 0.5}]
+    monkeypatch.setattr(estimate, "SECONDS_FOR_ROOM", 0)
+    monkeypatch.setattr("ray.available_resources", lambda: free[num_gpus])
+    assert estimate_lines(experiment(), index, Resources(8, num_gpus)) == [
+        f"time there: no estimate, since every {what} of the cluster is busy"
+    ]
+    free[num_gpus] = {what: 1.0}
+    assert estimate._is_room(bool(num_gpus))
 
 
 def test_a_time_budget_is_a_limit(lines):

@@ -80,6 +80,12 @@ def test_a_storage_that_cannot_be_one_is_named(experiment, capsys):
     assert "storage: 'runs' cannot be a folder" in failure(capsys, experiment())
 
 
+def test_a_dry_run_in_a_job_refuses_what_the_sweep_would(experiment, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "storage: 'runs' is relative" in failure(capsys, experiment(), "--dry-run")
+
+
 def test_verbose_shows_the_traceback(experiment):
     file = experiment(DIGITS.replace("sklearn://digits", "no/such/folder"))
     with pytest.raises(DataError, match="no such file or folder"):

@@ -28,30 +28,6 @@ from raysweep.storage import (
 )
 
 
-@pytest.fixture(scope="module")
-def server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server, monkeypatch, tmp_path, request):
-    """The URI of a bucket of its own."""
-    import boto3
-
-    for name, value in {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key",
-                        "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{abs(hash(request.node.name)):x}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "node-0"))
-    return f"s3://{name}/some/prefix"
-
-
 @pytest.fixture
 def on_node(monkeypatch, tmp_path):
     """A function that goes on on another node."""
@@ -172,8 +148,13 @@ def test_a_folder_can_be_removed_whole(bucket):
 def test_local_data_is_uploaded_with_its_folders(bucket, tmp_path):
     (tmp_path / "images" / "cat").mkdir(parents=True)
     (tmp_path / "images" / "cat" / "1.png").write_bytes(b"png")
-    upload(tmp_path / "images", f"{bucket}/.data/images-1")
-    assert fetch_folder(local_path(f"{bucket}/.data")) == ["images-1/cat/1.png"]
+    image = tmp_path / "images" / "cat" / "1.png"
+    upload({f"{bucket}/.data/images-1/cat/1.png": image})
+    folder = local_path(f"{bucket}/.data")
+    assert fetch_folder(folder) == ["images-1/cat/1.png"]
+    image.write_bytes(b"gnp")  # of one size: what was interrupted goes on, and is not begun again
+    upload({f"{bucket}/.data/images-1/cat/1.png": image})
+    assert (fetch(folder / "images-1" / "cat" / "1.png")).read_bytes() == b"png"
 
 
 def test_ordinary_folders_need_no_moving(tmp_path):
@@ -240,7 +221,7 @@ def test_a_bucket_that_is_not_there_is_a_clear_error(bucket):
     with pytest.raises(RaysweepError, match=r"s3://no-such-bucket-here/x/a.json: the storage cannot be used"):
         write_atomically(path, "x")
     with pytest.raises(RaysweepError, match=r"s3://no-such-bucket-here/x: cannot be written to"):
-        upload(Path(__file__).parent / "images", "s3://no-such-bucket-here/x")
+        upload({"s3://no-such-bucket-here/x": Path(__file__)})
 
 
 def test_a_download_that_breaks_off_leaves_nothing(bucket, on_node, monkeypatch):

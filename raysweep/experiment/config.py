@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from raysweep.errors import DataError
 from raysweep.experiment.explain import explain
 from raysweep.experiment.search_blocks import (
     FineTuneSearch,
@@ -31,10 +30,11 @@ from raysweep.experiment.studies import (
     list_of,
     list_studies,
     mode_problems,
+    without_credentials,
     without_repeats,
 )
 from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_defaults, with_overrides
-from raysweep.filesystems import BUCKETS, split_uri
+from raysweep.filesystems import BUCKETS
 from raysweep.paths import file_name
 
 __all__ = [
@@ -101,15 +101,7 @@ class DataConfig(Section):
 
     _check_shots = field_validator("shots")(without_repeats)
 
-    @field_validator("source")
-    @classmethod
-    def _holds_no_credentials(cls, value: str) -> str:
-        if "://" in value:
-            try:
-                split_uri(value)
-            except DataError as error:
-                raise ValueError(str(error)) from None
-        return value
+    _check_source = field_validator("source")(without_credentials)
 
     @field_validator("test_fraction")
     @classmethod

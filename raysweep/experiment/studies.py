@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
+from raysweep.errors import DataError
 from raysweep.experiment.space import MODES, Mode, problems_at
+from raysweep.filesystems import split_uri
 from raysweep.paths import file_name
 
 EncoderType = Literal["stacked_cnn", "dinov2", "clip", "siglip", "auto"]
@@ -42,6 +44,16 @@ def without_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     return values
 
 
+def without_credentials(value: str | None) -> str | None:
+    """Checks that a URI names nobody's keys, as a field validator: it is logged, and copied with every path."""
+    if value and "://" in value:
+        try:
+            split_uri(value)
+        except DataError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
 def _has_weights(given: dict[str, Any]) -> bool:
     return bool(given["type"] != "stacked_cnn")
 
@@ -54,7 +66,9 @@ class EncoderConfig(Section):
         default_factory=_has_weights, description="Load published weights (default: true; stacked_cnn has none)."
     )
     pretrained_model_name_or_path: Text | None = Field(
-        default=None, description="Hub id or local folder (default: the family's base model; required for auto)."
+        default=None,
+        description="Hub id, folder, or folder in a bucket: s3://, gs:// (default: the family's base model; required "
+        "for auto).",
     )
     revision: Text = Field(default="main", description="Branch, tag or commit of the hub repository.")
     image_size: Count | None = Field(default=None, description="Pixels a side (default: the encoder's own).")
@@ -76,6 +90,8 @@ class EncoderConfig(Section):
         if value and info.data.get("type") == "stacked_cnn":
             raise ValueError(_NO_WEIGHTS)
         return value
+
+    _check_weights = field_validator("pretrained_model_name_or_path")(without_credentials)
 
     @field_validator("pretrained_model_name_or_path")
     @classmethod

@@ -4,10 +4,11 @@ import time
 import pytest
 from transformers import BitImageProcessor, CLIPImageProcessor, LevitImageProcessor
 
-from raysweep.encoders import build_encoder
+from raysweep.encoders import build_encoder, weights_signature
 from raysweep.encoders.checkpoints import Checkpoint, load_checkpoint
 from raysweep.encoders.families import FAMILIES
 from raysweep.errors import EncoderError
+from raysweep.storage import upload
 
 
 @pytest.fixture
@@ -69,6 +70,22 @@ def test_a_folder_that_is_no_checkpoint_says_why(tmp_path, config, expected):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(EncoderError, match=expected):
         load_checkpoint(str(tmp_path))
+
+
+def test_a_checkpoint_may_lie_in_a_bucket(bucket, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32)
+    Dinov2Model(config).save_pretrained(tmp_path / "saved")
+    upload({f"{bucket}/weights/{path.name}": path for path in (tmp_path / "saved").iterdir()})
+    described = load_checkpoint(f"{bucket}/weights", with_weights=False)
+    assert (described.config["hidden_size"], described.has_safetensors) == (16, False)
+    entry = {"type": "dinov2", "image_size": 32}
+    fetched = build_encoder(entry | {"pretrained_model_name_or_path": f"{bucket}/weights"}, seed=0)
+    saved = build_encoder(entry | {"pretrained_model_name_or_path": str(tmp_path / "saved")}, seed=0)
+    assert weights_signature(fetched) == weights_signature(saved)
+    with pytest.raises(EncoderError, match=r"pretrained_model_name_or_path: s3://.*/nothing: nothing is there"):
+        load_checkpoint(f"{bucket}/nothing")
 
 
 def test_auto_needs_a_name():

@@ -260,6 +260,12 @@ def test_a_variable_is_text_and_not_yaml(load, monkeypatch):
     assert (load(MINIMAL).storage, load(MINIMAL).tracking.uri) == ("12", "sqlite:///a: b.db")
 
 
+@pytest.mark.parametrize("key", ["data.source", "encoders.0.pretrained_model_name_or_path"])
+def test_a_place_with_credentials_is_refused_before_anything_logs_it(load, key):
+    (found,) = problems(load, MINIMAL, [f"{key}=s3://key:secret@bucket/images"])
+    assert found == f"{key} (--set): s3://...@...: credentials belong into the environment, not into the URI"
+
+
 @pytest.mark.parametrize(
     ("given", "kept"), [("s3://bucket/", "s3://bucket"), ("gs://b/x/y/", "gs://b/x/y"), ("a/b", "a/b")]
 )
