@@ -396,5 +396,7 @@ def _quieten() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.tune", "ray.train", "ray._private"):
+    for name in ("ray.data", "ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Of every trial whose node is lost it would print the traceback, and does the trial again.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

@@ -157,7 +157,7 @@ class Group:
             "placement": resources.placement,
             "gradient_checkpointing": self._checkpoints_gradients(),
             "compile": train.compile,
-            "num_threads": max(1, num_cpus // max(present.num_nodes, num_concurrent * resources.num_workers)),
+            "num_threads": max(1, num_cpus // max(len(present.cpus_by_node), num_concurrent * resources.num_workers)),
             "loop": {
                 "batch_size": train.batch_size,
                 "seed": experiment.seed,

@@ -12,8 +12,9 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
@@ -21,6 +22,9 @@ from typing import Any
 
 from raysweep.errors import RaysweepError
 from raysweep.results.tracking import Tracker, reported_as_ours
+
+SECONDS_UNTIL_SAID = 15
+SECONDS_TO_CLOSE = 60
 
 _trackers: list[Tracker] = []  # in the writing process, its tracker
 
@@ -31,10 +35,11 @@ class Recorder:
     Args:
         uri: MLflow tracking URI.
         experiment: name of the MLflow experiment.
+        say: told when it takes long to wait for MLflow.
     """
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda _text: None) -> None:
+        self.uri, self._say = uri, say
         # Spawned, because a fork of a process with threads may hang; one worker keeps the order.
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _outlive_nothing)
         self._sent: deque[Future[Any]] = deque([self._process.submit(_open, uri, experiment)])
@@ -71,7 +76,11 @@ class Recorder:
 
     def _drop_done(self, waiting: bool = False) -> None:
         """Forgets calls that are done, or waits for all; one that has failed stays, and is raised each time."""
+        patience: float | None = SECONDS_UNTIL_SAID
         while self._sent and (waiting or self._sent[0].done()):
+            if wait_for([self._sent[0]], patience).not_done:
+                self._say(f"waiting for MLflow at {self.uri}: {len(self._sent)} calls to go")
+                patience = None
             self._sent[0].result()
             self._sent.popleft()
 
@@ -87,9 +96,11 @@ class Recorder:
         """Ends every run that is still open as FAILED, and the process; on the way out of a sweep, however it went."""
         for future in self._sent:
             future.cancel()
+        # Of a server that is lost, MLflow takes minutes to believe it; the process ends with the driver in any case.
+        is_over = True
         with suppress(BrokenProcessPool):
-            self._process.submit(_call, self.uri, "close", ())
-        self._process.shutdown()
+            is_over = not wait_for([self._process.submit(_call, self.uri, "close", ())], SECONDS_TO_CLOSE).not_done
+        self._process.shutdown(wait=is_over)
 
 
 def _outlive_nothing() -> None:

@@ -36,6 +36,7 @@ MAX_POPULATION = 64
 MIN_POPULATION = 8
 POPULATIONS_PER_STUDY = 4
 
+SECONDS_TO_CONNECT = 10
 SCHEMA_LOCK = 0x7261797377656570  # "raysweep"
 RUNG = "completed_rung_"  # where Optuna's asha notes, in a trial's system attributes, what it has compared
 STOPPED = "stopped"  # user attribute of a trial that its scheduler wants stopped
@@ -308,13 +309,14 @@ def open_store(store: Path | str) -> optuna.storages.BaseStorage:
     try:
         import psycopg
 
-        with psycopg.connect(store) as connection:
+        with psycopg.connect(store, connect_timeout=SECONDS_TO_CONNECT) as connection:
             # Several sweeps may be the first at once, and Optuna makes its tables without a lock. This one ends with
             # the connection.
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
             # psycopg 3, and a connection that the server has closed meanwhile is noticed before it is used.
             uri = f"postgresql+psycopg://{store.partition('://')[2]}"
-            return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True})
+            patience = {"connect_timeout": SECONDS_TO_CONNECT}
+            return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True, "connect_args": patience})
     except Exception as error:  # whatever the driver raises, from a wrong host to a missing right
         reason = " ".join(str(error).split())[:300]
         hint = "it needs a database of its own, since MLflow's has a table of the same name"

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysweep.cluster import check_resources, num_concurrent_trials
+from raysweep.cluster import check_resources, num_concurrent_trials, num_fitting_workers
 from raysweep.context import SweepContext
 from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
 from raysweep.group import Group
 from raysweep.images.cache import Cache
 from raysweep.results.leaderboard import rank_rows, write_leaderboard
-from raysweep.search import study_space
+from raysweep.search import open_store, study_space
 from raysweep.study import SearchStudy, Study
 
 
@@ -32,9 +32,11 @@ def check_studies(context: SweepContext) -> None:
 
     Raises:
         EncoderError: weights cannot be loaded.
-        ConfigError: an encoder has none of the feature sources asked for.
+        ConfigError: an encoder has none of the feature sources asked for, or Optuna's database cannot be used.
     """
     experiment = context.experiment
+    if experiment.tracking.optuna_uri is not None:
+        open_store(experiment.tracking.optuna_uri)
     for config in experiment.studies():
         sources = list(context.encoder(config).description.sources)
         study_space(experiment.search.block(config.mode), sources, config.encoder_name)
@@ -101,8 +103,17 @@ def run_stage(context: SweepContext, groups: Sequence[Group]) -> None:
     reserved_cpus = max(group.reserved_cpus for group in groups)
     check_resources(resources, context.resources, reserved_cpus)
 
+    told = False
+
     def num_runs() -> int:
-        fitting = num_concurrent_trials(resources, context.ray.resources_now, reserved_cpus)
+        nonlocal told
+        present = context.ray.resources_now
+        if num_fitting_workers(resources, present, reserved_cpus) < resources.num_workers and not told:
+            context.progress.warn(
+                "too few nodes are there by now for a training run; waiting for others to join"
+            )
+            told = True
+        fitting = num_concurrent_trials(resources, present, reserved_cpus)
         # One that waits for room is what makes an autoscaler bring nodes.
         return fitting + 1 if resources.wait_for_nodes_s and resources.max_concurrent_trials == "auto" else fitting
 

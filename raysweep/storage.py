@@ -30,7 +30,8 @@ TRANSFERS = 8  # files at a time
 
 def scratch() -> Path:
     """The folder of this node's copies; `RAYSWEEP_SCRATCH` moves it."""
-    return Path(os.environ.get(SCRATCH) or "~/.cache/raysweep").expanduser().absolute()
+    # Resolved, as paths of results and caches are: a link would hide that a path lies in here.
+    return Path(os.environ.get(SCRATCH) or "~/.cache/raysweep").expanduser().resolve()
 
 
 def in_a_job() -> bool:
@@ -219,19 +220,15 @@ def remove(path: Path) -> None:
     Raises:
         RaysweepError: the bucket cannot be written to.
     """
-    unpublish(path)
+    _unpublish(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def unpublish(path: Path) -> None:
-    """Removes what a file or folder is a copy of, and leaves the copy.
-
-    Raises:
-        RaysweepError: the bucket cannot be written to.
-    """
+def _unpublish(path: Path) -> None:
+    """Removes what a file or folder is a copy of, and leaves the copy."""
     remote = _remote(path)
     if remote is None:
         return
@@ -242,6 +239,36 @@ def unpublish(path: Path) -> None:
             return
         for name in _listed(path):
             filesystem.delete_file(f"{inner}/{name}")
+
+
+def remove_older(mark: Path, wanted: Callable[[str], bool]) -> None:
+    """Removes files beside a published mark that were written before it, and what they are copies of.
+
+    By the storage's own clock, so that it does not matter whose is wrong.
+
+    Args:
+        mark: a file that was published.
+        wanted: whether a file, by its name, is to be removed if it is older.
+
+    Raises:
+        RaysweepError: the bucket cannot be written to.
+    """
+    folder, since = mark.parent, mark.stat().st_mtime_ns  # `publish` has given it the time of the object
+    remote = _remote(folder)
+    if remote is not None:
+        with _reaching(folder):
+            for name, info in _listed(folder).items():
+                if wanted(name) and info.mtime_ns < since:
+                    remote[0].delete_file(f"{remote[1]}/{name}")
+    for name in _files_in(folder):
+        if wanted(name) and (folder / name).stat().st_mtime_ns < since:
+            (folder / name).unlink()
+
+
+def forget(folder: Path) -> None:
+    """Removes this node's copy of a folder, where it is one: whatever needs it again fetches it."""
+    if _remote(folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

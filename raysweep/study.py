@@ -166,9 +166,12 @@ class SearchStudy(Study):
         if config.mode == "fine_tune":
             self.head = sweep.best_heads.get((config.encoder_name, config.shots))
         super().__init__(sweep, config, cache)
+        name, database = f"{config.name}-{self.key}", sweep.experiment.tracking.optuna_uri
+        if database:  # which sweeps share, unlike their trials' weights
+            name = f"{sweep.experiment.name}-{signature(location(sweep.paths.root))}-{name}"
         self.search = Search(
-            sweep.experiment.tracking.optuna_uri or sweep.paths.optuna_journal,
-            f"{config.name}-{self.key}",
+            database or sweep.paths.optuna_journal,
+            name,
             block,
             self.space,
             sweep.experiment.metric,
@@ -216,6 +219,8 @@ class SearchStudy(Study):
         trials = self.search.ask(min(population_size(self.search.block), self.num_left))
         self.num_left -= len(trials)
         self.waiting |= {trial.number: trial for trial in trials}
+        if self.config.mode != "linear_probe":  # it leaves checkpoints under its number before it is told
+            self._publish_journal()
         return [
             {
                 "study": self.config.name,
@@ -226,6 +231,10 @@ class SearchStudy(Study):
             }
             for trial in trials
         ]
+
+    def _publish_journal(self) -> None:
+        if self.sweep.experiment.tracking.optuna_uri is None:
+            publish(self.sweep.paths.optuna_journal)
 
     def on_epoch(self, number: int, epoch: int, metrics: dict[str, float]) -> bool:
         """Logs an epoch of a trial that is still running; returns whether the trial is to be stopped."""
@@ -257,9 +266,8 @@ class SearchStudy(Study):
             record = make_record(number, dict(trial.params), result, reason)
         self.search.tell(trial, record)
         # A Population's trials are told together; the others one by one, each the work of minutes.
-        is_whole = self.config.mode != "linear_probe" or not self.waiting
-        if is_whole and sweep.experiment.tracking.optuna_uri is None:
-            publish(sweep.paths.optuna_journal)
+        if self.config.mode != "linear_probe" or not self.waiting:
+            self._publish_journal()
         if number in self.stopped:
             remove(self._stop_file(number))
         if record.checkpoint:  # the optimiser's state has no use once the trial is told, and is twice the model's size

@@ -47,7 +47,8 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
             ray.start()
             if not paths.has_features and not joins_cluster():
                 ray.prepare(warm_up_pass)
-        recorder = Recorder(experiment.tracking.uri, experiment.tracking.experiment or experiment.name)
+        name = experiment.tracking.experiment or experiment.name
+        recorder = Recorder(experiment.tracking.uri, name, progress.say)
         stack.callback(recorder.close)
         progress.say(f"reading {experiment.data.source}")
         index = load_index(experiment.data, experiment.seed)

@@ -6,9 +6,11 @@ import json
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from raysweep.errors import RaysweepError
 from raysweep.paths import write_atomically
 from raysweep.storage import local_path
 
@@ -40,7 +42,8 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
             study = job["studies"][work["trials"][0]["study"]]
         else:
             name, study = "test", job["studies"][[*work["test"], *work["baselines"]][0]]
-        write_atomically(local_path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
+        with suppress(RaysweepError):  # the storage may be what is at fault
+            write_atomically(local_path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
         if lost_a_worker(error):
             raise  # nobody's setting is at fault: Tune runs the work again where there are other nodes
         reason = " ".join(str(error).split()) or "no message"

@@ -24,7 +24,7 @@ from raysweep.loading import (
     total_memory_of,
     widest,
 )
-from raysweep.storage import exists, local_path, location
+from raysweep.storage import exists, forget, local_path, location
 from raysweep.training.distributed import rank
 from raysweep.training.loop import LoopOptions, ranking_key, train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
@@ -174,16 +174,20 @@ def _train_classifier(
         report({"epoch": json.dumps({"number": trial["number"], "epoch": len(done), "metrics": metrics})})
         done.append(1)
 
-    result = train_classifier(
-        model,
-        parallel,
-        pixel_set(job, "train", device),
-        pixel_set(job, "validation", device),
-        trial["setting"],
-        LoopOptions(**job["loop"]),
-        folder,
-        on_epoch,
-    )
+    try:
+        result = train_classifier(
+            model,
+            parallel,
+            pixel_set(job, "train", device),
+            pixel_set(job, "validation", device),
+            trial["setting"],
+            LoopOptions(**job["loop"]),
+            folder,
+            on_epoch,
+        )
+    finally:
+        if rank() == 0:
+            forget(folder)  # or every node would keep the weights and optimiser states of all its trials
     speeds = [epoch["train/images_per_second"] for epoch in result.history]
     return {
         "study": trial["study"],

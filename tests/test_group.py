@@ -219,7 +219,7 @@ ROWS = {split: (np.arange(6) + start, np.arange(6) % 2) for split, start in
 SUBSETS = {"train": np.array([[1, 4], [0, 5]]), "validation": np.array([[0, 1, 2], [3, 4, 5]])}
 
 
-def job_of(*searches, num_side_by_side=1, num_cpus=8, **resources):
+def job_of(*searches, num_side_by_side=1, num_cpus=8, nodes=(), **resources):
     experiment = Experiment.model_validate(
         {"name": "x", "data": {"source": "s"}, "encoders": [{"type": "stacked_cnn"}], "resources": resources}
     )
@@ -228,7 +228,7 @@ def job_of(*searches, num_side_by_side=1, num_cpus=8, **resources):
         search.encoder = SimpleNamespace(description=encoder, put=lambda: "weights in the object store")
     sweep = SimpleNamespace(
         experiment=experiment,
-        resources=Resources(num_cpus, 0),
+        resources=Resources(num_cpus, 0, nodes),
         precision=lambda config: "fp32",
         index=SimpleNamespace(classes=("a", "b")),
         rows=ROWS,
@@ -273,6 +273,13 @@ def test_the_job_knows_every_study():
 def test_cpus_are_divided_among_what_runs_at_once(mode, num_left, num_side_by_side, resources, expected):
     job = job_of(FakeSearch("a", [num_left], mode=mode), num_side_by_side=num_side_by_side, **resources)
     assert job["num_threads"] == expected
+
+
+def test_a_head_without_cpus_takes_none(request):
+    job = job_of(FakeSearch("a", [64]), nodes=((0, 0), (8, 0)))
+    assert job["num_threads"] == 8
+    job = job_of(FakeSearch("a", [64]), num_cpus=16, nodes=((0, 0), (8, 0), (8, 0)))
+    assert job["num_threads"] == 8
 
 
 def streamed(name, sizes):

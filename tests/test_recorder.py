@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import time
 import mlflow
 import pytest
 
+from raysweep import recorder as module
 from raysweep.errors import RaysweepError
 from raysweep.recorder import Recorder
 
@@ -101,6 +103,30 @@ def test_a_store_that_cannot_be_used_is_named():
     with pytest.raises(RaysweepError, match="cannot be used"):
         recorder.send("start_run", "key", "name", "sweep")
     recorder.close()
+
+
+def test_a_long_wait_is_said_once(uri, request, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_UNTIL_SAID", 0.01)
+    said = []
+    recorder = Recorder(uri, request.node.name, said.append)
+    sent = recorder.send("start_run", "key", "name", "sweep")
+    recorder.wait()
+    assert said == [f"waiting for MLflow at {uri}: 2 calls to go"]
+    assert sent.done()
+    recorder.close()
+
+
+def test_a_server_that_never_answers_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_TO_CLOSE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        recorder = Recorder(f"http://127.0.0.1:{silent.getsockname()[1]}", "x")
+        silent.accept()  # the writer has begun to ask
+        (writer,) = recorder._process._processes.values()
+        started = time.monotonic()
+        recorder.close()
+        assert time.monotonic() - started < 30, "MLflow waits for two minutes"
+        writer.kill()
+        writer.join(WAIT_S)
 
 
 # What the driver's end does to the writer

@@ -10,12 +10,13 @@ from pyarrow import fs
 
 from raysweep import storage
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.cache import fetched, leftovers, remove_leftovers
+from raysweep.images.cache import fetched, has_cache, leftovers, mark_beginning, remove_leftovers
 from raysweep.paths import SweepPaths, write_atomically, write_json
 from raysweep.storage import (
     exists,
     fetch,
     fetch_folder,
+    forget,
     in_a_job,
     is_bucket,
     local_path,
@@ -191,13 +192,63 @@ def write_atomically_here(path: Path) -> None:
         temporary.write_text("stale")
 
 
-def test_what_a_pass_left_is_removed_from_the_bucket_too(bucket, on_node):
+def test_what_a_pass_left_is_removed_when_the_next_one_ends(bucket, on_node):
+    """And not what another head writes meanwhile."""
     folder = local_path(f"{bucket}/.cache/features-1")
-    write_atomically(folder / "rows-000000000000.parquet", "rows")
+    write_atomically(folder / "rows-000000000032.parquet", "left")
     on_node(1)
     folder = local_path(f"{bucket}/.cache/features-1")
+    write_atomically_here(folder / "rows-000000000016.arrow")
+    time.sleep(1.1)  # S3 tells times to the second
+    mark_beginning(folder)
+    on_node(2)
+    write_atomically(local_path(f"{bucket}/.cache/features-1") / "rows-000000000064.parquet", "of another head")
+    on_node(1)
+    write_atomically(folder / "rows-000000000000.parquet", "rows")
+    write_atomically(folder / "other.json", "{}")
     remove_leftovers(folder)
-    assert (fetch_folder(folder), leftovers(folder)) == ([], [])
+    assert [path.name for path in leftovers(folder)] == ["rows-000000000000.parquet"]
+    assert fetch_folder(folder) == ["other.json", "rows-000000000000.parquet", "rows-000000000064.parquet"]
+
+
+def test_what_a_pass_left_in_a_folder_is_removed_too(tmp_path):
+    for name in ("rows-000000000032.parquet", ".rows-7.arrow.abc", "rows-abc.f16", "manifest.json"):
+        write_atomically_here(tmp_path / name)
+    time.sleep(0.05)
+    mark_beginning(tmp_path)
+    write_atomically(tmp_path / "rows-000000000000.parquet", "rows")
+    remove_leftovers(tmp_path)
+    assert files_in(tmp_path) == ["manifest.json", "rows-000000000000.parquet"]
+
+
+def test_a_cache_that_another_head_has_made_meanwhile_is_there(bucket, on_node):
+    folder = local_path(f"{bucket}/.cache/features-1")
+    assert not has_cache(folder)
+    on_node(1)
+    manifest = {"num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
+    write_json(local_path(f"{bucket}/.cache/features-1") / "manifest.json", manifest)
+    on_node(0)
+    assert has_cache(folder)
+
+
+def test_a_linked_scratch_folder_is_one_all_the_same(bucket, monkeypatch, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "link"))
+    paths = SweepPaths(f"{bucket}/team", "x")
+    assert location(paths.root) == f"{bucket}/team/x"
+    write_json(paths.leaderboard_json, [])
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "another"))
+    assert exists(local_path(f"{bucket}/team/x/leaderboard.json"))
+
+
+def test_a_node_forgets_copies_and_nothing_else(bucket, tmp_path):
+    for folder in (local_path(f"{bucket}/trials/0"), tmp_path / "trials"):
+        write_atomically(folder / "last.safetensors", "weights")
+        forget(folder)
+    assert not local_path(f"{bucket}/trials/0").exists()
+    assert exists(local_path(f"{bucket}/trials/0/last.safetensors"))
+    assert (tmp_path / "trials" / "last.safetensors").exists()
 
 
 def test_a_sweep_begins_with_its_small_files(bucket, on_node):

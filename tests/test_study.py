@@ -121,6 +121,41 @@ def what_test_found(**more):
     return {"test": evaluate_test(logits, labels, 1), "peak_gpu_memory_bytes": 0, **more}
 
 
+def test_what_a_lone_trial_is_told_reaches_the_bucket_before_it_runs(open_sweep, monkeypatch):
+    """Or a sweep that goes on elsewhere would give its number, and with it its checkpoint, to another setting."""
+    published = []
+    monkeypatch.setattr(module, "publish", lambda path: published.append(path.read_text()))
+    study = open_study(open_sweep(**fine_tune(num_trials=3)), "fine_tune")
+    (trial,) = study.ask()
+    assert published[0].count('"trial_id":0'), "the journal knows of the trial"
+    study.tell(trial["number"], result_of(trial), "unused")
+    assert len(published) == 2
+
+
+def test_sweeps_that_share_a_database_share_no_study(open_sweep, monkeypatch, tmp_path):
+    names = []
+
+    class Found(Exception):
+        pass
+
+    def search(store, name, *_rest):
+        names.append(name)
+        raise Found
+
+    monkeypatch.setattr(module, "Search", search)
+    database = {"tracking": {"optuna_uri": "postgresql://h/optuna"}, **probe()}
+    for sweep in (open_sweep(**database), open_sweep(**database), open_sweep(**probe())):
+        with pytest.raises(Found):
+            open_study(sweep)
+    monkeypatch.setattr(SweepPaths, "root", tmp_path / "elsewhere" / "x")
+    with pytest.raises(Found):
+        open_study(open_sweep(**database))
+    assert names[0] == names[1]
+    assert names[0].startswith("x-")
+    assert len(set(names)) == 3
+    assert names[0].endswith(names[2])
+
+
 def finish(study):
     work_through(study)
     study.choose()

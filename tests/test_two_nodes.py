@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -131,8 +132,11 @@ def test_optunas_studies_are_in_the_database(sweeps):
     from raysweep.search import open_store
 
     store = open_store(os.environ["RAYSWEEP_OPTUNA_URI"])
+    # Sweep, place, study, signature: several sweeps share the database.
     found = {
-        study.study_name.rpartition("-")[0]: len(optuna.load_study(study_name=study.study_name, storage=store).trials)
+        re.fullmatch(r"digits-[0-9a-f]{16}-(.+)-[0-9a-f]{16}", study.study_name)[1]: len(
+            optuna.load_study(study_name=study.study_name, storage=store).trials
+        )
         for study in optuna.get_all_study_summaries(store)
     }
     assert found == STUDIES

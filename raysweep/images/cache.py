@@ -21,8 +21,20 @@ import pyarrow.parquet as pq
 
 from raysweep.errors import DataError
 from raysweep.images.sources import BadRow
-from raysweep.paths import read_json
-from raysweep.storage import fetch_folder, is_bucket, local_path, location, publish, replacing, unpublish
+from raysweep.paths import read_json, write_atomically
+from raysweep.storage import (
+    fetch,
+    fetch_folder,
+    is_bucket,
+    local_path,
+    location,
+    publish,
+    remove,
+    remove_older,
+    replacing,
+)
+
+BEGUN = ".begun"
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ def open_cache(folder: Path) -> Cache | None:
 
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
     """Whether a pass has finished in `folder`; one that has but looked for bad rows counts where `streamed`."""
+    fetch(folder / "manifest.json")  # of a bucket, where another sweep may have made it meanwhile
     cache = open_cache(folder)
     return cache is not None and (streamed or not cache.streamed)
 
@@ -75,17 +88,27 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def mark_beginning(folder: Path) -> None:
+    """Notes the time before the first file of a pass, for `remove_leftovers`."""
+    write_atomically(folder / BEGUN, "")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a pass that was cut short has left, perhaps in other blocks than the next one's."""
-    unpublish(folder)
-    for leftover in leftovers(folder):
-        leftover.unlink()
+    """Removes what a pass that was cut short has left, perhaps in other blocks than those of the one that now ends.
+
+    Not before a pass: another head, with a lock of its own, may be making the same cache in the same bucket.
+    """
+    remove_older(folder / BEGUN, _is_of_rows)
+    remove(folder / BEGUN)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Files of a cache, whole ones and begun ones."""
-    patterns = ("rows-*.parquet", "rows-*.arrow", ".rows-*.arrow.*", "rows-*.f16", ".rows-*.f16.*")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in folder.iterdir() if _is_of_rows(path.name)] if folder.exists() else []
+
+
+def _is_of_rows(name: str) -> bool:
+    return name.startswith(("rows-", ".rows-"))
 
 
 def fetched(cache: str) -> str:

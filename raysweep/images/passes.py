@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ import pyarrow.compute as pc
 import torch
 
 from raysweep.encoders import Encoder, encoder_from_spec
-from raysweep.errors import DataError
+from raysweep.errors import DataError, RaysweepError
 from raysweep.images.cache import (
     Cache,
     has_cache,
+    mark_beginning,
     only_writer,
     open_cache,
     peak_memory_bytes,
@@ -110,12 +111,13 @@ def _make_pass(
 ) -> None:
     started = time.perf_counter()
     for request in requests:
-        remove_leftovers(request.folder)
+        mark_beginning(request.folder)
     tally, num_rows = _Tally(len(requests)), len(index.table)
     dataset = _dataset(requests, index, num_gpus, cpus_by_node)
-    for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        tally.add(receipts)
-        on_progress(tally.num_rows, num_rows)
+    with _reasons():
+        for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tally.add(receipts)
+            on_progress(tally.num_rows, num_rows)
     if tally.num_rows != num_rows:
         folders = ", ".join(str(request.folder) for request in requests)
         raise DataError(f"{folders}: the pass saw {tally.num_rows} of {num_rows} images; start the sweep again")
@@ -130,7 +132,22 @@ def _make_pass(
             "peak_gpu_memory_bytes": tally.gpu_memory,
             "streamed": isinstance(request, PixelRequest) and request.streamed,
         }
+        remove_leftovers(request.folder)
         write_json(request.folder / "manifest.json", manifest)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Raises what a task raised, where that is an error of ours: Ray wraps it, with the tracebacks of all between."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RaysweepError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise (cause or error) from None
 
 
 @dataclass

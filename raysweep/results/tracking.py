@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -265,11 +265,9 @@ class Tracker:
         """Ends every run that is still open as FAILED; called on the way out of a sweep, however it went."""
         from mlflow import MlflowException
 
-        for run_id in list(self._open):
-            try:
+        with _impatient(), suppress(MlflowException):  # a store that is gone must not hide why the sweep ends
+            for run_id in list(self._open):
                 self.finish(run_id, "FAILED")
-            except MlflowException:  # a store that has gone away must not hide why the sweep ends, nor hold it up
-                return
 
 
 def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Metric]:

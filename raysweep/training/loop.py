@@ -91,7 +91,7 @@ def train_classifier(
     """Trains a classifier for the setting's epochs, keeping its best epoch.
 
     AdamW with layer-wise learning-rate decay, linear warm-up then cosine to zero, clipped gradients. A `last`
-    checkpoint in `folder` from an earlier, interrupted call with the same setting is continued.
+    checkpoint in `folder` from an earlier, interrupted call is continued if its setting is the same.
 
     Args:
         model: the classifier, on the device to train on.
@@ -112,7 +112,7 @@ def train_classifier(
     optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay)
     evaluated = cast(Classifier, average.module) if average else model
     schedule = warmup_cosine(num_steps, options.warmup_fraction)
-    result = _restore(model, average, optimizer, folder)
+    result = _restore(model, average, optimizer, setting, folder)
     for metrics in result.history:
         on_epoch(metrics)
     for epoch in range(len(result.history), num_epochs):
@@ -150,7 +150,7 @@ def train_classifier(
         if _improves(metrics, result.best, options):
             result.best_epoch = epoch
         if rank() == 0:
-            _save(model, average, optimizer, result, folder)
+            _save(model, average, optimizer, setting, result, folder)
         on_epoch(metrics)
     return result
 
@@ -257,6 +257,7 @@ def _save(
     model: Classifier,
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
+    setting: dict[str, Any],
     result: LoopResult,
     folder: Path,
 ) -> None:
@@ -265,16 +266,22 @@ def _save(
         save_checkpoint(result.checkpoint, weights, {"epoch": result.best_epoch, "metrics": result.best})
     averages = {f"average.{name}": tensor for name, tensor in average.state_dict().items()} if average else {}
     tensors = model.state_dict() | averages | optimizer_tensors(optimizer)
-    state = {"history": result.history, "best_epoch": result.best_epoch}
+    state = {"setting": setting, "history": result.history, "best_epoch": result.best_epoch}
     save_checkpoint(folder / "last.safetensors", tensors, state)
 
 
 def _restore(
-    model: Classifier, average: AveragedModel | None, optimizer: torch.optim.Optimizer, folder: Path
+    model: Classifier,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    setting: dict[str, Any],
+    folder: Path,
 ) -> LoopResult:
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
     if exists(last) and exists(result.checkpoint):
         tensors, state = load_checkpoint(last)
+        if state["setting"] != setting:  # of a trial that a lost journal knew by the same number
+            return result
         model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})
         if average:
             averages = {n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")}

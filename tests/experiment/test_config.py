@@ -282,6 +282,10 @@ def test_storages(load, given, kept):
         ("storage: s3://key:secret@b/x\n", "storage (line 3): holds no options and no credentials"),
         ("tracking: {optuna_uri: 'mysql://h/x'}\n", "tracking.optuna_uri (line 3): accepted: postgresql://"),
         ("tracking: {optuna_uri: 'postgresql://u:p@h/x'}\n", "tracking.optuna_uri (line 3): holds a password"),
+        (
+            "tracking: {optuna_uri: 'postgresql://u@h/x?password=p@1'}\n",
+            "tracking.optuna_uri (line 3): holds a password",
+        ),
         ("tracking: {uri: 'https://u:p@h'}\n", "tracking.uri (line 3): holds a password"),
         ("resources: {placement: spread}\n", "resources.placement (line 3)"),
     ],

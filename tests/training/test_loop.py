@@ -253,6 +253,16 @@ def test_an_interrupted_trial_goes_on_as_if_nothing_had_happened(tmp_path, kind,
     assert result.best_epoch == expected.best_epoch
 
 
+def test_a_checkpoint_of_another_setting_is_not_gone_on_from(tmp_path):
+    """As a lost journal would have it, in which the number of the trial was free."""
+    interrupted_at_epoch(classifier(), tmp_path / "b", 1)
+    another = SETTING | {"learning_rate": SETTING["learning_rate"] / 3}
+    result, expected = classifier(), classifier()
+    history = train(result, tmp_path / "b", setting=another).history
+    assert timeless(history) == timeless(train(expected, tmp_path / "a", setting=another).history)
+    assert_equal_weights(result.state_dict(), expected.state_dict())
+
+
 def train_and_be_killed(folder):
     def on_epoch(metrics):
         if metrics["train/learning_rate"] < 0.6 * SETTING["learning_rate"]:
