@@ -34,7 +34,7 @@ def test_a_database_that_cannot_be_used_shows_before_anything_is_made(monkeypatc
         raise ConfigError(f"tracking.optuna_uri: {store}")
 
     monkeypatch.setattr(stages, "open_store", refuse)
-    with pytest.raises(ConfigError, match="tracking.optuna_uri: postgresql://h/x"):
+    with pytest.raises(ConfigError, match=r"tracking.optuna_uri: postgresql://h/x"):
         stages.check_studies(context_of(tracking={"optuna_uri": "postgresql://h/x"}))
 
 

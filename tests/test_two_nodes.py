@@ -132,11 +132,8 @@ def test_optunas_studies_are_in_the_database(sweeps):
     from raysweep.search import open_store
 
     store = open_store(os.environ["RAYSWEEP_OPTUNA_URI"])
+    names = [study.study_name for study in optuna.get_all_study_summaries(store)]
+    counts = {name: len(optuna.load_study(study_name=name, storage=store).trials) for name in names}
     # Sweep, place, study, signature: several sweeps share the database.
-    found = {
-        re.fullmatch(r"digits-[0-9a-f]{16}-(.+)-[0-9a-f]{16}", study.study_name)[1]: len(
-            optuna.load_study(study_name=study.study_name, storage=store).trials
-        )
-        for study in optuna.get_all_study_summaries(store)
-    }
-    assert found == STUDIES
+    named = {re.fullmatch(r"digits-[0-9a-f]{16}-(.+)-[0-9a-f]{16}", name)[1]: name for name in names}
+    assert {study: counts[name] for study, name in named.items()} == STUDIES
