@@ -55,9 +55,11 @@ PASS = """
                "split": ["train"] * count, "content_hash": [str(n) for n in ids]}
     index = ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "fingerprint")
     weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
+    present = present_resources()
+    print("begins", flush=True)
     (cache,) = build_caches(
         [FeatureRequest(folder, encoder, weights, "fp32")], index, num_gpus=0,
-        cpus_by_node=present_resources().cpus_by_node, on_progress=lambda done, _: print("done", done),
+        cpus_by_node=present.cpus_by_node, on_progress=lambda done, _: print("done", done),
     )
     features = load_features(cache.folder, ids, ["cls"])["cls"]
     print("result", json.dumps({"num_rows": cache.num_rows, "distinct": len(np.unique(features.numpy(), axis=0))}))
@@ -72,13 +74,14 @@ GROUPS = """
     class Group:
         name = mode = "a"
 
-        def __init__(self, count, num_nodes):
-            self.count, self.num_nodes, self.next, self.taken, self.num_running = count, num_nodes, 0, {}, 0
+        def __init__(self, count, num_nodes, seconds):
+            self.count, self.num_nodes, self.seconds = count, num_nodes, seconds
+            self.next, self.taken, self.num_running = 0, {}, 0
 
         def next_work(self):
             # At least `count` pieces, and more until so many nodes have worked: some take long to start.
             is_enough = self.next >= self.count and len(set(self.taken.values())) >= self.num_nodes
-            if is_enough or self.next == 100:
+            if is_enough or self.next == 20:
                 return None
             self.next += 1
             return {"group": "a", "piece": self.next - 1}
@@ -88,16 +91,16 @@ GROUPS = """
             print("taken", work["piece"])
 
         def build_job(self, num_side_by_side):
-            return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+            return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False, "seconds": self.seconds}
 
     def work(work, jobs):
         import ray
         from ray import tune
-        time.sleep(1.5)
+        time.sleep(float(jobs["a"]["seconds"]))
         tune.report({"results": json.dumps(ray.get_runtime_context().get_node_id())})
 
     searcher.run_work = work
-    session, group = RaySession(verbose=False), Group(int(sys.argv[2]), int(sys.argv[3]))
+    session, group = RaySession(verbose=False), Group(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     print("up", session.resources.num_cpus)
     searcher.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
     session.close()
@@ -117,11 +120,19 @@ WAIT = """
 """
 
 
-@pytest.fixture
-def nodes():
-    """A head with one CPU."""
+@pytest.fixture(scope="module")
+def head():
     with running_nodes(0) as found:
         yield found
+
+
+@pytest.fixture
+def nodes(head):
+    """A head with one CPU, to which a test may add nodes."""
+    yield head
+    for number in range(1, len(head.processes)):
+        head.kill(number)
+    head.wait_for(1)
 
 
 @contextmanager
@@ -147,13 +158,13 @@ def read_until(process, word):
 
 def test_a_node_that_joins_takes_part_in_the_pass(nodes, tmp_path):
     (tmp_path / "marks").mkdir()
-    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 32 * NUM_IMAGES, 1.2) as process:
-        read_until(process, "done")
+    with driver(nodes, PASS, tmp_path / "cache", tmp_path / "marks", 24 * NUM_IMAGES, 1.2) as process:
+        read_until(process, "begins")
         nodes.add()
         found = json.loads(read_until(process, "result"))
     shares = [len(path.read_text()) for path in (tmp_path / "marks").iterdir()]
     assert len(shares) == 2, "both nodes have encoded; Ray Data looks for new ones every ten seconds"
-    assert found == {"num_rows": 32 * NUM_IMAGES, "distinct": 32 * NUM_IMAGES}
+    assert found == {"num_rows": 24 * NUM_IMAGES, "distinct": 24 * NUM_IMAGES}
 
 
 def test_a_pass_survives_the_loss_of_a_node(nodes, tmp_path):
@@ -171,7 +182,9 @@ def test_a_pass_survives_the_loss_of_a_node(nodes, tmp_path):
 
 
 def test_a_node_that_joins_gets_trials(nodes, tmp_path):
-    with driver(nodes, GROUPS, tmp_path / "tune", 4, 2) as process:
+    # Tune hands waiting work to a process that has come free, even while one on another node starts for it: work must
+    # take longer than that.
+    with driver(nodes, GROUPS, tmp_path / "tune", 2, 2, 15) as process:
         read_until(process, "taken")
         nodes.add()
         taken = json.loads(read_until(process, "result"))
@@ -182,7 +195,7 @@ def test_a_node_that_joins_gets_trials(nodes, tmp_path):
 def test_the_work_of_a_lost_node_is_done_again(nodes, tmp_path):
     lost = nodes.add()
     nodes.wait_for(2)
-    with driver(nodes, GROUPS, tmp_path / "tune", 8, 1) as process:
+    with driver(nodes, GROUPS, tmp_path / "tune", 8, 1, 1.5) as process:
         assert read_until(process, "up") == "2"
         for _ in range(3):
             read_until(process, "taken")
