@@ -31,14 +31,14 @@ START_SECONDS = {"pass": 8.0, "trial": 1.0}  # of a pass, and of a trial that tr
 def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:
     """Times a sample of the work on one node; returns what each part of the plan will take, and all of it.
 
-    Must be called with Ray up. Loads each encoder. Where all nodes are busy, a line says that there is no estimate.
+    Must be called with Ray up. Loads each encoder. Where no node is free, a line says that there is no estimate.
 
     Raises:
         RaysweepError: an encoder cannot be loaded, or no image of the sample can be decoded.
     """
     on_gpu = uses_gpu(experiment.resources, present)
     if not _is_room(on_gpu):
-        return [f"time there: no estimate, since {'every GPU' if on_gpu else 'every CPU'} of the cluster is busy"]
+        return [f"time there: no estimate, since no {'GPU' if on_gpu else 'CPU'} of the cluster is free"]
     counts = {split: sum(by_class.values()) for split, by_class in index.counts().items()}
     lines, total, passes = ["time there, from a sample that one node worked on:"], 0.0, {}
     for study in experiment.studies():

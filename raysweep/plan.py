@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from raysweep.cluster import Resources, check_resources, num_concurrent_trials, uses_gpu
+from raysweep.errors import ResourceError
 from raysweep.experiment.config import Experiment
 from raysweep.results.leaderboard import describe_seconds
 from raysweep.search import population_size
@@ -23,13 +24,25 @@ def cluster_lines(present: Resources) -> list[str]:
     return lines
 
 
-def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:
+def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources, *, may_grow: bool = False) -> list[str]:
     """The plan of a sweep, for `--dry-run`: images, studies, passes, resources.
 
+    Args:
+        experiment: what is planned.
+        index: its images.
+        present: what there is to run on.
+        may_grow: whether nodes may join that are not there yet.
+
     Raises:
-        ResourceError: the plan cannot run on what is present.
+        ResourceError: the plan cannot run on what is present, nor on what may come.
     """
-    check_resources(experiment.resources, present)
+    lacking = ""
+    try:
+        check_resources(experiment.resources, present)
+    except ResourceError as error:
+        if not may_grow:
+            raise
+        lacking = str(error)
     lines = ["images:"]
     for split, by_class in index.counts().items():
         classes = ", ".join(f"{name} {number}" for name, number in by_class.items())
@@ -52,7 +65,8 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources) ->
     needed = f"{resources.num_workers} x {resources.cpus_per_worker} CPUs"
     if uses_gpu(resources, present):
         needed += f" and {resources.num_workers} x {resources.gpus_per_worker:g} GPUs"
-    side_by_side = num_concurrent_trials(resources, present)
     lines.append(f"resources: a training run needs {needed}; present: {present.num_cpus} CPUs, {present.num_gpus} GPUs")
-    lines.append(f"  up to {side_by_side} training runs side by side; Populations of one encoder one by one")
-    return lines
+    if lacking:
+        return [*lines, f"  not there yet, and waited for, at most {resources.wait_for_nodes_s:g} s: {lacking}"]
+    side_by_side = num_concurrent_trials(resources, present)
+    return [*lines, f"  up to {side_by_side} training runs side by side; Populations of one encoder one by one"]

@@ -71,7 +71,9 @@ def _plan(experiment: Experiment) -> int:
     session = RaySession(verbose=False)
     try:
         present = session.resources
-        print("\n".join([*cluster_lines(present), *plan_lines(experiment, index, present)]), flush=True)
+        may_grow = experiment.resources.wait_for_nodes_s > 0
+        plan = plan_lines(experiment, index, present, may_grow=may_grow)
+        print("\n".join([*cluster_lines(present), *plan]), flush=True)
         from raysweep.estimate import estimate_lines
 
         print("\n".join(estimate_lines(experiment, index, present)))

@@ -109,9 +109,7 @@ def run_stage(context: SweepContext, groups: Sequence[Group]) -> None:
         nonlocal told
         present = context.ray.resources_now
         if num_fitting_workers(resources, present, reserved_cpus) < resources.num_workers and not told:
-            context.progress.warn(
-                "too few nodes are there by now for a training run; waiting for others to join"
-            )
+            context.progress.warn("too few nodes are there by now for a training run; waiting for others to join")
             told = True
         fitting = num_concurrent_trials(resources, present, reserved_cpus)
         # One that waits for room is what makes an autoscaler bring nodes.

@@ -5,11 +5,11 @@ import pytest
 from raysweep import estimate
 from raysweep.cluster import Resources
 from raysweep.encoders import build_encoder
-from raysweep.errors import DataError
+from raysweep.errors import DataError, ResourceError
 from raysweep.estimate import estimate_lines, time_study
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.sources import load_index
-from raysweep.plan import cluster_lines
+from raysweep.plan import cluster_lines, plan_lines
 
 TINY = {"type": "dinov2", "use_pretrained": False, "image_size": 32,
         "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}}  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_busy_cluster_keeps_nobody_waiting(index, monkeypatch, num_gpus, what)
     monkeypatch.setattr(estimate, "SECONDS_FOR_ROOM", 0)
     monkeypatch.setattr("ray.available_resources", lambda: free[num_gpus])
     assert estimate_lines(experiment(), index, Resources(8, num_gpus)) == [
-        f"time there: no estimate, since every {what} of the cluster is busy"
+        f"time there: no estimate, since no {what} of the cluster is free"
     ]
     free[num_gpus] = {what: 1.0}
     assert estimate._is_room(bool(num_gpus))
@@ -114,6 +114,14 @@ def test_the_sample_is_from_all_over():
     rows = estimate._sample(pa.table({"row_id": np.arange(1000)}))["row_id"].to_pylist()
     assert (len(rows), rows[0], rows[-1]) == (16, 0, 999)
     assert estimate._sample(pa.table({"row_id": [7]}))["row_id"].to_pylist() == [7]
+
+
+def test_a_plan_for_nodes_that_are_still_to_come(index):
+    head = Resources(0, 0, ((0, 0),))
+    with pytest.raises(ResourceError, match="one training run needs 1 CPUs"):
+        plan_lines(experiment(), index, head)
+    last = plan_lines(experiment(resources={"wait_for_nodes_s": 900.0}), index, head, may_grow=True)[-1]
+    assert last.startswith("  not there yet, and waited for, at most 900 s: resources: one training run needs 1 CPUs")
 
 
 def test_nodes_that_are_alike_are_counted_together():
