@@ -1,6 +1,7 @@
 """What every test finds: an environment that answers nothing, and that is as it was when the test has ended."""
 
 import os
+import signal
 
 import pytest
 
@@ -9,7 +10,9 @@ from raysweep.experiment.config import ENVIRONMENT
 
 @pytest.fixture(autouse=True, scope="session")
 def silent_environment():
-    """Whatever a developer's shell says of storage, MLflow and clusters."""
+    """Whatever a developer's shell says of storage, MLflow and clusters; and it may run the tests deaf to Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a script runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         for name in (*(name for name, _ in ENVIRONMENT.values()), "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             patch.delenv(name, raising=False)

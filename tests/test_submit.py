@@ -337,7 +337,7 @@ def test_local_images_are_sent_along_and_every_node_finds_them(cluster, project)
 
 @pytest.mark.end_to_end
 def test_a_dry_run_says_what_is_there_and_how_long_it_will_take(cluster, project):
-    done = run_submit(cluster, project, "x.yaml", "--upload-data", "--no-pip", "--dry-run")
+    done = run_submit(cluster, project, "x.yaml", "--upload-data", "--dry-run", *settings(project))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cluster: 2 nodes, 2 CPUs, 0 GPUs\n  2 with 1 CPUs and 0 GPUs\nimages:" in done.stdout
     assert "  stacked_cnn-from_scratch: 2 trials of 3 epochs: about " in done.stdout
