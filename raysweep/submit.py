@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 SECONDS_BETWEEN_LOOKS = 2.0
+LOOKS_BEFORE_SAID = 3  # at a job that has not begun
 SECONDS_TO_STOP = 60
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 LOST_CONNECTIONS = 30  # one after another, before the job is left to itself
@@ -223,14 +224,14 @@ def _follow(address: str, job: str) -> int:
 
     with _reaching(address):
         client = connect(address)
-        log, lost, waits_for = Log(client, job), 0, ""
+        log, lost, looks, waits_for = Log(client, job), 0, 0, ""
         info = client.get_job_info(job)  # a job that does not exist shows at once
         while True:
             try:
                 if info.status != "PENDING":
                     asyncio.run(log.print_on())
-                elif waits_for != info.message:  # such as packages that are being installed
-                    waits_for = info.message
+                elif (looks := looks + 1) > LOOKS_BEFORE_SAID and waits_for != info.message:
+                    waits_for = info.message  # such as packages that are being installed
                     _say(f"{job} waits: {_short(waits_for)}")
                 if info.status.is_terminal():  # when its log was read
                     break

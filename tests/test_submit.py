@@ -158,11 +158,12 @@ def test_a_silent_connection_is_made_anew(client, capsys, monkeypatch):
 
 
 def test_a_job_that_waits_says_for_what_once(client, capsys):
-    waiting = [SimpleNamespace(status=Status("PENDING"), message=text) for text in ("a", "packages", "packages")]
+    texts = ["at once", "at once", "at once", "packages", "packages", "nodes"]
+    waiting = [SimpleNamespace(status=Status("PENDING"), message=text) for text in texts]
     client.get_job_info = lambda job: waiting.pop(0) if waiting else FakeClient.get_job_info(client, job)
     assert submit.main(["--follow", "job"]) == 0
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("done\n", "job waits: a\njob waits: packages\n")
+    assert (said.out, said.err) == ("done\n", "job waits: packages\njob waits: nodes\n")
 
 
 def test_what_packages_could_not_be_installed_is_said_last(client, capsys):
