@@ -224,6 +224,7 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         # Ray's C++ side writes to the terminal itself, past every logger; failures still arrive as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray.data
 
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS", "")
@@ -240,6 +241,8 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
                 ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
         if not verbose:
             _quieten()
+        # Or an error of ours would reach the driver as text, in a traceback of Ray Data's.
+        ray.data.DataContext.get_current().raise_original_map_exception = True
         try:
             yield present_resources()
         finally:
@@ -396,7 +399,8 @@ def _quieten() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray._private"):
+    for name in ("ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Of every trial whose node is lost it would print the traceback, and does the trial again.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # What they raise is told anyway; and Tune would print the traceback of every trial that it does again elsewhere.
+    for name in ("ray.data", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

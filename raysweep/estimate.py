@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SAMPLE = 16  # images that are decoded; as many are encoded on a CPU, and trained on
 GPU_SAMPLE = 128
 MAX_ROWS = 4096  # of features on which a Population is timed for one epoch
-SECONDS_FOR_ROOM = 15
+SECONDS_FOR_ROOM = 30
 START_SECONDS = {"pass": 8.0, "trial": 1.0}  # of a pass, and of a trial that trains alone, measured on two cores
 
 
@@ -74,12 +74,20 @@ def _is_room(on_gpu: bool) -> bool:
     """Waits for a while until some node could work on the sample at once."""
     import ray
 
-    deadline = time.monotonic() + SECONDS_FOR_ROOM
-    while ray.available_resources().get("GPU" if on_gpu else "CPU", 0) < 1:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1)
-    return True
+    look = ray.remote(_nothing).options(**_place(on_gpu)).remote()
+    ready, _ = ray.wait([look], timeout=SECONDS_FOR_ROOM)
+    if not ready:
+        ray.cancel(look)
+    return bool(ready)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _place(on_gpu: bool) -> dict[str, int]:
+    """What a sample is worked on with."""
+    return {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
 
 
 def _about(seconds: float) -> str:
@@ -114,9 +122,8 @@ def _speeds(study: StudyConfig, experiment: Experiment, index: ImageIndex, on_gp
         "on_gpu": on_gpu,
         **put_index(index),
     }
-    options = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
     weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
-    speeds: dict[str, float] = ray.get(ray.remote(time_study).options(**options).remote(job, weights))
+    speeds: dict[str, float] = ray.get(ray.remote(time_study).options(**_place(on_gpu)).remote(job, weights))
     return speeds
 
 

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -18,6 +19,7 @@ import raysweep
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.listing import list_source, local_files
+from raysweep.images.tables import absolute_source
 from raysweep.paths import signature
 from raysweep.storage import is_bucket, upload
 
@@ -54,7 +56,7 @@ class LocalPath:
     @property
     def is_relative(self) -> bool:
         """Whether it means a place in the working directory, as it is and as the job finds it."""
-        return not Path(self.value).expanduser().is_absolute()
+        return "://" not in self.value and not Path(self.value).expanduser().is_absolute()
 
     @property
     def folder(self) -> Path:
@@ -74,8 +76,10 @@ def local_paths(experiment: Experiment) -> list[LocalPath]:
             values[f"encoders.{number}.pretrained_model_name_or_path"] = encoder.pretrained_model_name_or_path
     found = []
     for key, value in values.items():
-        local = LocalPath(key, value, Path(os.path.abspath(os.path.expanduser(value))))
-        if "://" in value or not (local.path.exists() or key == "data.source"):  # else the name of weights on the hub
+        absolute = absolute_source(value)
+        local = LocalPath(key, value, Path(absolute))
+        # What is no path is the name of weights on the hub.
+        if "://" in absolute or not (local.path.exists() or key == "data.source"):
             continue
         if not local.path.exists() and local.is_relative:
             raise ConfigError(f"{key}: {local.path}: no such file or folder")
@@ -147,7 +151,8 @@ def working_files(folder: Path) -> list[str]:
         raise ConfigError("git is not installed; it is asked what .gitignore keeps out of the package")
     with tempfile.TemporaryDirectory() as empty:
         repository: list[str] = []
-        if b"not a git repository" in git("rev-parse").stderr:
+        is_outside = b"not a git repository" in git("rev-parse").stderr
+        if is_outside or git("check-ignore", "--quiet", str(folder)).returncode == 0:  # such as a home of dotfiles
             git("init", "--quiet", empty)
             repository = [f"--git-dir={empty}/.git", f"--work-tree={folder}"]
         listed = git(*repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
@@ -212,7 +217,8 @@ def _check_relative(local: LocalPath, paths: Sequence[Path]) -> None:
     problem = next((path for path in paths if not path.is_relative_to(local.folder)), None)
     if problem is None and local.path.is_file() and local.path.suffix != ".parquet":
         table = local.path.read_text(encoding="utf-8-sig")
-        problem = next((path for path in paths if path != local.path and str(path) in table), None)
+        if str(local.folder) in table:
+            problem = next((path for path in paths if path != local.path and str(path) in table), None)
     if problem is not None:
         raise ConfigError(
             f"{local.key}: {local.path} names {problem}, which the nodes would not find; accepted with --upload-data: "
@@ -224,15 +230,25 @@ def _write(target: Path, files: Mapping[str, Path]) -> None:
     """Writes the zip file, and gives up as soon as it is too large."""
     with zipfile.ZipFile(target, "w") as package, target.open("rb") as written:
         for name, path in sorted(files.items()):
-            entry = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            with path.open("rb") as source, package.open(entry, "w", force_zip64=True) as packed:
-                while chunk := source.read(CHUNK):
-                    packed.write(chunk)
-                    if os.fstat(written.fileno()).st_size > LIMIT:
-                        raise ConfigError(_too_large(files))
+            with _naming(path):
+                entry = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                with path.open("rb") as source, package.open(entry, "w", force_zip64=True) as packed:
+                    while chunk := source.read(CHUNK):
+                        packed.write(chunk)
+                        if os.fstat(written.fileno()).st_size > LIMIT:
+                            raise ConfigError(_too_large(files))
     if target.stat().st_size > LIMIT:  # of what was still on its way to the disk
         raise ConfigError(_too_large(files))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "leave it out with .gitignore, or mend it"
+        raise ConfigError(f"{path}: cannot be packed ({error.strerror or error}); {hint}") from error
 
 
 def _too_large(files: Mapping[str, Path]) -> str:

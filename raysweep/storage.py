@@ -242,24 +242,22 @@ def _unpublish(path: Path) -> None:
 
 
 def remove_older(mark: Path, wanted: Callable[[str], bool]) -> None:
-    """Removes files beside a published mark that were written before it, and what they are copies of.
-
-    By the storage's own clock, so that it does not matter whose is wrong.
+    """Removes objects beside a published mark that were written before it by the bucket's own clock, and their copies.
 
     Args:
-        mark: a file that was published.
-        wanted: whether a file, by its name, is to be removed if it is older.
+        mark: a file of a bucket.
+        wanted: whether an object, by its name, is to be removed if it is older.
 
     Raises:
         RaysweepError: the bucket cannot be written to.
     """
     folder, since = mark.parent, mark.stat().st_mtime_ns  # `publish` has given it the time of the object
     remote = _remote(folder)
-    if remote is not None:
-        with _reaching(folder):
-            for name, info in _listed(folder).items():
-                if wanted(name) and info.mtime_ns < since:
-                    remote[0].delete_file(f"{remote[1]}/{name}")
+    assert remote is not None
+    with _reaching(folder):
+        for name, info in _listed(folder).items():
+            if wanted(name) and info.mtime_ns < since:
+                remote[0].delete_file(f"{remote[1]}/{name}")
     for name in _files_in(folder):
         if wanted(name) and (folder / name).stat().st_mtime_ns < since:
             (folder / name).unlink()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from raysweep.errors import ConfigError, RaysweepError, ResourceError
@@ -25,6 +25,7 @@ ADDRESS = "http://127.0.0.1:8265"
 SECONDS_BETWEEN_LOOKS = 2.0
 LOOKS_BEFORE_SAID = 3  # at a job that has not begun
 SECONDS_TO_STOP = 60
+SECONDS_TO_ANSWER = 60
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 LOST_CONNECTIONS = 30  # one after another, before the job is left to itself
 SECONDS_OF_SILENCE = 30  # after which the log is asked for anew: a connection may break without a word
@@ -99,7 +100,8 @@ def _watch(address: str, job: str) -> int:
     except NobodyReadsError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         status = 141
-    _say(f"\nthe job goes on\n{_ways_back(job, address)}")
+    with suppress(BrokenPipeError):
+        _say(f"\nthe job goes on\n{_ways_back(job, address)}")
     return status
 
 
@@ -167,7 +169,14 @@ def connect(address: str) -> JobSubmissionClient:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     token, _ = read_token()
-    return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+    class Impatient(JobSubmissionClient):  # type: ignore[misc]  # mypy is told not to look into ray
+        """Sets a limit, since a tunnel whose other end is gone takes questions and never answers."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, timeout=SECONDS_TO_ANSWER, **options)
+
+    return Impatient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
 def read_token() -> tuple[str, str]:

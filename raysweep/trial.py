@@ -42,7 +42,7 @@ def run_work(work: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> None:
             study = job["studies"][work["trials"][0]["study"]]
         else:
             name, study = "test", job["studies"][[*work["test"], *work["baselines"]][0]]
-        with suppress(RaysweepError):  # the storage may be what is at fault
+        with suppress(RaysweepError, OSError):  # the storage may be what is at fault
             write_atomically(local_path(study["folder"]) / "trials" / name / "error.txt", traceback.format_exc())
         if lost_a_worker(error):
             raise  # nobody's setting is at fault: Tune runs the work again where there are other nodes

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -67,14 +69,18 @@ def test_gpus_decode_and_encode_at_once(lines, monkeypatch):
 
 @pytest.mark.parametrize(("num_gpus", "what"), [(0, "CPU"), (1, "GPU")])
 def test_a_busy_cluster_keeps_nobody_waiting(index, monkeypatch, num_gpus, what):
-    free = [{}, {"CPU": 8.0, "GPU": 0.5}]
-    monkeypatch.setattr(estimate, "SECONDS_FOR_ROOM", 0)
-    monkeypatch.setattr("ray.available_resources", lambda: free[num_gpus])
+    ready, held, cancelled = [], [], []
+    task = SimpleNamespace(options=lambda **options: held.append(options) or SimpleNamespace(remote=lambda: "look"))
+    monkeypatch.setattr("ray.remote", lambda function: task)
+    monkeypatch.setattr("ray.wait", lambda looks, timeout: (ready, looks))
+    monkeypatch.setattr("ray.cancel", cancelled.append)
     assert estimate_lines(experiment(), index, Resources(8, num_gpus)) == [
         f"time there: no estimate, since no {what} of the cluster is free"
     ]
-    free[num_gpus] = {what: 1.0}
+    assert (held, cancelled) == ([{f"num_{what.lower()}s": 1}], ["look"])
+    ready.append("look")
     assert estimate._is_room(bool(num_gpus))
+    assert cancelled == ["look"]
 
 
 def test_a_time_budget_is_a_limit(lines):

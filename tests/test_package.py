@@ -134,6 +134,20 @@ def test_links_and_repositories_within_are_followed(project, tmp_path):
     assert settings == []
 
 
+def test_a_repository_above_that_ignores_all_is_no_reason_to_pack_nothing(project):
+    subprocess.run(["git", "init", "-q", ".."], check=True)  # as of dotfiles in a home
+    Path("../.gitignore").write_text("*\n")
+    names, _, _ = project()
+    assert {"notes.txt", "src/kept.py"} <= names
+    assert not {"big.log", "runs/x/leaderboard.json"} & names
+
+
+def test_a_file_that_is_gone_when_it_is_packed_is_named(project, monkeypatch):
+    monkeypatch.setattr(packages, "local_paths", lambda experiment: Path("notes.txt").unlink() or [])
+    with pytest.raises(ConfigError, match=r"notes.txt: cannot be packed \(No such file or directory\)"):
+        project()
+
+
 def test_without_git_it_is_asked_for(project, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"git is not installed; it is asked what .gitignore keeps out"):
@@ -237,6 +251,9 @@ def test_an_absolute_path_may_be_one_that_all_nodes_share(project, tmp_path):
     make_images(tmp_path / "shared")
     names, _, settings = project(source=str(tmp_path / "shared"))
     assert (settings, [name for name in names if name.startswith("uploaded")]) == ([], [])
+    uri = f"file://{tmp_path}/shared"
+    assert project(source=uri)[2] == []
+    assert project(source=uri, upload_data=True)[2] == ['data.source="uploaded/data.source/shared"']
     _, _, settings = project(source=str(tmp_path / "shared"), upload_data=True)
     assert settings == ['data.source="uploaded/data.source/shared"']
 

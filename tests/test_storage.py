@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from raysweep import storage
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.cache import fetched, has_cache, leftovers, mark_beginning, remove_leftovers
+from raysweep.images.cache import begin_pass, end_pass, fetched, has_cache, leftovers
 from raysweep.paths import SweepPaths, write_atomically, write_json
 from raysweep.storage import (
     exists,
@@ -200,13 +200,13 @@ def test_what_a_pass_left_is_removed_when_the_next_one_ends(bucket, on_node):
     folder = local_path(f"{bucket}/.cache/features-1")
     write_atomically_here(folder / "rows-000000000016.arrow")
     time.sleep(1.1)  # S3 tells times to the second
-    mark_beginning(folder)
+    begin_pass(folder)
     on_node(2)
     write_atomically(local_path(f"{bucket}/.cache/features-1") / "rows-000000000064.parquet", "of another head")
     on_node(1)
     write_atomically(folder / "rows-000000000000.parquet", "rows")
     write_atomically(folder / "other.json", "{}")
-    remove_leftovers(folder)
+    end_pass(folder)
     assert [path.name for path in leftovers(folder)] == ["rows-000000000000.parquet"]
     assert fetch_folder(folder) == ["other.json", "rows-000000000000.parquet", "rows-000000000064.parquet"]
 
@@ -214,10 +214,9 @@ def test_what_a_pass_left_is_removed_when_the_next_one_ends(bucket, on_node):
 def test_what_a_pass_left_in_a_folder_is_removed_too(tmp_path):
     for name in ("rows-000000000032.parquet", ".rows-7.arrow.abc", "rows-abc.f16", "manifest.json"):
         write_atomically_here(tmp_path / name)
-    time.sleep(0.05)
-    mark_beginning(tmp_path)
+    begin_pass(tmp_path)
     write_atomically(tmp_path / "rows-000000000000.parquet", "rows")
-    remove_leftovers(tmp_path)
+    end_pass(tmp_path)
     assert files_in(tmp_path) == ["manifest.json", "rows-000000000000.parquet"]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -285,6 +286,17 @@ def test_an_address_is_that_of_a_dashboard(address, capsys, tmp_path, monkeypatc
     Path("x.yaml").write_text(DIGITS)
     assert submit.main(["x.yaml", "--address", address]) == 1
     assert f"--address: '{address}' is not the URL of a dashboard" in capsys.readouterr().err
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch, capsys, tmp_path):
+    """As a tunnel whose other end is gone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "SECONDS_TO_ANSWER", 0.5)
+    Path("x.yaml").write_text(DIGITS)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert submit.main(["x.yaml", "--address", address]) == 1
+    assert f"no Ray dashboard answers at {address}" in capsys.readouterr().err
 
 
 # A real cluster of two nodes

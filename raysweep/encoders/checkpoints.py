@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a local folder, the Hugging Face cache, or the hub; and what lies in them."""
+"""Where pretrained weights come from: a folder, a bucket, the Hugging Face cache, or the hub; and what lies in them."""
 
 import json
 import os

@@ -99,6 +99,8 @@ class EncoderConfig(Section):
         family = info.data.get("type")
         if family == "stacked_cnn" and value is not None:
             raise ValueError(_NO_WEIGHTS)
+        if value and "://" in value and "?" in value:
+            raise ValueError(f"holds no options: they belong into the environment; found {value}")
         if family == "auto" and value is None:
             raise ValueError("type auto needs a hub id or a local folder here")
         return value or DEFAULT_WEIGHTS.get(str(family))

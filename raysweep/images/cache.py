@@ -88,18 +88,23 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def mark_beginning(folder: Path) -> None:
-    """Notes the time before the first file of a pass, for `remove_leftovers`."""
-    write_atomically(folder / BEGUN, "")
+def begin_pass(folder: Path) -> None:
+    """Removes what a pass that was cut short has left, perhaps in other blocks than those of the next.
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a pass that was cut short has left, perhaps in other blocks than those of the one that now ends.
-
-    Not before a pass: another head, with a lock of its own, may be making the same cache in the same bucket.
+    Not from a bucket, where another head, with a lock of its own, may be making this cache: there the time is noted.
     """
-    remove_older(folder / BEGUN, _is_of_rows)
-    remove(folder / BEGUN)
+    if is_bucket(location(folder)):
+        write_atomically(folder / BEGUN, "")
+        return
+    for leftover in leftovers(folder):
+        leftover.unlink()
+
+
+def end_pass(folder: Path) -> None:
+    """Removes from a bucket what is older than the pass that ends, before its manifest says that all is there."""
+    if is_bucket(location(folder)):
+        remove_older(folder / BEGUN, _is_of_rows)
+        remove(folder / BEGUN)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -25,12 +25,12 @@ from raysweep.encoders import Encoder, encoder_from_spec
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.cache import (
     Cache,
+    begin_pass,
+    end_pass,
     has_cache,
-    mark_beginning,
     only_writer,
     open_cache,
     peak_memory_bytes,
-    remove_leftovers,
     write_rows,
 )
 from raysweep.images.features import FeatureRequest, encode, feature_table, load_arrays
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 64, 512
 MIN_BLOCKS, MAX_BLOCKS = 8, 2_000  # at the least, so that progress shows with few images too
+RAYS_ADVICE = "\nFailed to apply UDF transform"  # that it adds to the message of whatever a task raises
 GPU_BLOCK = 256  # rows that a GPU gets at once: several batches, of which one is uploaded while another is worked on
 WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
@@ -111,7 +112,7 @@ def _make_pass(
 ) -> None:
     started = time.perf_counter()
     for request in requests:
-        mark_beginning(request.folder)
+        begin_pass(request.folder)
     tally, num_rows = _Tally(len(requests)), len(index.table)
     dataset = _dataset(requests, index, num_gpus, cpus_by_node)
     with _reasons():
@@ -132,7 +133,7 @@ def _make_pass(
             "peak_gpu_memory_bytes": tally.gpu_memory,
             "streamed": isinstance(request, PixelRequest) and request.streamed,
         }
-        remove_leftovers(request.folder)
+        end_pass(request.folder)
         write_json(request.folder / "manifest.json", manifest)
 
 
@@ -144,10 +145,12 @@ def _reasons() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, RaysweepError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise (cause or error) from None
+        cause: BaseException = error
+        while isinstance(cause, ray.exceptions.RayTaskError):  # which poses as an error of the cause's class
+            cause = cause.cause
+        if isinstance(cause, RaysweepError):
+            raise type(cause)(str(cause).partition(RAYS_ADVICE)[0]) from None
+        raise
 
 
 @dataclass

@@ -280,7 +280,7 @@ def _restore(
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
     if exists(last) and exists(result.checkpoint):
         tensors, state = load_checkpoint(last)
-        if state["setting"] != setting:  # of a trial that a lost journal knew by the same number
+        if state.get("setting") != setting:  # of a trial that a lost journal knew by the same number
             return result
         model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})
         if average:

@@ -266,6 +266,11 @@ def test_a_place_with_credentials_is_refused_before_anything_logs_it(load, key):
     assert found == f"{key} (--set): s3://...@...: credentials belong into the environment, not into the URI"
 
 
+def test_weights_in_a_bucket_have_no_options(load):
+    (found,) = problems(load, MINIMAL, ["encoders.0.pretrained_model_name_or_path='s3://b/w?region=x'"])
+    assert found.startswith("encoders.0.pretrained_model_name_or_path (--set): holds no options")
+
+
 @pytest.mark.parametrize(
     ("given", "kept"), [("s3://bucket/", "s3://bucket"), ("gs://b/x/y/", "gs://b/x/y"), ("a/b", "a/b")]
 )

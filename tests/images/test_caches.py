@@ -18,7 +18,7 @@ from PIL import Image
 from raysweep import storage
 from raysweep.cluster import ray_session
 from raysweep.encoders import build_encoder, weights_signature
-from raysweep.errors import DataError
+from raysweep.errors import DataError, RaysweepError
 from raysweep.images import decode, passes
 from raysweep.images import features as features_module
 from raysweep.images import pixels as pixels_module
@@ -625,6 +625,28 @@ def test_bf16_features_are_near_those_of_fp32(encoder):
     assert rounded.dtype == np.float32
     assert not np.array_equal(exact, rounded)
     np.testing.assert_allclose(rounded, exact, atol=0.1)
+
+
+@pytest.mark.ray
+def test_what_a_task_of_a_pass_raises_is_told_in_its_own_words(ray_cluster):
+    """Ray Data would wrap it, and its cause gets lost between processes."""
+    import ray.data
+
+    def fail(batch):
+        raise RaysweepError("s3://bucket/x: the storage cannot be used")
+
+    class Fails:
+        def __call__(self, batch):
+            return fail(batch)
+
+    for function, compute in ((fail, None), (Fails, ray.data.ActorPoolStrategy(size=1))):
+        dataset = ray.data.from_items([{"start": 0}]).map_batches(function, compute=compute)
+        with pytest.raises(RaysweepError) as error, passes._reasons():
+            dataset.materialize()
+        assert str(error.value) == "s3://bucket/x: the storage cannot be used"
+        assert type(error.value) is RaysweepError
+    with pytest.raises(ray.exceptions.RayTaskError), passes._reasons():
+        ray.data.from_items([{"start": 0}]).map_batches(lambda batch: 1 / 0).materialize()
 
 
 # Signatures
