@@ -37,4 +37,4 @@ schema: install
 	$(BIN)/python -m raysweep.run --print-schema > experiments/schema.json
 
 clean:
-	rm -rf runs mlflow.db mlruns
+	rm -rf runs mlflow.db .mlflow.db.lock mlruns
