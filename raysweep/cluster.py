@@ -224,7 +224,6 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         # Ray's C++ side writes to the terminal itself, past every logger; failures still arrive as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
-    import ray.data
 
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS", "")
@@ -241,6 +240,8 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
                 ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
         if not verbose:
             _quieten()
+        import ray.data
+
         # Or an error of ours would reach the driver as text, in a traceback of Ray Data's.
         ray.data.DataContext.get_current().raise_original_map_exception = True
         try:

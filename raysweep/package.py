@@ -124,14 +124,18 @@ def build_package(
         files |= {f"raysweep/{name}": folder / name for name in modules}
     settings = []
     for local in local_paths(experiment):
-        if local.is_relative and all(_name_inside(path) in files for path in _files_of(local, experiment.data)):
+        if not (local.is_relative or upload_data):  # it may be a place that all nodes share
             continue
-        if upload_data:
-            place, added = _send(local, experiment, say)
-            files |= added
-            settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
-        elif local.is_relative:
+        if not local.path.exists():
+            raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
+        paths = _files_of(local, experiment.data)
+        if local.is_relative and all(_name_inside(path) in files for path in paths):
+            continue
+        if not upload_data:
             raise ConfigError(_invisible(local))
+        place, added = _send(local, paths, experiment.storage, say)
+        files |= added
+        settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
     _write(target, files)
     return inside, settings
 
@@ -194,19 +198,16 @@ def _invisible(local: LocalPath) -> str:
     )
 
 
-def _send(local: LocalPath, experiment: Experiment, say: Callable[[str], None]) -> tuple[str, Files]:
+def _send(local: LocalPath, paths: Sequence[Path], storage: str, say: Callable[[str], None]) -> tuple[str, Files]:
     """Sends files to the bucket that is the storage, or has them packed; returns where the job finds them."""
-    if not local.path.exists():
-        raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
-    paths = _files_of(local, experiment.data)
     _check_relative(local, paths)
     names = {path.relative_to(local.folder).as_posix(): path for path in paths}
     rest = f"/{local.path.name}" if local.path.is_file() else ""
-    if not is_bucket(experiment.storage):
+    if not is_bucket(storage):
         inside = f"{UPLOADED}/{local.key}/{local.folder.name}"
         return inside + rest, {f"{inside}/{name}": path for name, path in names.items()}
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in names.items()]
-    uri = f"{experiment.storage}/.data/{local.folder.name}-{signature(stats)}"
+    uri = f"{storage}/.data/{local.folder.name}-{signature(stats)}"
     say(f"uploading {len(names):,} files, {sum(size for _, size, _ in stats) / 1e6:,.1f} MB, to {uri}")
     upload({f"{uri}/{name}": path for name, path in names.items()})
     return uri + rest, {}

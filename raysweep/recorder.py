@@ -78,7 +78,7 @@ class Recorder:
         """Forgets calls that are done, or waits for all; one that has failed stays, and is raised each time."""
         patience: float | None = SECONDS_UNTIL_SAID
         while self._sent and (waiting or self._sent[0].done()):
-            if wait_for([self._sent[0]], patience).not_done:
+            if waiting and wait_for([self._sent[0]], patience).not_done:
                 self._say(f"waiting for MLflow at {self.uri}: {len(self._sent)} calls to go")
                 patience = None
             self._sent[0].result()

@@ -61,13 +61,14 @@ def _plan(experiment: Experiment) -> int:
     from raysweep.images.sources import load_index
     from raysweep.plan import cluster_lines, plan_lines
 
+    if joins_cluster():
+        from raysweep.sweep import check_outlives_job
+
+        check_outlives_job(experiment)
     index = load_index(experiment.data, experiment.seed)
     if not joins_cluster():
         print("\n".join(plan_lines(experiment, index, local_resources())))
         return 0
-    from raysweep.sweep import check_outlives_job
-
-    check_outlives_job(experiment)
     session = RaySession(verbose=False)
     try:
         present = session.resources

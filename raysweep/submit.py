@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RaysweepError as error:
         if options.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted; {interrupt if interrupt.args else 'nothing was submitted'}", file=sys.stderr)
+        _say(f"\ninterrupted; {interrupt if interrupt.args else 'nothing was submitted'}")
         return 130
 
 
@@ -292,14 +292,14 @@ def _stop(address: str, job: str) -> int:
     with _reaching(address):
         client = connect(address)
         if not client.stop_job(job):
-            print(f"{job} had ended already: {client.get_job_info(job).status.lower()}", file=sys.stderr)
+            _say(f"{job} had ended already: {client.get_job_info(job).status.lower()}")
             return 1
         deadline = time.monotonic() + SECONDS_TO_STOP
         while not client.get_job_info(job).status.is_terminal():
             if time.monotonic() > deadline:
                 raise ResourceError(f"{job} has not ended within {SECONDS_TO_STOP} s; look at it with --follow {job}")
             time.sleep(0.2)
-    print(f"{job} stopped; what is finished is kept, and the same submission goes on from there", file=sys.stderr)
+    _say(f"{job} stopped; what is finished is kept, and the same submission goes on from there")
     return 0
 
 

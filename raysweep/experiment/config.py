@@ -211,7 +211,7 @@ class TrackingConfig(Section):
     @field_validator("uri", "optuna_uri")
     @classmethod
     def _holds_no_password(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and (urlsplit(value).password or "password" in urlsplit(value).query):
+        if value is not None and (urlsplit(value).password is not None or "password" in urlsplit(value).query):
             variables = "PGPASSWORD" if info.field_name == "optuna_uri" else PASSWORDS
             raise ValueError(f"holds a password, and is logged; put it into the environment: {variables}")
         return value
