@@ -21,11 +21,18 @@ def silent_environment():
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """MLflow writes its URI into the environment, where the sweeps that later tests start would find it."""
+    """MLflow writes its URI into the environment, where the sweeps that later tests start would find it.
+
+    Only what differs is put back: threads of Ray and of Arrow read the C library's environment at any time, and each
+    write to it may take away the block that they read.
+    """
     before = dict(os.environ)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
