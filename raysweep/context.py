@@ -16,16 +16,7 @@ import numpy as np
 import torch
 
 from raysweep.cards import EncoderInUse
-from raysweep.cluster import (
-    RaySession,
-    Resources,
-    check_nodes,
-    check_resources,
-    joins_cluster,
-    local_resources,
-    uses_gpu,
-    wait_for_nodes,
-)
+from raysweep.cluster import RaySession, check_nodes, joins_cluster, wait_for_nodes
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
@@ -39,6 +30,7 @@ from raysweep.images.streaming import DECODING_CPUS
 from raysweep.paths import SweepPaths, signature, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
+from raysweep.resources import Resources, check_resources, local_resources, uses_gpu
 from raysweep.results.tracking import environment_tags
 from raysweep.storage import location, on_every_node, remove
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raysweep.cluster import Resources, num_concurrent_trials, uses_gpu
 from raysweep.experiment.config import Experiment, StudyConfig
 from raysweep.experiment.space import Choices
+from raysweep.resources import Resources, num_concurrent_trials, uses_gpu
 from raysweep.results.leaderboard import describe_seconds
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from raysweep.cluster import num_concurrent_trials, uses_gpu
 from raysweep.context import Rows, SweepContext
 from raysweep.images.streaming import DECODING_CPUS
+from raysweep.resources import num_concurrent_trials, uses_gpu
 from raysweep.storage import location
 from raysweep.study import SearchStudy, Study
 from raysweep.trial import rows_to_begin_with

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from raysweep.cluster import Resources, check_resources, num_concurrent_trials, uses_gpu
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import Experiment
+from raysweep.resources import Resources, check_resources, num_concurrent_trials, uses_gpu
 from raysweep.results.leaderboard import describe_seconds
 from raysweep.search import population_size
 

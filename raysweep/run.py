@@ -57,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(experiment: Experiment) -> int:
-    from raysweep.cluster import RaySession, joins_cluster, local_resources
+    from raysweep.cluster import RaySession, joins_cluster
     from raysweep.images.sources import load_index
     from raysweep.plan import cluster_lines, plan_lines
+    from raysweep.resources import local_resources
 
     if joins_cluster():
         from raysweep.sweep import check_outlives_job

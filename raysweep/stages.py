@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysweep.cluster import check_resources, num_concurrent_trials, num_fitting_workers
 from raysweep.context import SweepContext
 from raysweep.errors import TrialError
 from raysweep.experiment.config import StudyConfig
 from raysweep.group import Group
 from raysweep.images.cache import Cache
+from raysweep.resources import check_resources, num_concurrent_trials, num_fitting_workers
 from raysweep.results.leaderboard import rank_rows, write_leaderboard
 from raysweep.search import open_store, study_space
 from raysweep.study import SearchStudy, Study

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.cluster import RaySession, Resources, check_resources, joins_cluster, local_resources
+from raysweep.cluster import RaySession, joins_cluster
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.sources import ImageIndex, load_index
@@ -20,6 +20,7 @@ from raysweep.images.splits import SPLITS
 from raysweep.paths import SweepPaths, write_atomically
 from raysweep.progress import Progress
 from raysweep.recorder import Recorder
+from raysweep.resources import Resources, check_resources, local_resources
 from raysweep.storage import in_a_job, is_bucket
 
 if TYPE_CHECKING:

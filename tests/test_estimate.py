@@ -5,13 +5,13 @@ import pyarrow as pa
 import pytest
 
 from raysweep import estimate
-from raysweep.cluster import Resources
 from raysweep.encoders import build_encoder
 from raysweep.errors import DataError, ResourceError
 from raysweep.estimate import estimate_lines, time_study
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.sources import load_index
 from raysweep.plan import cluster_lines, plan_lines
+from raysweep.resources import Resources
 
 TINY = {"type": "dinov2", "use_pretrained": False, "image_size": 32,
         "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}}  # fmt: skip

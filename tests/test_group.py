@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from raysweep import group as groups
-from raysweep.cluster import Resources
 from raysweep.encoders import build_encoder
 from raysweep.experiment.config import Experiment
 from raysweep.group import Group
+from raysweep.resources import Resources
 from raysweep.study import SearchStudy
 
 

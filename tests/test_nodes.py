@@ -216,7 +216,8 @@ def test_a_sweep_waits_for_nodes_where_it_is_told_to(nodes):
 ALONE = """
     import os
     del os.environ["RAY_ADDRESS"]
-    from raysweep.cluster import RaySession, local_resources
+    from raysweep.cluster import RaySession
+    from raysweep.resources import local_resources
 
     session = RaySession(verbose=False)
     print("result", session.resources.num_nodes, session.resources.num_cpus == max(2, local_resources().num_cpus))

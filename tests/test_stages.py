@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 
 from raysweep import searcher, stages
-from raysweep.cluster import Resources
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment
+from raysweep.resources import Resources
 
 
 def context_of(nodes=((2, 0),), **keys):
