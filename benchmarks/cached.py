@@ -16,6 +16,7 @@ from benchmarks.images import shared_folder
 from benchmarks.sweeps import SEED, TINY_DINOV2, Finished, make_experiment, run_sweep
 from raysweep.encoders import build_encoder
 from raysweep.experiment.config import DataConfig
+from raysweep.images.cache import open_cache
 from raysweep.images.features import load_features
 from raysweep.images.sources import load_index
 from raysweep.training.population import FeatureSet
@@ -41,12 +42,13 @@ class CachedData:
         """Returns train and validation features, the encoder's feature sources, and the number of classes."""
         encoder = build_encoder(self.encoder, SEED)
         index = load_index(DataConfig(source=self.source), SEED)
-        cache = next(path for path in (self.folder / "runs" / ".cache").iterdir() if _has(path, encoder.parts))
+        found = (open_cache(path) for path in (self.folder / "runs" / ".cache").iterdir())
+        cache = next(cache.folder for cache in found if cache and _has(Path(cache.folder), encoder.parts))
         splits = np.array(index.table["split"].to_pylist())
 
         def features_of(split: str) -> FeatureSet:
             row_ids, labels = (index.table[name].to_numpy()[splits == split] for name in ("row_id", "label"))
-            parts = load_features(str(cache), row_ids.astype(np.int64), list(encoder.parts))
+            parts = load_features(cache, row_ids.astype(np.int64), list(encoder.parts))
             return FeatureSet(parts, torch.from_numpy(labels.astype(np.int64)))
 
         return features_of("train"), features_of("validation"), encoder.sources, len(index.classes)

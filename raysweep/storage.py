@@ -241,26 +241,16 @@ def _unpublish(path: Path) -> None:
             filesystem.delete_file(f"{inner}/{name}")
 
 
-def remove_older(mark: Path, wanted: Callable[[str], bool]) -> None:
-    """Removes objects beside a published mark that were written before it by the bucket's own clock, and their copies.
-
-    Args:
-        mark: a file of a bucket.
-        wanted: whether an object, by its name, is to be removed if it is older.
+def written(folder: Path) -> dict[str, int]:
+    """When each file of a folder was written, in nanoseconds by the clock of its storage, by its relative path.
 
     Raises:
-        RaysweepError: the bucket cannot be written to.
+        RaysweepError: the bucket cannot be read.
     """
-    folder, since = mark.parent, mark.stat().st_mtime_ns  # `publish` has given it the time of the object
-    remote = _remote(folder)
-    assert remote is not None
+    if _remote(folder) is None:
+        return {name: (folder / name).stat().st_mtime_ns for name in _files_in(folder)}
     with _reaching(folder):
-        for name, info in _listed(folder).items():
-            if wanted(name) and info.mtime_ns < since:
-                remote[0].delete_file(f"{remote[1]}/{name}")
-    for name in _files_in(folder):
-        if wanted(name) and (folder / name).stat().st_mtime_ns < since:
-            (folder / name).unlink()
+        return {name: info.mtime_ns for name, info in _listed(folder).items()}
 
 
 def forget(folder: Path) -> None:

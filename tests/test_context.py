@@ -155,7 +155,9 @@ def test_pixels_are_cached_where_all_missing_caches_together_have_room(pixel_swe
     )
 
 
-MANIFEST = {"num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
+MANIFEST = {
+    "num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0, "rows": "a-pass",
+}  # fmt: skip
 
 
 def test_a_cache_that_is_there_needs_no_room(pixel_sweep):
@@ -167,7 +169,7 @@ def test_a_cache_that_is_there_needs_no_room(pixel_sweep):
 
 
 def test_what_a_pass_that_was_cut_short_has_left_counts_as_free(pixel_sweep):
-    (pixel_sweep.folder / "a").mkdir()
-    (pixel_sweep.folder / "a" / "rows-000000000100.arrow").write_bytes(bytes(CACHE_BYTES))
+    (pixel_sweep.folder / "a" / "a-pass").mkdir(parents=True)
+    (pixel_sweep.folder / "a" / "a-pass" / "rows-000000000100.arrow").write_bytes(bytes(CACHE_BYTES))
     assert pixel_sweep.streamed("auto", free=0.3 * CACHE_BYTES, configs=("a",)) == []
     assert pixel_sweep.streamed("auto", free=0.2 * CACHE_BYTES, configs=("a",)) == ["a"]

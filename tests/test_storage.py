@@ -4,13 +4,20 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from pyarrow import fs
 
 from raysweep import storage
+from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.cache import begin_pass, end_pass, fetched, has_cache, leftovers
+from raysweep.images import passes
+from raysweep.images.cache import fetched, has_cache, leftovers, remove_leftovers, remove_older_passes
+from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
 from raysweep.paths import SweepPaths, write_atomically, write_json
 from raysweep.storage import (
     exists,
@@ -26,6 +33,7 @@ from raysweep.storage import (
     remove,
     replacing,
     upload,
+    written,
 )
 
 
@@ -174,16 +182,19 @@ def test_ordinary_folders_need_no_moving(tmp_path):
 
 
 def test_a_cache_is_fetched_whole_and_without_leftovers(bucket, on_node):
-    folder = local_path(f"{bucket}/.cache/features-1")
+    folder = local_path(f"{bucket}/.cache/features-1/a-pass")
     for first in (0, 64):
         write_atomically(folder / f"rows-{first:012d}.parquet", "rows")
+    write_atomically(folder.parent / "going-on" / "rows-000000000000.parquet", "rows")
     on_node(1)
-    stale = local_path(f"{bucket}/.cache/features-1")
-    write_atomically_here(stale / "rows-000000000032.parquet")  # of a pass that was cut short on this node
-    write_atomically_here(stale / "rows-abc.f16")
-    assert fetched(f"{bucket}/.cache/features-1") == str(stale)
-    assert [path.name for path in sorted(stale.glob("rows-*"))] == [
-        "rows-000000000000.parquet", "rows-000000000064.parquet", "rows-abc.f16",
+    folder = local_path(f"{bucket}/.cache/features-1/a-pass")
+    write_atomically_here(folder / "rows-abc.f16")
+    for other in ("cut-short", "going-on"):  # of passes that have run on this node too
+        write_atomically_here(folder.parent / other / "rows-000000000032.parquet")
+    assert fetched(f"{bucket}/.cache/features-1/a-pass") == str(folder)
+    assert [name for name in files_in(folder.parent) if ".lock" not in name] == [
+        "a-pass/rows-000000000000.parquet", "a-pass/rows-000000000064.parquet", "a-pass/rows-abc.f16",
+        "going-on/rows-000000000032.parquet",
     ]  # fmt: skip
 
 
@@ -195,39 +206,101 @@ def write_atomically_here(path: Path) -> None:
 def test_what_a_pass_left_is_removed_when_the_next_one_ends(bucket, on_node):
     """And not what another head writes meanwhile."""
     folder = local_path(f"{bucket}/.cache/features-1")
-    write_atomically(folder / "rows-000000000032.parquet", "left")
+    write_atomically(folder / "cut-short" / "rows-000000000032.parquet", "left")
+    write_atomically(folder / "of-another-head" / "rows-000000000000.parquet", "rows")
+    time.sleep(1.1)  # S3 tells times to the second
     on_node(1)
     folder = local_path(f"{bucket}/.cache/features-1")
-    write_atomically_here(folder / "rows-000000000016.arrow")
-    time.sleep(1.1)  # S3 tells times to the second
-    begin_pass(folder)
+    remove_leftovers(folder)
+    for first in (0, 64):
+        write_atomically(folder / "a-pass" / f"rows-{first:012d}.parquet", "rows")
     on_node(2)
-    write_atomically(local_path(f"{bucket}/.cache/features-1") / "rows-000000000064.parquet", "of another head")
+    write_atomically(local_path(f"{bucket}/.cache/features-1/of-another-head/rows-000000000064.parquet"), "rows")
     on_node(1)
-    write_atomically(folder / "rows-000000000000.parquet", "rows")
-    write_atomically(folder / "other.json", "{}")
-    end_pass(folder)
-    assert [path.name for path in leftovers(folder)] == ["rows-000000000000.parquet"]
-    assert fetch_folder(folder) == ["other.json", "rows-000000000000.parquet", "rows-000000000064.parquet"]
+    write_atomically(folder / "manifest.json", "{}")
+    remove_older_passes(folder / "a-pass")
+    assert fetch_folder(folder) == [
+        "a-pass/rows-000000000000.parquet", "a-pass/rows-000000000064.parquet", "manifest.json",
+        "of-another-head/rows-000000000000.parquet", "of-another-head/rows-000000000064.parquet",
+    ]  # fmt: skip
 
 
-def test_what_a_pass_left_in_a_folder_is_removed_too(tmp_path):
-    for name in ("rows-000000000032.parquet", ".rows-7.arrow.abc", "rows-abc.f16", "manifest.json"):
+def test_a_pass_that_wrote_no_rows_removes_nothing(bucket):
+    folder = local_path(f"{bucket}/.cache/features-1")
+    write_atomically(folder / "another" / "rows-000000000032.parquet", "rows")
+    remove_older_passes(folder / "a-pass")
+    assert fetch_folder(folder) == ["another/rows-000000000032.parquet"]
+
+
+def test_what_a_pass_left_in_a_folder_is_removed_when_the_next_one_begins(tmp_path):
+    for name in ("a/rows-000000000032.parquet", "a/.rows-7.arrow.abc", "rows-abc.f16", "manifest.json", "a/.lock"):
         write_atomically_here(tmp_path / name)
-    begin_pass(tmp_path)
-    write_atomically(tmp_path / "rows-000000000000.parquet", "rows")
-    end_pass(tmp_path)
-    assert files_in(tmp_path) == ["manifest.json", "rows-000000000000.parquet"]
+    assert sorted(path.name for path in leftovers(tmp_path)) == [
+        ".rows-7.arrow.abc", "rows-000000000032.parquet", "rows-abc.f16",
+    ]  # fmt: skip
+    remove_leftovers(tmp_path)
+    write_atomically(tmp_path / "a-pass" / "rows-000000000000.parquet", "rows")
+    remove_older_passes(tmp_path / "a-pass")
+    assert files_in(tmp_path) == ["a-pass/rows-000000000000.parquet", "manifest.json"]
+
+
+MANIFEST = {"num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
 
 
 def test_a_cache_that_another_head_has_made_meanwhile_is_there(bucket, on_node):
     folder = local_path(f"{bucket}/.cache/features-1")
     assert not has_cache(folder)
     on_node(1)
-    manifest = {"num_rows": 1, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
-    write_json(local_path(f"{bucket}/.cache/features-1") / "manifest.json", manifest)
+    write_json(local_path(f"{bucket}/.cache/features-1") / "manifest.json", MANIFEST | {"rows": "a-pass"})
     on_node(0)
     assert has_cache(folder)
+    write_json(folder / "manifest.json", MANIFEST)
+    assert not has_cache(folder), "all passes in one folder, as an earlier version wrote them"
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monkeypatch, first_to_end):
+    """Each in blocks of its own: one with GPUs, say, and one without. The pass of the first to end counts."""
+    num_rows, uri = 12, f"{bucket}/.cache/pixels-1"
+    ids = pa.array(range(num_rows))
+    index = SimpleNamespace(table=pa.table({"row_id": ids, "path": [f"{row_id}.png" for row_id in range(num_rows)]}))
+    pixels = np.arange(num_rows, dtype=np.uint8).repeat(2 * 2 * 3).reshape(num_rows, 2, 2, 3)
+
+    def head(number, rows_per_block):
+        """Writes a block at each step."""
+        on_node(number)
+        steps = []
+
+        def dataset(requests, key, *_arguments):
+            def iter_batches(**_options):
+                on_node(number)
+                for start in range(0, num_rows, rows_per_block):
+                    block = np.arange(start, min(num_rows, start + rows_per_block))
+                    write_pixels(str(local_path(uri) / key), block, pixels[block])
+                    yield pa.table(passes._receipts(block, pa.nulls(len(block), pa.string()), np.ones(2)))
+
+            return SimpleNamespace(iter_batches=iter_batches)
+
+        def progress(*_numbers):
+            if not steps and number != first_to_end:  # after its first block, all of the other's pass
+                steps.append(head(first_to_end, 3 + 2 * first_to_end))
+                on_node(number)
+
+        monkeypatch.setattr(passes, "_dataset", dataset)
+        request = PixelRequest(local_path(uri), Preprocessing("exact", (2, 2), None, 3, (0,) * 3, (1,) * 3))
+        (cache,) = passes.build_caches([request], index, num_gpus=0, on_progress=progress)
+        return cache.folder, *(folder for folder, *_ in steps)
+
+    last = 1 - first_to_end
+    folders = head(last, 3 + 2 * last)
+    assert len(set(folders)) == 1
+    for number in (0, 1, 2):
+        on_node(number)
+        files = open_pixels(fetched(folders[0]), np.arange(num_rows), (2, 2, 3))
+        (found,) = files.read([torch.arange(num_rows)])
+        assert np.array_equal(found.numpy(), pixels)
+    passes_left = {name.partition("/")[0] for name in written(local_path(uri))}
+    assert passes_left == {"manifest.json", folders[0].rpartition("/")[2]}
 
 
 def test_a_linked_scratch_folder_is_one_all_the_same(bucket, monkeypatch, tmp_path):

@@ -53,7 +53,7 @@ def sweeps(tmp_path_factory):
             token = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
             submitted = subprocess.run(submit, cwd=folder, env=token, capture_output=True, text=True, check=False)
             again = subprocess.run(submit, cwd=folder, env=token, capture_output=True, text=True, check=False)
-            seen = [path.name for path in nodes.folder.glob("*/scratch/s3/sweeps/team/.cache/features-*/rows-*")]
+            seen = [path.name for path in nodes.folder.glob("*/scratch/s3/sweeps/team/.cache/features-*/*/rows-*")]
         run = [sys.executable, "-m", "raysweep.run", "digits.yaml"]
         local = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
         patch = pytest.MonkeyPatch()

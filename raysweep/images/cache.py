@@ -1,7 +1,8 @@
-"""What feature and pixel caches share: a folder of files of rows, keyed by a signature, and its `manifest.json`.
+"""What feature and pixel caches share: a folder, keyed by a signature, of files of rows and a `manifest.json`.
 
-The manifest is written last: a folder without one was never finished and is written again (see `passes`). Labels and
-splits are not in it, so relabelling costs no pass.
+Each pass writes into a subfolder of its own, and the manifest, written last, names the one that counts: without it
+the cache was never finished and is made again (see `passes`). Labels and splits are not in it, so relabelling costs
+no pass.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import fcntl
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,20 +23,19 @@ import pyarrow.parquet as pq
 
 from raysweep.errors import DataError
 from raysweep.images.sources import BadRow
-from raysweep.paths import read_json, write_atomically
+from raysweep.paths import read_json
 from raysweep.storage import (
     fetch,
     fetch_folder,
+    forget,
     is_bucket,
     local_path,
     location,
     publish,
     remove,
-    remove_older,
     replacing,
+    written,
 )
-
-BEGUN = ".begun"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Cache:
     """A finished cache.
 
     Attributes:
-        folder: location of its files.
+        folder: location of its files of rows.
         num_rows: images in it.
         bad_rows: images that could be listed but not decoded.
         seconds: its share of the wall time of the pass that wrote it: what was done for it alone, and an equal part
@@ -68,8 +69,11 @@ def open_cache(folder: Path) -> Cache | None:
     if not manifest.exists():
         return None
     values = read_json(manifest)
+    if "rows" not in values:  # of a version that wrote all passes into one folder
+        return None
     bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
-    return Cache(folder=location(folder.resolve()), bad_rows=bad_rows, made_now=False, **values)
+    rows = location(folder.resolve() / values.pop("rows"))
+    return Cache(folder=rows, bad_rows=bad_rows, made_now=False, **values)
 
 
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
@@ -88,28 +92,38 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin_pass(folder: Path) -> None:
-    """Removes what a pass that was cut short has left, perhaps in other blocks than those of the next.
+def remove_leftovers(folder: Path) -> None:
+    """Removes what passes that were cut short have left; for who holds the lock of a cache that is to be made.
 
-    Not from a bucket, where another head, with a lock of its own, may be making this cache: there the time is noted.
+    Not from a bucket, where another head, with a lock of its own, may be making it too (see `remove_older_passes`).
     """
     if is_bucket(location(folder)):
-        write_atomically(folder / BEGUN, "")
         return
-    for leftover in leftovers(folder):
-        leftover.unlink()
+    for path in folder.iterdir():
+        if path.is_dir() or _is_of_rows(path.name):
+            remove(path)
 
 
-def end_pass(folder: Path) -> None:
-    """Removes from a bucket what is older than the pass that ends, before its manifest says that all is there."""
-    if is_bucket(location(folder)):
-        remove_older(folder / BEGUN, _is_of_rows)
-        remove(folder / BEGUN)
+def remove_older_passes(rows: Path) -> None:
+    """Removes from a bucket what passes that were cut short have left beside the rows of one that has ended.
+
+    Left is what has got no file since that one wrote its first, by the bucket's clock: another head that makes the
+    same cache goes on, and finds at its end that it is there.
+    """
+    if not is_bucket(location(rows)):
+        return
+    times = defaultdict(list)
+    for name, time in written(rows.parent).items():
+        if "/" in name:
+            times[name.partition("/")[0]].append(time)
+    for other in times.keys() - {rows.name}:
+        if rows.name in times and max(times[other]) < min(times[rows.name]):
+            remove(rows.parent / other)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files of a cache, whole ones and begun ones."""
-    return [path for path in folder.iterdir() if _is_of_rows(path.name)] if folder.exists() else []
+    """Files of rows in the folder of a cache that is not there: whole ones and begun ones, of any pass."""
+    return [path for path in folder.rglob("*") if _is_of_rows(path.name)]
 
 
 def _is_of_rows(name: str) -> bool:
@@ -117,16 +131,20 @@ def _is_of_rows(name: str) -> bool:
 
 
 def fetched(cache: str) -> str:
-    """Returns the folder of a finished cache on this node, with all its rows in it.
+    """Returns the folder of a finished cache's rows on this node, with all of them in it.
 
     Raises:
         RaysweepError: the bucket that it lies in cannot be read.
     """
-    folder = local_path(cache)
+    rows = local_path(cache)
     if is_bucket(cache):
-        with only_writer(folder):
-            fetch_folder(folder, lambda name: name.startswith("rows-") and not name.endswith(".f16"))
-    return str(folder)
+        with only_writer(rows):
+            fetch_folder(rows, lambda name: name.startswith("rows-") and not name.endswith(".f16"))
+            kept = {name.partition("/")[0] for name in written(rows.parent)}
+            for other in rows.parent.iterdir():
+                if other.is_dir() and other.name not in kept:
+                    forget(other)  # of a pass that was cut short
+    return str(rows)
 
 
 def write_rows(folder: str, table: pa.Table) -> None:
@@ -167,7 +185,11 @@ def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Ite
 
 def missing_rows(folder: str, count: int) -> DataError:
     """The error of a cache that lacks wanted rows."""
-    return DataError(f"{folder}: {count} rows are missing; delete the folder to have it rebuilt")
+    return DataError(f"{folder}: {count} rows are missing; {_remedy(Path(folder))}")
+
+
+def _remedy(rows: Path) -> str:
+    return f"delete {location(rows.parent)} to have the cache made again"
 
 
 def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
@@ -180,7 +202,7 @@ def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
         with reading_file(path):
             schema = pq.read_schema(path)
             return {column: schema.field(column).type.list_size for column in columns}
-    raise DataError(f"{folder}: no rows; delete the folder to have it rebuilt")
+    raise DataError(f"{folder}: no rows; {_remedy(Path(folder))}")
 
 
 @contextmanager
@@ -190,7 +212,7 @@ def reading_file(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged ({reason}); delete the folder to have it rebuilt") from error
+        raise DataError(f"{path}: damaged ({reason}); {_remedy(path.parent)}") from error
 
 
 def forget_peak_memory() -> None:

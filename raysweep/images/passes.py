@@ -25,19 +25,19 @@ from raysweep.encoders import Encoder, encoder_from_spec
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.cache import (
     Cache,
-    begin_pass,
-    end_pass,
     has_cache,
     only_writer,
     open_cache,
     peak_memory_bytes,
+    remove_leftovers,
+    remove_older_passes,
     write_rows,
 )
 from raysweep.images.features import FeatureRequest, encode, feature_table, load_arrays
 from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, write_pixels
 from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.paths import write_json
-from raysweep.storage import local_path, location, on_every_node
+from raysweep.storage import local_path, location, on_every_node, remove
 
 if TYPE_CHECKING:
     import ray.data
@@ -112,9 +112,9 @@ def _make_pass(
 ) -> None:
     started = time.perf_counter()
     for request in requests:
-        begin_pass(request.folder)
-    tally, num_rows = _Tally(len(requests)), len(index.table)
-    dataset = _dataset(requests, index, num_gpus, cpus_by_node)
+        remove_leftovers(request.folder)
+    tally, num_rows, key = _Tally(len(requests)), len(index.table), uuid.uuid4().hex
+    dataset = _dataset(requests, key, index, num_gpus, cpus_by_node)
     with _reasons():
         for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             tally.add(receipts)
@@ -132,9 +132,13 @@ def _make_pass(
             "peak_memory_bytes": tally.memory,
             "peak_gpu_memory_bytes": tally.gpu_memory,
             "streamed": isinstance(request, PixelRequest) and request.streamed,
+            "rows": key,
         }
-        end_pass(request.folder)
-        write_json(request.folder / "manifest.json", manifest)
+        if _is_there(request):  # of a bucket, where another head was quicker
+            remove(request.folder / key)
+        else:
+            write_json(request.folder / "manifest.json", manifest)
+            remove_older_passes(request.folder / key)
 
 
 @contextmanager
@@ -181,15 +185,15 @@ class _Tally:
 
 
 def _dataset(
-    requests: Sequence[Request], index: ImageIndex, num_gpus: int, cpus_by_node: Sequence[int]
+    requests: Sequence[Request], key: str, index: ImageIndex, num_gpus: int, cpus_by_node: Sequence[int]
 ) -> ray.data.Dataset:
     """A Ray Dataset that yields a receipt for every row; nothing runs yet."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     job = {
-        "key": uuid.uuid4().hex,
-        "targets": [_target(request) for request in requests],
+        "key": key,
+        "targets": [_target(request, key) for request in requests],
         "num_threads": min(cpus_by_node, default=None),
         **put_index(index),
     }
@@ -243,14 +247,14 @@ def _blocks(num_rows: int) -> list[dict[str, int]]:
     return [{"start": start, "size": size} for start in range(0, num_rows, size)]
 
 
-def _target(request: Request) -> dict[str, Any]:
-    """A request as it travels to the workers."""
+def _target(request: Request, key: str) -> dict[str, Any]:
+    """A request as it travels to the workers, with the folder that its rows go to in this pass."""
+    folder = location(request.folder / key)
     if isinstance(request, PixelRequest):
         geometry = Geometry.of(request.preprocessing, for_training=True)
-        folder = location(request.folder)
         return {"folder": folder, "geometry": geometry, "encoder": None, "streamed": request.streamed}
     return {
-        "folder": location(request.folder),
+        "folder": folder,
         "geometry": Geometry.of(request.encoder.preprocessing, for_training=False),
         "encoder": request.encoder.spec(),
         "weights": request.weights,

@@ -296,7 +296,7 @@ def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_named(pixel_files):
     files, _ = pixel_files
     middle = files.paths[1]
     os.truncate(middle, middle.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(it has become shorter\); delete the folder"):
+    with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(it has become shorter\); delete "):
         list(files.read([torch.arange(15)]))
     middle.unlink()
     with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(.*No such file"):
@@ -304,7 +304,7 @@ def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_named(pixel_files):
 
 
 def test_missing_rows_and_pixels_of_another_shape_are_told(pixel_files, tmp_path):
-    with pytest.raises(DataError, match="2 rows are missing; delete the folder"):
+    with pytest.raises(DataError, match="2 rows are missing; delete "):
         open_pixels(str(tmp_path), np.array([100, 101, 102, 999]), (6, 5, 3))
     with pytest.raises(DataError, match=r"rows-0+100\.arrow: damaged \(.*75 bytes are expected"):
         open_pixels(str(tmp_path), ROW_IDS, (5, 5, 3))
@@ -380,8 +380,8 @@ def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
 
     caches = shared_pass[0]
     requests = [
-        FeatureRequest(Path(caches[0].folder), encoder, None, "fp32"),
-        PixelRequest(Path(caches[1].folder), encoder.preprocessing),
+        FeatureRequest(Path(caches[0].folder).parent, encoder, None, "fp32"),
+        PixelRequest(Path(caches[1].folder).parent, encoder.preprocessing),
     ]
     again = build_caches(requests, index, num_gpus=0, on_progress=never)
     assert again == [replace(cache, made_now=False) for cache in caches[:2]]
@@ -394,15 +394,18 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
     index = make_index(images[:3])
     # A pass that was cut short had put the same rows into other blocks.
     write_pixels(str(tmp_path), np.array([1002]), np.zeros((1, 40, 40, 3), np.uint8))
-    for name in ("rows-0123456789abcdef.f16", ".rows-000000001002.arrow.abc", "rows-000000000007.parquet"):
+    (tmp_path / "another-pass").mkdir()
+    for name in ("rows-000000000007.parquet", "another-pass/rows-1.f16", "another-pass/.rows-000000001002.arrow.abc"):
         (tmp_path / name).touch()
     assert open_cache(tmp_path) is None
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
     assert cache.made_now
     found = load_pixels(cache.folder, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json", *names(tmp_path, "*.arrow")]
-    assert names(tmp_path, "*.arrow")[0] == "rows-000000001000.arrow"
+    rows = Path(cache.folder)
+    assert rows.parent == tmp_path
+    assert names(tmp_path, "*") == sorted([".lock", "manifest.json", rows.name])
+    assert names(rows, "*") == [f"rows-{number:012d}.arrow" for number in (1000, 1002, 1004)]
 
 
 def receipts(row_ids, seconds, errors=None, memory=1):
@@ -437,26 +440,28 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
-    ids, file = index.table["row_id"].to_numpy(), min(tmp_path.glob("rows-*.arrow"))
+    ids, file = index.table["row_id"].to_numpy(), min(Path(cache.folder).glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete the folder"):
+    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete "):
         load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
     file.unlink()
-    with pytest.raises(DataError, match="1 rows are missing; delete the folder"):
+    with pytest.raises(DataError, match=f"1 rows are missing; delete {tmp_path} to have the cache made again"):
         load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
 
 
 def test_a_missing_and_a_damaged_file_of_features_are_named(tmp_path):
-    with pytest.raises(DataError, match="no rows; delete the folder"):
+    with pytest.raises(DataError, match="no rows; delete "):
         load_features(str(tmp_path), np.array([1]), ["cls"])
     write_rows(str(tmp_path), feature_table(np.array([1]), {"cls": np.ones((1, 4), np.float32)}))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"rows-0+1\.parquet: damaged .*delete the folder"):
+    with pytest.raises(DataError, match=r"rows-0+1\.parquet: damaged .*delete "):
         load_features(str(tmp_path), np.array([1]), ["cls"])
 
 
-MANIFEST = {"num_rows": 3, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0}
+MANIFEST = {
+    "num_rows": 3, "bad_rows": [], "seconds": 1.0, "peak_memory_bytes": 1, "peak_gpu_memory_bytes": 0, "rows": "a-pass",
+}  # fmt: skip
 
 
 def finish(folder):
@@ -495,7 +500,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
     def sweep(order):
         requests = [PixelRequest(folder, encoder.preprocessing) for folder in order]
         caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0)
-        assert [cache.folder for cache in caches] == [str(folder) for folder in (*order, order[0])]
+        assert [cache.folder for cache in caches] == [str(folder / "a-pass") for folder in (*order, order[0])]
 
     threads = [threading.Thread(target=sweep, args=(order,)) for order in (folders, folders[::-1])]
     for thread in threads:

@@ -152,12 +152,12 @@ def test_without_room_a_pass_looks_for_bad_rows_and_with_room_again_it_makes_the
         assert cache.num_rows == NUM_ROWS - 1
         if streamed and made_now:
             assert cache.streamed
-            assert not list(tmp_path.glob("rows-*"))
+            assert not list(tmp_path.rglob("rows-*"))
             assert (has_cache(tmp_path), has_cache(tmp_path, streamed=True)) == (False, True)
     assert not cache.streamed, "a cache that is there is used, room or none"
     assert not open_cache(tmp_path).streamed
     (found,), (expected,) = (
-        rows.read([torch.arange(29)]) for rows in (open_pixels(str(tmp_path), row_ids, GEOMETRY.shape), files)
+        rows.read([torch.arange(29)]) for rows in (open_pixels(cache.folder, row_ids, GEOMETRY.shape), files)
     )
     assert torch.equal(found, expected)
 
