@@ -43,7 +43,7 @@ class CachedData:
         encoder = build_encoder(self.encoder, SEED)
         index = load_index(DataConfig(source=self.source), SEED)
         found = (open_cache(path) for path in (self.folder / "runs" / ".cache").iterdir())
-        cache = next(cache.folder for cache in found if cache and _has(Path(cache.folder), encoder.parts))
+        cache = next(cache.rows for cache in found if cache and _has(Path(cache.rows), encoder.parts))
         splits = np.array(index.table["split"].to_pylist())
 
         def features_of(split: str) -> FeatureSet:

@@ -20,7 +20,7 @@ from raysweep.cluster import RaySession, check_nodes, joins_cluster, wait_for_no
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment, StudyConfig
-from raysweep.images.cache import Cache, has_cache, leftovers, open_cache
+from raysweep.images.cache import Cache, has_cache, num_leftover_bytes, open_cache
 from raysweep.images.features import FeatureRequest, feature_signature
 from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
@@ -211,7 +211,7 @@ class SweepContext:
         if limit != "auto":
             return limit * 1e9
         # A pass that was cut short has left files, which will be replaced.
-        replaced = sum(path.stat().st_size for folder in folders for path in leftovers(folder))
+        replaced = sum(map(num_leftover_bytes, folders))
         return FREE_DISK_SHARE * (shutil.disk_usage(self.paths.caches).free + replaced)
 
     @cached_property

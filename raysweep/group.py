@@ -138,7 +138,7 @@ class Group:
         num_cpus = present.num_cpus - self.reserved_cpus
         self.job = {
             "mode": self.mode,
-            "cache": first.cache.folder,
+            "cache": first.cache.rows,
             "stream": sweep.stream if first.cache.streamed else None,
             "data_key": first.key,
             "shape": list(encoder.preprocessing.training_size),

@@ -234,11 +234,10 @@ def _unpublish(path: Path) -> None:
         return
     filesystem, inner = remote
     with _reaching(path):
-        if filesystem.get_file_info(inner).is_file:
-            filesystem.delete_file(inner)
-            return
-        for name in _listed(path):
-            filesystem.delete_file(f"{inner}/{name}")
+        is_file = filesystem.get_file_info(inner).is_file
+        for object_path in [inner] if is_file else [f"{inner}/{name}" for name in _listed(path)]:
+            with suppress(FileNotFoundError):  # another node removes it too
+                filesystem.delete_file(object_path)
 
 
 def written(folder: Path) -> dict[str, int]:

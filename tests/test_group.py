@@ -22,7 +22,7 @@ class FakeSearch(SearchStudy):
         self.sizes, self.checkpoint, self.subsets = list(sizes), checkpoint, subsets
         self.num_asked, self.told, self.epochs, self.settled_with = 0, [], [], None
         self.failure, self.head, self.seconds = None, None, 0.0
-        self.key, self.folder, self.cache = "key", Path("folder"), SimpleNamespace(folder="cache", streamed=False)
+        self.key, self.folder, self.cache = "key", Path("folder"), SimpleNamespace(rows="cache", streamed=False)
 
     @property
     def num_left(self):

@@ -16,7 +16,7 @@ from raysweep import storage
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images import passes
-from raysweep.images.cache import fetched, has_cache, leftovers, remove_leftovers, remove_older_passes
+from raysweep.images.cache import fetched, has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
 from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
 from raysweep.paths import SweepPaths, write_atomically, write_json
 from raysweep.storage import (
@@ -208,10 +208,14 @@ def test_what_a_pass_left_is_removed_when_the_next_one_ends(bucket, on_node):
     folder = local_path(f"{bucket}/.cache/features-1")
     write_atomically(folder / "cut-short" / "rows-000000000032.parquet", "left")
     write_atomically(folder / "of-another-head" / "rows-000000000000.parquet", "rows")
+    write_atomically(folder / "rows-000000000016.parquet", "as an earlier version wrote it")
     time.sleep(1.1)  # S3 tells times to the second
     on_node(1)
     folder = local_path(f"{bucket}/.cache/features-1")
+    write_atomically_here(folder / "cut-short" / "rows-000000000032.parquet")
+    assert num_leftover_bytes(folder) == len("stale")
     remove_leftovers(folder)
+    assert num_leftover_bytes(folder) == 0, "what is said to be free is freed"
     for first in (0, 64):
         write_atomically(folder / "a-pass" / f"rows-{first:012d}.parquet", "rows")
     on_node(2)
@@ -235,9 +239,8 @@ def test_a_pass_that_wrote_no_rows_removes_nothing(bucket):
 def test_what_a_pass_left_in_a_folder_is_removed_when_the_next_one_begins(tmp_path):
     for name in ("a/rows-000000000032.parquet", "a/.rows-7.arrow.abc", "rows-abc.f16", "manifest.json", "a/.lock"):
         write_atomically_here(tmp_path / name)
-    assert sorted(path.name for path in leftovers(tmp_path)) == [
-        ".rows-7.arrow.abc", "rows-000000000032.parquet", "rows-abc.f16",
-    ]  # fmt: skip
+    assert num_leftover_bytes(tmp_path) == 3 * len("stale")
+    assert num_leftover_bytes(tmp_path / "none") == 0
     remove_leftovers(tmp_path)
     write_atomically(tmp_path / "a-pass" / "rows-000000000000.parquet", "rows")
     remove_older_passes(tmp_path / "a-pass")
@@ -289,7 +292,7 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
         monkeypatch.setattr(passes, "_dataset", dataset)
         request = PixelRequest(local_path(uri), Preprocessing("exact", (2, 2), None, 3, (0,) * 3, (1,) * 3))
         (cache,) = passes.build_caches([request], index, num_gpus=0, on_progress=progress)
-        return cache.folder, *(folder for folder, *_ in steps)
+        return cache.rows, *(folder for folder, *_ in steps)
 
     last = 1 - first_to_end
     folders = head(last, 3 + 2 * last)

@@ -1,6 +1,7 @@
 import io
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from raysweep.study import SearchStudy, Study
 from raysweep.training.checkpoint import save_checkpoint
 
 CNN = {"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}
-CACHE = Cache("cache", 120, (), 2.0, 10**9, 0, made_now=True)
+CACHE = Cache("features-1", "features-1/a-pass", 120, (), 2.0, 10**9, 0, made_now=True)
 
 
 class FakeRecorder:
@@ -119,6 +120,20 @@ def what_test_found(**more):
     labels = np.arange(30) % 3
     logits = np.eye(3, dtype=np.float32)[np.where(np.arange(30) < 24, labels, (labels + 1) % 3)]
     return {"test": evaluate_test(logits, labels, 1), "peak_gpu_memory_bytes": 0, **more}
+
+
+def test_a_cache_that_is_made_again_keeps_its_studies_and_another_one_has_others(open_sweep):
+    sweep = open_sweep()
+    study = open_study(sweep)
+    keys = [
+        SearchStudy(sweep, study.config, replace(CACHE, **where)).key
+        for where in (
+            {"rows": "features-1/another-pass"},
+            {"folder": "/elsewhere/features-1"},
+            {"folder": "features-2"},
+        )
+    ]
+    assert [key == study.key for key in keys] == [True, True, False]
 
 
 def test_what_a_lone_trial_is_told_reaches_the_bucket_before_it_runs(open_sweep, monkeypatch):

@@ -37,13 +37,16 @@ from raysweep.storage import (
     written,
 )
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Cache:
     """A finished cache.
 
     Attributes:
-        folder: location of its files of rows.
+        folder: its location, named after its signature.
+        rows: location of its files of rows, in a subfolder of the pass that wrote them.
         num_rows: images in it.
         bad_rows: images that could be listed but not decoded.
         seconds: its share of the wall time of the pass that wrote it: what was done for it alone, and an equal part
@@ -54,6 +57,7 @@ class Cache:
     """
 
     folder: str
+    rows: str
     num_rows: int
     bad_rows: tuple[BadRow, ...]
     seconds: float
@@ -65,20 +69,21 @@ class Cache:
 
 def open_cache(folder: Path) -> Cache | None:
     """Returns the cache in `folder`, or None where no pass has finished."""
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     if not manifest.exists():
         return None
     values = read_json(manifest)
     if "rows" not in values:  # of a version that wrote all passes into one folder
         return None
     bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
-    rows = location(folder.resolve() / values.pop("rows"))
-    return Cache(folder=rows, bad_rows=bad_rows, made_now=False, **values)
+    folder = folder.resolve()
+    rows = location(folder / values.pop("rows"))
+    return Cache(folder=location(folder), rows=rows, bad_rows=bad_rows, made_now=False, **values)
 
 
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
     """Whether a pass has finished in `folder`; one that has but looked for bad rows counts where `streamed`."""
-    fetch(folder / "manifest.json")  # of a bucket, where another sweep may have made it meanwhile
+    fetch(folder / MANIFEST)  # of a bucket, where another sweep may have made it meanwhile
     cache = open_cache(folder)
     return cache is not None and (streamed or not cache.streamed)
 
@@ -95,35 +100,40 @@ def only_writer(folder: Path) -> Iterator[None]:
 def remove_leftovers(folder: Path) -> None:
     """Removes what passes that were cut short have left; for who holds the lock of a cache that is to be made.
 
-    Not from a bucket, where another head, with a lock of its own, may be making it too (see `remove_older_passes`).
+    Of a bucket only this node's copies: another head, with a lock of its own, may be making the cache too (see
+    `remove_older_passes`).
     """
-    if is_bucket(location(folder)):
-        return
+    is_copy = is_bucket(location(folder))
     for path in folder.iterdir():
-        if path.is_dir() or _is_of_rows(path.name):
+        if is_copy:
+            forget(path)
+        elif path.is_dir() or _is_of_rows(path.name):
             remove(path)
 
 
 def remove_older_passes(rows: Path) -> None:
     """Removes from a bucket what passes that were cut short have left beside the rows of one that has ended.
 
-    Left is what has got no file since that one wrote its first, by the bucket's clock: another head that makes the
+    That is what has got no file since that one wrote its first, by the bucket's clock: another head that makes the
     same cache goes on, and finds at its end that it is there.
     """
     if not is_bucket(location(rows)):
         return
     times = defaultdict(list)
     for name, time in written(rows.parent).items():
-        if "/" in name:
-            times[name.partition("/")[0]].append(time)
-    for other in times.keys() - {rows.name}:
+        times[name.partition("/")[0]].append(time)
+    for other in times.keys() - {rows.name, MANIFEST}:
         if rows.name in times and max(times[other]) < min(times[rows.name]):
             remove(rows.parent / other)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Files of rows in the folder of a cache that is not there: whole ones and begun ones, of any pass."""
-    return [path for path in folder.rglob("*") if _is_of_rows(path.name)]
+def num_leftover_bytes(folder: Path) -> int:
+    """Size of what passes that were cut short have left on this node for a cache that is not there."""
+    total = 0
+    with suppress(FileNotFoundError):  # another sweep may begin or end a pass meanwhile
+        for path in folder.rglob("*"):
+            total += path.stat().st_size if _is_of_rows(path.name) else 0
+    return total
 
 
 def _is_of_rows(name: str) -> bool:

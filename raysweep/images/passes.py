@@ -24,6 +24,7 @@ import torch
 from raysweep.encoders import Encoder, encoder_from_spec
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.cache import (
+    MANIFEST,
     Cache,
     has_cache,
     only_writer,
@@ -137,7 +138,7 @@ def _make_pass(
         if _is_there(request):  # of a bucket, where another head was quicker
             remove(request.folder / key)
         else:
-            write_json(request.folder / "manifest.json", manifest)
+            write_json(request.folder / MANIFEST, manifest)
             remove_older_passes(request.folder / key)
 
 

@@ -166,7 +166,7 @@ def load_pixels(folder, row_ids, size):
 
 @pytest.mark.ray
 def test_cached_features_are_what_the_encoder_gives(features, encoder, images, good_ids):
-    found = load_features(features.folder, good_ids, list(encoder.parts))
+    found = load_features(features.rows, good_ids, list(encoder.parts))
     expected = directly(encoder, images, number_of(good_ids))
     assert found.keys() == expected.keys() == {"cls", "mean"}
     for part, values in expected.items():
@@ -177,11 +177,11 @@ def test_cached_features_are_what_the_encoder_gives(features, encoder, images, g
 
 @pytest.mark.ray
 def test_features_come_in_the_order_asked_for(features, good_ids):
-    everything = load_features(features.folder, good_ids, ["cls"])["cls"]
+    everything = load_features(features.rows, good_ids, ["cls"])["cls"]
     order = np.random.default_rng(0).permutation(len(good_ids))[:9]
-    found = load_features(features.folder, good_ids[order], ["cls"])["cls"]
+    found = load_features(features.rows, good_ids[order], ["cls"])["cls"]
     assert torch.equal(found, everything[torch.from_numpy(order)])
-    assert torch.equal(load_features(features.folder, good_ids[-1:], ["cls"])["cls"], everything[-1:])
+    assert torch.equal(load_features(features.rows, good_ids[-1:], ["cls"])["cls"], everything[-1:])
 
 
 @pytest.mark.ray
@@ -197,7 +197,7 @@ def test_the_cache_says_what_it_cost_and_which_rows_are_bad(features):
 @pytest.mark.ray
 def test_a_bad_row_is_missing_from_the_cache(features, index):
     with pytest.raises(DataError, match="2 rows are missing"):
-        load_features(features.folder, index.table["row_id"].to_numpy(), ["cls"])
+        load_features(features.rows, index.table["row_id"].to_numpy(), ["cls"])
 
 
 def test_features_beyond_the_memory_allowed_are_read_from_a_file_written_once(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_features_beyond_the_memory_allowed_are_read_from_a_file_written_once(tm
 def test_cached_pixels_are_what_resize_for_training_gives(pixels, encoder, images, good_ids):
     preprocessing = encoder.preprocessing
     order = good_ids[::-7].copy()
-    found = load_pixels(pixels.folder, order, preprocessing.training_size)
+    found = load_pixels(pixels.rows, order, preprocessing.training_size)
     expected = [preprocessing.resize_for_training(decode_image(images[number])) for number in number_of(order)]
     assert torch.equal(found, torch.from_numpy(np.stack(expected)))
     assert found.dtype == torch.uint8
@@ -346,7 +346,7 @@ def test_a_shared_pass_gives_the_bits_of_separate_ones(shared_pass, tmp_path, in
     for cache, encoder_alone in zip(shared_pass[0][::2], (encoder, other_encoder), strict=True):
         request = feature_request(tmp_path / str(encoder_alone.preprocessing.crop_size), encoder_alone)
         (alone,) = build_caches([request], index, num_gpus=0)
-        expected, found = (load_features(folder, good_ids, ["cls", "mean"]) for folder in (alone.folder, cache.folder))
+        expected, found = (load_features(folder, good_ids, ["cls", "mean"]) for folder in (alone.rows, cache.rows))
         for part, values in expected.items():
             assert torch.equal(found[part], values)
 
@@ -365,12 +365,10 @@ def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
     assert told[-1] == (NUM_ROWS, NUM_ROWS)
     assert all(cache.bad_rows == pixels.bad_rows and cache.seconds > 0 for cache in caches)
     for cache, expected in zip(caches[1:], (shared_pass[0][2], shared_pass[0][0]), strict=True):
-        found, wanted = (
-            load_features(folder, good_ids, ["mean"])["mean"] for folder in (cache.folder, expected.folder)
-        )
+        found, wanted = (load_features(folder, good_ids, ["mean"])["mean"] for folder in (cache.rows, expected.rows))
         torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-3, atol=2e-3)
     size = encoder.preprocessing.training_size
-    assert torch.equal(load_pixels(caches[0].folder, good_ids, size), load_pixels(pixels.folder, good_ids, size))
+    assert torch.equal(load_pixels(caches[0].rows, good_ids, size), load_pixels(pixels.rows, good_ids, size))
 
 
 @pytest.mark.ray
@@ -380,8 +378,8 @@ def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
 
     caches = shared_pass[0]
     requests = [
-        FeatureRequest(Path(caches[0].folder).parent, encoder, None, "fp32"),
-        PixelRequest(Path(caches[1].folder).parent, encoder.preprocessing),
+        FeatureRequest(Path(caches[0].folder), encoder, None, "fp32"),
+        PixelRequest(Path(caches[1].folder), encoder.preprocessing),
     ]
     again = build_caches(requests, index, num_gpus=0, on_progress=never)
     assert again == [replace(cache, made_now=False) for cache in caches[:2]]
@@ -400,9 +398,9 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
     assert open_cache(tmp_path) is None
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
     assert cache.made_now
-    found = load_pixels(cache.folder, np.array([1002]), encoder.preprocessing.training_size)
+    found = load_pixels(cache.rows, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
-    rows = Path(cache.folder)
+    rows = Path(cache.rows)
     assert rows.parent == tmp_path
     assert names(tmp_path, "*") == sorted([".lock", "manifest.json", rows.name])
     assert names(rows, "*") == [f"rows-{number:012d}.arrow" for number in (1000, 1002, 1004)]
@@ -440,13 +438,13 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
-    ids, file = index.table["row_id"].to_numpy(), min(Path(cache.folder).glob("rows-*.arrow"))
+    ids, file = index.table["row_id"].to_numpy(), min(Path(cache.rows).glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete "):
-        load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
+        load_pixels(cache.rows, ids, encoder.preprocessing.training_size)
     file.unlink()
     with pytest.raises(DataError, match=f"1 rows are missing; delete {tmp_path} to have the cache made again"):
-        load_pixels(cache.folder, ids, encoder.preprocessing.training_size)
+        load_pixels(cache.rows, ids, encoder.preprocessing.training_size)
 
 
 def test_a_missing_and_a_damaged_file_of_features_are_named(tmp_path):
@@ -500,7 +498,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
     def sweep(order):
         requests = [PixelRequest(folder, encoder.preprocessing) for folder in order]
         caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0)
-        assert [cache.folder for cache in caches] == [str(folder / "a-pass") for folder in (*order, order[0])]
+        assert [cache.rows for cache in caches] == [str(folder / "a-pass") for folder in (*order, order[0])]
 
     threads = [threading.Thread(target=sweep, args=(order,)) for order in (folders, folders[::-1])]
     for thread in threads:

@@ -71,7 +71,7 @@ def row_ids(index):
 def files(ray_cluster, tmp_path_factory, index, row_ids):
     """The same rows from a cache."""
     (cache,) = build_caches([PixelRequest(tmp_path_factory.mktemp("cache"), PREPROCESSING)], index, num_gpus=0)
-    return open_pixels(cache.folder, row_ids, GEOMETRY.shape)
+    return open_pixels(cache.rows, row_ids, GEOMETRY.shape)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_without_room_a_pass_looks_for_bad_rows_and_with_room_again_it_makes_the
     assert not cache.streamed, "a cache that is there is used, room or none"
     assert not open_cache(tmp_path).streamed
     (found,), (expected,) = (
-        rows.read([torch.arange(29)]) for rows in (open_pixels(cache.folder, row_ids, GEOMETRY.shape), files)
+        rows.read([torch.arange(29)]) for rows in (open_pixels(cache.rows, row_ids, GEOMETRY.shape), files)
     )
     assert torch.equal(found, expected)
 
