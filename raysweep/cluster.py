@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -81,11 +82,17 @@ class RaySession:
         return self._seen[1]
 
     def leave(self) -> None:
-        """Begins to leave Ray, where it was started: nothing needs it any more."""
+        """Leaves Ray, where it was started: nothing needs it any more. Its processes may end a little later.
+
+        Waits until this process has let go of it: until then no reference to one of Ray's objects may be dropped
+        (see `_letting_go`), and whoever calls this holds some.
+        """
         if self._preparation is not None:
             self._preparation.cancel()
         if self._resources is not None:
-            self._thread.submit(self._stack.close)
+            left = self._thread.submit(self._stack.close)
+            while not left.done() and _holds_ray():
+                time.sleep(0.01)
 
     def close(self) -> None:
         """Waits until Ray has been left."""
@@ -150,7 +157,30 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
             yield present_resources()
         finally:
             if started:
-                ray.shutdown()
+                with _letting_go():
+                    ray.shutdown()
+
+
+def _holds_ray() -> bool:
+    """Whether this process is still a driver, for Ray's C++ side: `ray.is_initialized()` is true for longer."""
+    worker = sys.modules.get("ray._private.worker")
+    return worker is not None and hasattr(worker.global_worker, "core_worker")
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """Keeps Python from collecting cycles.
+
+    There may be references to Ray's objects among them, and Ray ends the process, with status 1 and without a word,
+    when one is dropped while it shuts down (`CoreWorkerProcessImpl::GetCoreWorker`).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def joins_cluster() -> bool:

@@ -1,5 +1,8 @@
 import os
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -141,3 +144,40 @@ def test_on_a_cluster_tune_keeps_its_environment(class_cache, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     let_tune_use_started_workers()
     assert environment_of_an_actor(class_cache) == {"PL_DISABLE_FORK": "1"}
+
+
+LEAVE = """
+    import gc, sys, threading, time
+    import ray
+    from raysweep.cluster import RaySession, _holds_ray
+
+    session = RaySession(verbose=False)
+    session.resources
+    assert _holds_ray()
+    kept, thrown_away = ([ray.put(number) for number in range(2000)] for _ in range(2))
+
+    def litter():
+        while thrown_away:
+            cycle = [thrown_away.pop()]
+            cycle.append(cycle)
+            time.sleep(0.0005)
+
+    gc.set_threshold(1, 1, 1)
+    threading.Thread(target=litter).start()
+    session.leave()
+    assert not _holds_ray()
+    while kept:
+        kept.pop()
+        time.sleep(0.0005)
+    session.close()
+    assert gc.isenabled()
+    sys.exit(7)
+"""
+
+
+@pytest.mark.ray
+def test_references_may_be_dropped_once_ray_is_left(monkeypatch):
+    """Ray ends a process that drops one while it shuts down, with status 1 and without a word."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LEAVE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
