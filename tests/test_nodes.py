@@ -61,7 +61,7 @@ PASS = """
         [FeatureRequest(folder, encoder, weights, "fp32")], index, num_gpus=0,
         cpus_by_node=present.cpus_by_node, on_progress=lambda done, _: print("done", done),
     )
-    features = load_features(cache.folder, ids, ["cls"])["cls"]
+    features = load_features(cache.rows, ids, ["cls"])["cls"]
     print("result", json.dumps({"num_rows": cache.num_rows, "distinct": len(np.unique(features.numpy(), axis=0))}))
 """
 
