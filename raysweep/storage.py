@@ -241,13 +241,11 @@ def _unpublish(path: Path) -> None:
 
 
 def written(folder: Path) -> dict[str, int]:
-    """When each file of a folder was written, in nanoseconds by the clock of its storage, by its relative path.
+    """When each object under a folder of a bucket was written, in ns by the bucket's clock, by its relative path.
 
     Raises:
         RaysweepError: the bucket cannot be read.
     """
-    if _remote(folder) is None:
-        return {name: (folder / name).stat().st_mtime_ns for name in _files_in(folder)}
     with _reaching(folder):
         return {name: info.mtime_ns for name, info in _listed(folder).items()}
 

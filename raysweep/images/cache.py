@@ -122,8 +122,9 @@ def remove_older_passes(rows: Path) -> None:
     times = defaultdict(list)
     for name, time in written(rows.parent).items():
         times[name.partition("/")[0]].append(time)
-    for other in times.keys() - {rows.name, MANIFEST}:
-        if rows.name in times and max(times[other]) < min(times[rows.name]):
+    since = min(times.pop(rows.name, [0]))
+    for other in times.keys() - {MANIFEST}:
+        if max(times[other]) < since:
             remove(rows.parent / other)
 
 
@@ -150,9 +151,10 @@ def fetched(cache: str) -> str:
     if is_bucket(cache):
         with only_writer(rows):
             fetch_folder(rows, lambda name: name.startswith("rows-") and not name.endswith(".f16"))
-            kept = {name.partition("/")[0] for name in written(rows.parent)}
-            for other in rows.parent.iterdir():
-                if other.is_dir() and other.name not in kept:
+            others = [path for path in rows.parent.iterdir() if path.is_dir() and path != rows]
+            kept = {name.partition("/")[0] for name in written(rows.parent)} if others else set()
+            for other in others:
+                if other.name not in kept:
                     forget(other)  # of a pass that was cut short
     return str(rows)
 
