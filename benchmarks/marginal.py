@@ -15,7 +15,7 @@ from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.sweeps import SEED
 from raysweep.experiment.config import LinearProbeSearch
 from raysweep.results.tracking import LoggedTrial, Tracker
-from raysweep.search import Search, TrialRecord, population_size, study_space
+from raysweep.sweep.optuna_study import Search, TrialRecord, population_size, study_space
 from raysweep.training.population import train_population
 
 BATCH_SIZE = 64

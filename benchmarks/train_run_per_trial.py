@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.cached import prepare
 from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.marginal import BATCH_SIZE, seconds_per_trial, trial_counts
-from raysweep.cluster import ray_session
+from raysweep.cluster.session import ray_session
 
 NUM_TRIALS, NUM_CONCURRENT, NUM_EPOCHS = 4, 2, 20
 

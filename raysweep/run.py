@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(experiment: Experiment) -> int:
-    from raysweep.cluster import RaySession, joins_cluster
+    from raysweep.cluster.session import RaySession, joins_cluster
     from raysweep.images.sources import load_index
-    from raysweep.plan import cluster_lines, plan_lines
-    from raysweep.resources import local_resources
+    from raysweep.sweep.plan import cluster_lines, plan_lines
+    from raysweep.cluster.resources import local_resources
 
     if joins_cluster():
-        from raysweep.sweep import check_outlives_job
+        from raysweep.sweep.sweep import check_outlives_job
 
         check_outlives_job(experiment)
     index = load_index(experiment.data, experiment.seed)
@@ -76,7 +76,7 @@ def _plan(experiment: Experiment) -> int:
         may_grow = experiment.resources.wait_for_nodes_s > 0
         plan = plan_lines(experiment, index, present, may_grow=may_grow)
         print("\n".join([*cluster_lines(present), *plan]), flush=True)
-        from raysweep.estimate import estimate_lines
+        from raysweep.sweep.estimate import estimate_lines
 
         print("\n".join(estimate_lines(experiment, index, present)))
     finally:
@@ -87,11 +87,11 @@ def _plan(experiment: Experiment) -> int:
 def _run(experiment: Experiment, verbose: bool) -> int:
     from rich.console import Console
 
-    from raysweep.progress import Progress
+    from raysweep.results.progress import Progress
 
     with Progress() as progress:
         from raysweep.results.leaderboard import render_leaderboard
-        from raysweep.sweep import run_sweep
+        from raysweep.sweep.sweep import run_sweep
 
         result = run_sweep(experiment, progress, verbose)
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")

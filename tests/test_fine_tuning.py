@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from raysweep.encoders import build_encoder
-from raysweep.loading import build_classifier, save_heads
+from raysweep.worker.inputs import build_classifier, save_heads
 from raysweep.training.loop import predict_logits
 from raysweep.training.population import FeatureSet, train_population
 

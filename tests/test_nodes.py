@@ -20,7 +20,7 @@ PASS = """
     from pathlib import Path
     import numpy as np, pyarrow as pa, ray
     from PIL import Image
-    from raysweep.cluster import present_resources
+    from raysweep.cluster.session import present_resources
     from raysweep.encoders import build_encoder
     from raysweep.images.features import FeatureRequest, load_features
     from raysweep.images.passes import build_caches
@@ -68,8 +68,8 @@ PASS = """
 GROUPS = """
     import json, sys, time
     from pathlib import Path
-    from raysweep import searcher
-    from raysweep.cluster import RaySession
+    from raysweep.sweep import tune_run as searcher
+    from raysweep.cluster.session import RaySession
 
     class Group:
         name = mode = "a"
@@ -109,7 +109,7 @@ GROUPS = """
 
 WAIT = """
     import json
-    from raysweep.cluster import RaySession, wait_for_nodes
+    from raysweep.cluster.session import RaySession, wait_for_nodes
     from raysweep.experiment.config import ResourcesConfig
 
     session = RaySession(verbose=False)
@@ -216,8 +216,8 @@ def test_a_sweep_waits_for_nodes_where_it_is_told_to(nodes):
 ALONE = """
     import os
     del os.environ["RAY_ADDRESS"]
-    from raysweep.cluster import RaySession
-    from raysweep.resources import local_resources
+    from raysweep.cluster.session import RaySession
+    from raysweep.cluster.resources import local_resources
 
     session = RaySession(verbose=False)
     print("result", session.resources.num_nodes, session.resources.num_cpus == max(2, local_resources().num_cpus))

@@ -188,7 +188,7 @@ def test_ctrl_c_while_it_is_handed_over_leaves_it_open(client, capsys):
 
 
 def test_ctrl_c_before_that_submits_nothing(client, capsys, monkeypatch):
-    from raysweep import package
+    from raysweep.cluster import package
 
     monkeypatch.setattr(package, "working_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     assert submit.main(["x.yaml"]) == 130

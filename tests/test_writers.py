@@ -10,7 +10,7 @@ import pytest
 from services import PASSWORD, mlflow_server, postgres
 
 from raysweep.errors import ConfigError
-from raysweep.search import open_store
+from raysweep.sweep.optuna_study import open_store
 
 NUM_WRITERS, NUM_TRIALS, NUM_EPOCHS = 32, 4, 10
 
@@ -47,7 +47,7 @@ LOG = """
 SEARCH = """
     import sys, time
     import optuna
-    from raysweep.search import open_store
+    from raysweep.sweep.optuna_study import open_store
 
     uri, begin, writer, num_trials = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     time.sleep(max(0, begin - time.time()))

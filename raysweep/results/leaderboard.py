@@ -53,7 +53,7 @@ def rank_rows(rows: Sequence[dict[str, Any]], correct: Sequence[Sequence[float]]
         correct: per row, how right its model was on each test row: a bool, or the share of few-shot seeds.
         seed: of the paired bootstrap.
     """
-    from raysweep.results.selection import differs  # imports torch, which a dry run has no time for
+    from raysweep.training.evaluation import differs  # imports torch, which a dry run has no time for
 
     order = sorted(range(len(rows)), key=lambda i: (-rows[i]["test_accuracy"], rows[i]["train_seconds"]))
     best: dict[int | str, np.ndarray] = {}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from raysweep import storage
-from raysweep.cluster import ray_session
+from raysweep.cluster.session import ray_session
 from raysweep.encoders import build_encoder, weights_signature
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images import decode, passes

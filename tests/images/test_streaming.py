@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raysweep.cluster import ray_session
+from raysweep.cluster.session import ray_session
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images import streaming

@@ -1,0 +1,148 @@
+"""One sweep, from the experiment to the leaderboard: what it holds while it runs, and what is started early."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysweep.cluster.session import RaySession, joins_cluster
+from raysweep.errors import ConfigError
+from raysweep.experiment.config import Experiment, resolved_yaml
+from raysweep.images.sources import ImageIndex, load_index
+from raysweep.images.splits import SPLITS
+from raysweep.paths import SweepPaths, write_atomically
+from raysweep.results.progress import Progress
+from raysweep.results.recorder import Recorder
+from raysweep.cluster.resources import Resources, check_resources, local_resources
+from raysweep.storage import in_a_job, is_bucket
+
+if TYPE_CHECKING:
+    from raysweep.sweep.stages import SweepResult
+
+
+def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
+    """Runs every study of an experiment, or what is left of them, and writes the leaderboard.
+
+    Raises:
+        RaysweepError: the experiment, data, weights, resources or store cannot be used; the message says which.
+    """
+    paths = SweepPaths(experiment.storage, experiment.name)
+    check_outlives_job(experiment)
+    if not joins_cluster():
+        check_resources(experiment.resources, local_resources())
+    with ExitStack() as stack:
+        stack.enter_context(only_sweep_in(paths.root))
+        stack.enter_context(ended_by_sigterm())
+        paths.fetch()
+        # Both start while torch is imported and the images are read: Ray where it is sure to be needed, MLflow always.
+        ray = RaySession(verbose, lambda present: describe_resources(present, progress))
+        stack.callback(ray.close)
+        if not paths.optuna_journal.exists() and has_source(experiment):
+            ray.start()
+            if not paths.has_features and not joins_cluster():
+                ray.prepare(warm_up_pass)
+        name = experiment.tracking.experiment or experiment.name
+        recorder = Recorder(experiment.tracking.uri, name, progress.say)
+        stack.callback(recorder.close)
+        progress.say(f"reading {experiment.data.source}")
+        index = load_index(experiment.data, experiment.seed)
+        describe_index(index, progress)
+        write_atomically(paths.resolved_experiment, resolved_yaml(experiment))
+        from raysweep.sweep.state import SweepContext, write_quarantine
+        from raysweep.sweep.stages import check_studies, run_stages
+
+        write_quarantine(paths.quarantine, index.bad_rows)
+        context = SweepContext(experiment, paths, index, recorder, progress, ray)
+        check_studies(context)
+        recorder.wait()  # a store that cannot be used shows before hours of work
+        return run_stages(context)
+
+
+def check_outlives_job(experiment: Experiment) -> None:
+    """Refuses, in a submitted job, results in its working directory, which Ray removes when the job has ended.
+
+    Raises:
+        ConfigError: the storage or the MLflow store is relative.
+    """
+    if not in_a_job():
+        return
+    ways = "results would be lost with this job's working directory, which Ray removes"
+    if not is_bucket(experiment.storage) and not Path(experiment.storage).expanduser().is_absolute():
+        raise ConfigError(
+            f"storage: '{experiment.storage}' is relative, and {ways}; accepted in a job: an absolute path that all "
+            "nodes see, s3://bucket/prefix or gs://bucket/prefix, in the file, with --set storage=..., or as "
+            "RAYSWEEP_STORAGE in the nodes' environment"
+        )
+    uri = experiment.tracking.uri
+    if "://" not in uri or re.match(r"sqlite:///[^/]", uri):
+        raise ConfigError(
+            f"tracking.uri: '{uri}' is relative, and {ways}; accepted in a job: an MLflow server's http://..., in the "
+            "file, with --set tracking.uri=..., or as MLFLOW_TRACKING_URI in the nodes' environment; or sqlite:////..."
+        )
+
+
+def has_source(experiment: Experiment) -> bool:
+    """Whether the images may be there; a misspelt folder is to be told before anything is started for it."""
+    source = experiment.data.source
+    return "://" in source or Path(source).expanduser().exists()
+
+
+def warm_up_pass() -> None:
+    """Has Ray import what an encoder pass needs."""
+    from raysweep.images.passes import warm_up
+
+    warm_up()
+
+
+@contextmanager
+def only_sweep_in(root: Path) -> Iterator[None]:
+    """Holds a lock on the sweep's folder: two sweeps at once would each take the other's trials for lost.
+
+    Raises:
+        ConfigError: another sweep holds it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{root}: another sweep is running here; wait for it, or give this one a name") from None
+        yield
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM end the sweep as an exception does: there are runs to close."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def describe_resources(present: Resources, progress: Progress) -> None:
+    """Says what there is to run on."""
+    nodes = f" on {present.num_nodes} nodes" if present.num_nodes > 1 else ""
+    progress.say(f"Ray is up: {present.num_cpus} CPUs, {present.num_gpus} GPUs{nodes}")
+
+
+def describe_index(index: ImageIndex, progress: Progress) -> None:
+    """Says what was found: images by split, classes, bad rows, and what to be wary of."""
+    counts = {split: sum(by_class.values()) for split, by_class in index.counts().items()}
+    derived = f" ({' and '.join(index.derived_splits)} taken from train)" if index.derived_splits else ""
+    splits = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+    progress.say(f"{len(index.table):,} images in {len(index.classes)} classes: {splits}{derived}")
+    for warning in index.warnings:
+        progress.warn(warning)
+    if index.bad_rows:
+        progress.warn(f"{len(index.bad_rows)} images cannot be used; see quarantine.csv")

@@ -1,0 +1,189 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+
+from raysweep.results import recorder as module
+from raysweep.errors import RaysweepError
+from raysweep.results.recorder import Recorder
+
+WAIT_S = 120
+
+# A driver that opens a run, says which process writes for it, and waits to be stopped.
+DRIVER = """
+import multiprocessing, signal, sys, time
+from raysweep.results.recorder import Recorder
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+recorder = Recorder(sys.argv[1], sys.argv[2])
+run_id, _ = recorder.call("start_run", "key", "name", "sweep")
+try:
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(120)
+except KeyboardInterrupt:
+    recorder.call("log_metrics", run_id, {"after": 1.0})
+    print("still writing", flush=True)
+recorder.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """One store for the module, since making its tables takes seconds; every test has its own experiment in it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def recorder(uri, request):
+    recorder = Recorder(uri, request.node.name)
+    yield recorder
+    recorder.close()
+
+
+def find(uri, experiment):
+    """The runs of an experiment by name."""
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {run.info.run_name: run for run in runs}
+
+
+def test_calls_are_made_in_order_and_answered(recorder, uri, request):
+    run_id, created = recorder.call("start_run", "key", "name", "sweep")
+    assert created
+    sent = recorder.send("start_run", "key", "renamed", "sweep")
+    for epoch in range(20):
+        recorder.send("log_history", run_id, [{"val/loss": float(epoch)}], epoch)
+    recorder.send("start_run", "key", "last name", "sweep")
+    recorder.wait()
+    assert sent.result() == (run_id, False)
+    (run,) = find(uri, request.node.name).values()
+    assert run.info.run_name == "last name"
+    curve = mlflow.MlflowClient(uri).get_metric_history(run_id, "val/loss")
+    assert [(point.step, point.value) for point in curve] == [(epoch + 1, epoch) for epoch in range(20)]
+
+
+def test_close_ends_open_runs_as_failed_and_the_process(uri, request):
+    recorder = Recorder(uri, request.node.name)
+    recorder.call("start_run", "open", "open", "sweep")
+    done, _ = recorder.call("start_run", "done", "done", "sweep")
+    recorder.send("finish", done)
+    recorder.wait()
+    recorder.close()
+    found = find(uri, request.node.name)
+    assert {name: run.info.status for name, run in found.items()} == {"open": "FAILED", "done": "FINISHED"}
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        recorder.send("finish", done)
+
+
+def test_what_goes_wrong_shows_at_the_next_call(recorder):
+    run_id, _ = recorder.call("start_run", "key", "name", "sweep")
+    recorder.call("log_once", run_id, {"epochs": 5})
+    lost = recorder.send("log_once", run_id, {"epochs": 6})
+    assert isinstance(lost.exception(WAIT_S), RaysweepError)
+    for again in (lambda: recorder.send("finish", run_id), recorder.wait):
+        with pytest.raises(RaysweepError, match=r"(?s)^tracking.uri: the MLflow store 'sqlite.*refused.*epochs"):
+            again()
+
+
+def test_a_call_raises_what_goes_wrong_with_it(recorder):
+    with pytest.raises(RaysweepError, match=r"refused.*the same command goes on from here"):
+        recorder.call("finish", "no_such_run")
+
+
+def test_a_store_that_cannot_be_used_is_named():
+    recorder = Recorder("mongodb://127.0.0.1/x", "x")
+    with pytest.raises(RaysweepError, match=r"^tracking\.uri: 'mongodb://127\.0\.0\.1/x' cannot be used"):
+        recorder.wait()
+    with pytest.raises(RaysweepError, match="cannot be used"):
+        recorder.send("start_run", "key", "name", "sweep")
+    recorder.close()
+
+
+def test_a_long_wait_is_said_once(uri, request, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_UNTIL_SAID", 0.01)
+    said = []
+    recorder = Recorder(uri, request.node.name, said.append)
+    sent = recorder.send("start_run", "key", "name", "sweep")
+    recorder.wait()
+    assert said == [f"waiting for MLflow at {uri}: 2 calls to go"]
+    assert sent.done()
+    recorder.close()
+
+
+def test_a_server_that_never_answers_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_TO_CLOSE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        recorder = Recorder(f"http://127.0.0.1:{silent.getsockname()[1]}", "x")
+        silent.accept()  # the writer has begun to ask
+        (writer,) = recorder._process._processes.values()
+        started = time.monotonic()
+        recorder.close()
+        assert time.monotonic() - started < 30, "MLflow waits for two minutes"
+        writer.kill()
+        writer.join(WAIT_S)
+
+
+# What the driver's end does to the writer
+
+
+@pytest.fixture
+def driver(uri, request):
+    """The driver and the process that writes for it, in a process group of their own."""
+    command = [sys.executable, "-c", DRIVER, uri, request.node.name]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    yield process, int(process.stdout.readline())
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until_gone(pid):
+    deadline = time.monotonic() + WAIT_S
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_to_the_process_group_is_left_to_the_driver(driver, uri, request, number):
+    process, writer = driver
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=WAIT_S)[0] == "still writing\n"
+    assert process.returncode == 0
+    run = find(uri, request.node.name)["name"]
+    assert (run.data.metrics["after"], run.info.status) == (1.0, "FAILED")
+    wait_until_gone(writer)
+
+
+def test_the_writer_ends_with_a_driver_that_is_killed(driver):
+    process, writer = driver
+    assert is_alive(writer)
+    process.kill()
+    process.wait(WAIT_S)
+    wait_until_gone(writer)
+
+
+def test_a_writer_that_was_killed_is_reported_as_ours_and_does_not_hinder_the_end(uri, request):
+    recorder = Recorder(uri, request.node.name)
+    recorder.wait()
+    (writer,) = recorder._process._processes.values()
+    writer.kill()
+    writer.join(WAIT_S)
+    with pytest.raises(RaysweepError, match=r"tracking\.uri"):
+        recorder.call("start_run", "key", "name", "sweep")
+    recorder.close()

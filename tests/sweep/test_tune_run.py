@@ -1,0 +1,298 @@
+import json
+import os
+import pickle
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from raysweep.sweep import tune_run as searchers
+from raysweep.cluster.session import ray_session
+from raysweep.sweep.tune_run import EpochScheduler, GroupSearcher, run_groups
+
+FINISHED = GroupSearcher.FINISHED
+
+
+class FakeGroup:
+    """Hands out its pieces of work; `None` among them waits for all that runs."""
+
+    def __init__(self, name, pieces, mode="fine_tune", last_epoch=None):
+        self.name, self.mode, self.pieces, self.last_epoch = name, mode, list(pieces), last_epoch
+        self.num_running, self.taken, self.epochs = 0, [], []
+
+    def next_work(self):
+        if not self.pieces or (self.pieces[0] is None and self.num_running):
+            return None
+        if self.pieces[0] is None:
+            self.pieces.pop(0)
+        self.num_running += 1
+        return {"group": self.name, "piece": self.pieces.pop(0)}
+
+    def on_epoch(self, epoch):
+        self.epochs.append(epoch)
+        return epoch["epoch"] == self.last_epoch
+
+    def take(self, work, results, reason):
+        self.num_running -= 1
+        self.taken.append((work["piece"], results, reason))
+
+    def build_job(self, num_side_by_side):
+        return {"num_workers": 1, "side_by_side": num_side_by_side}
+
+
+def suggest_all(searcher, prefix="t"):
+    """Suggests until there is nothing for now; returns the suggestions by trial id, and what ended them."""
+    found = {}
+    while isinstance(work := searcher.suggest(f"{prefix}{len(found)}"), dict):
+        found[f"{prefix}{len(found)}"] = work
+    return found, work
+
+
+def pieces(suggestions):
+    return [(work["group"], work["piece"]) for work in suggestions.values()]
+
+
+def done(results=None):
+    return {"results": json.dumps(results or {})}
+
+
+# Order
+
+
+def test_work_goes_side_by_side_until_all_runs_are_taken():
+    searcher = GroupSearcher([FakeGroup("a", [1, 2]), FakeGroup("b", [1, 2])], num_groups=2, num_runs=lambda: 3)
+    running, end = suggest_all(searcher)
+    assert (pieces(running), end) == ([("a", 1), ("a", 2), ("b", 1)], None)
+    searcher.on_trial_complete("t1", done())
+    running, end = suggest_all(searcher, "u")
+    assert (pieces(running), end) == ([("b", 2)], None)
+    for trial_id in ("t0", "t2"):
+        searcher.on_trial_complete(trial_id, done())
+        assert searcher.suggest("v") is None, "u0 still runs"
+    searcher.on_trial_complete("u0", done())
+    assert searcher.suggest("v") == FINISHED
+
+
+def test_no_more_groups_are_begun_than_may_be_open():
+    searcher = GroupSearcher([FakeGroup(name, [1, 2]) for name in "abc"], num_groups=2, num_runs=lambda: 9)
+    running, end = suggest_all(searcher)
+    assert (pieces(running), end) == ([("a", 1), ("a", 2), ("b", 1), ("b", 2)], None)
+    searcher.on_trial_complete("t0", done())
+    assert searcher.suggest("u") is None, "the second piece of a still runs"
+    searcher.on_trial_complete("t1", done())
+    running, end = suggest_all(searcher, "v")
+    assert (pieces(running), end) == ([("c", 1), ("c", 2)], None)
+
+
+def test_groups_go_one_after_another_when_one_may_be_open():
+    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=1, num_runs=lambda: 9)
+    order = []
+    for _ in range(3):
+        running, end = suggest_all(searcher)
+        assert (len(running), end) == (1, None)
+        order += pieces(running)
+        searcher.on_trial_complete("t0", done())
+    assert order == [("a", 1), ("a", 2), ("b", 1)]
+    assert searcher.suggest("t0") == FINISHED
+
+
+def test_a_group_that_waits_for_its_own_results_does_not_hold_up_the_next():
+    searcher = GroupSearcher([FakeGroup("a", [1, None, 2]), FakeGroup("b", [1])], num_groups=2, num_runs=lambda: 9)
+    running, end = suggest_all(searcher)
+    assert (pieces(running), end) == ([("a", 1), ("b", 1)], None)
+    searcher.on_trial_complete("t0", done())
+    assert pieces(suggest_all(searcher, "u")[0]) == [("a", 2)]
+
+
+# Results
+
+
+def test_results_go_to_the_group_they_belong_to():
+    groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
+    searcher = GroupSearcher(groups, 2, lambda: 2)
+    suggest_all(searcher)
+    searcher.on_trial_complete("t1", done({"trials": [{"number": 4}]}))
+    assert (groups[0].taken, groups[1].taken) == ([], [(2, {"trials": [{"number": 4}]}, "the worker process died")])
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [({"error": "DataError: no such cache"}, "DataError: no such cache"), (None, "the worker process died")],
+)
+def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
+    group = FakeGroup("a", [1, 2])
+    searcher = GroupSearcher([group], 1, lambda: 1)
+    searcher.suggest("t0")
+    searcher.on_trial_complete("t0", result, error=result is None)
+    searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
+    assert group.taken == [(1, None, expected)]
+    assert searcher.suggest("t1")["piece"] == 2
+
+
+def decision(searcher, trial_id, result):
+    return EpochScheduler(searcher).on_trial_result(None, SimpleNamespace(trial_id=trial_id), result)
+
+
+def test_epochs_are_passed_on_and_results_are_not_taken_for_one():
+    groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
+    searcher = GroupSearcher(groups, 2, lambda: 2)
+    suggest_all(searcher)
+    epoch = {"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}}
+    assert decision(searcher, "t1", {"epoch": json.dumps(epoch)}) is EpochScheduler.CONTINUE
+    assert decision(searcher, "t1", done()) is EpochScheduler.CONTINUE
+    assert (groups[0].epochs, groups[1].epochs) == ([], [epoch])
+
+
+def test_a_trial_is_stopped_when_its_group_says_so():
+    group = FakeGroup("a", [1], last_epoch=2)
+    searcher = GroupSearcher([group], 1, lambda: 1)
+    searcher.suggest("t0")
+    decisions = [decision(searcher, "t0", {"epoch": json.dumps({"epoch": epoch})}) for epoch in range(3)]
+    assert decisions == ["CONTINUE", "CONTINUE", "STOP"]
+    assert decisions[-1] is EpochScheduler.STOP, "Tune compares by identity"
+    searcher.on_trial_complete("t0", {"epoch": "{}"})
+    assert group.taken == [(1, None, "the worker process died")], "its study knows better"
+
+
+def test_tune_may_pickle_the_searcher_and_the_scheduler_whatever_their_groups_hold():
+    searcher = GroupSearcher([lambda: "no pickle can hold this"], 1, lambda: 1)
+    assert isinstance(pickle.loads(pickle.dumps(searcher)), GroupSearcher)
+    assert isinstance(pickle.loads(pickle.dumps(EpochScheduler(searcher))), EpochScheduler)
+
+
+# What goes wrong in the driver
+
+
+class BrokenStoreError(Exception):
+    pass
+
+
+def fail(*_arguments):
+    raise BrokenStoreError("the disk is full")
+
+
+@pytest.mark.parametrize("listener", ["take", "on_epoch"])
+def test_an_error_of_a_listener_stops_the_search(listener):
+    group = FakeGroup("a", range(9))
+    setattr(group, listener, fail)
+    searcher = GroupSearcher([group], 1, lambda: 2)
+    suggest_all(searcher)
+    if listener == "on_epoch":
+        assert decision(searcher, "t0", {"epoch": "{}"}) == "CONTINUE"
+    else:
+        searcher.on_trial_complete("t0", done())
+    assert isinstance(searcher.failure, BrokenStoreError)
+    assert searcher.suggest("t2") == FINISHED
+    first = searcher.failure
+    searcher.on_trial_complete("t1", done())  # what still runs may reach the journal
+    assert searcher.failure is first
+    assert len(group.taken) == (1 if listener == "on_epoch" else 0)
+
+
+def test_an_error_while_work_is_sought_stops_the_search():
+    group = FakeGroup("a", [1])
+    group.next_work = fail
+    searcher = GroupSearcher([group], 1, lambda: 1)
+    with pytest.raises(BrokenStoreError):
+        searcher.suggest("t0")
+    assert isinstance(searcher.failure, BrokenStoreError)
+    assert searcher.suggest("t1") == FINISHED
+
+
+class FakeTuner:
+    """Works through a search algorithm as Tune does, and wraps its errors as Tune does."""
+
+    error: Exception | None = None
+
+    def __init__(self, trainable, tune_config, run_config):
+        self.searcher, self.folder = tune_config.search_alg, run_config.storage_path
+        self.reuse_actors = tune_config.reuse_actors
+
+    def fit(self):
+        if self.error:
+            raise self.error
+        number = 0
+        while True:
+            try:
+                work = self.searcher.suggest(f"t{number}")
+            except Exception as error:
+                raise RuntimeError("Tune's own") from error
+            if work == FINISHED:
+                return
+            self.searcher.on_trial_complete(f"t{number}", done())
+            number += 1
+
+
+@pytest.fixture
+def fake_tune(monkeypatch):
+    fake = SimpleNamespace(
+        Tuner=FakeTuner,
+        TuneConfig=SimpleNamespace,
+        RunConfig=SimpleNamespace,
+        FailureConfig=SimpleNamespace,
+        with_resources=lambda trainable, resources: trainable,
+        with_parameters=lambda trainable, **parameters: trainable,
+    )
+    monkeypatch.setattr(searchers, "tune", fake)
+    return fake
+
+
+def test_groups_are_worked_through_and_what_tune_wrote_is_deleted(fake_tune, tmp_path):
+    groups = [FakeGroup("a", [1, 2]), FakeGroup("b", [3])]
+    (tmp_path / "tune").mkdir()
+    run_groups(groups, tmp_path / "tune", num_groups=2, num_runs=lambda: 2)
+    assert [[piece for piece, *_ in group.taken] for group in groups] == [[1, 2], [3]]
+    assert not (tmp_path / "tune").exists()
+
+
+@pytest.mark.parametrize("listener", ["take", "next_work"])
+def test_an_error_of_ours_is_raised_as_it_is(fake_tune, tmp_path, listener):
+    group = FakeGroup("a", [1, 2])
+    setattr(group, listener, fail)
+    with pytest.raises(BrokenStoreError, match="the disk is full"):
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
+
+
+def test_an_error_of_tune_is_not_swallowed(fake_tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeTuner, "error", ValueError("no such resource"))
+    with pytest.raises(ValueError, match="no such resource"):
+        run_groups([FakeGroup("a", [1])], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
+
+
+# With Tune itself
+
+
+class ThriftyGroup(FakeGroup):
+    """Stops its first piece after its second epoch."""
+
+    def on_epoch(self, epoch):
+        self.epochs.append((epoch["piece"], epoch["epoch"]))
+        return self.epochs[-1] == (0, 1)
+
+    def build_job(self, num_side_by_side):
+        return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
+
+
+def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tmp_path, monkeypatch):
+    def train(work, jobs):
+        from ray import tune
+
+        try:
+            for epoch in range(4):
+                tune.report({"epoch": json.dumps({"piece": work["piece"], "epoch": epoch})})
+        finally:
+            if work["piece"] == 0:
+                time.sleep(4)  # Tune would wait for two seconds, and then lose the next trial
+            (tmp_path / f"{work['piece']} has let go").touch()
+        tune.report({"results": json.dumps({"pid": os.getpid()})})
+
+    monkeypatch.setattr(searchers, "run_work", train)
+    group = ThriftyGroup("a", [0, 1, 2])
+    with ray_session(verbose=False):
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
+    assert group.epochs == [(0, 0), (0, 1), *((piece, epoch) for piece in (1, 2) for epoch in range(4))]
+    (stopped, *_), (one, first, _), (two, second, _) = group.taken
+    assert (stopped, one, two) == (0, 1, 2)
+    assert group.taken[0][1] is None
+    assert first == second, "the process is used again"
+    assert sorted(path.name[0] for path in tmp_path.glob("* has let go")) == ["0", "1", "2"]
