@@ -1,52 +1,70 @@
-"""The families of encoders that transformers holds, as tables, and the configs that their models are made from."""
+"""The encoder families and their published variants, as tables. Data only: torch and transformers are not imported."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from raysweep.encoders.preprocess import Preprocessing
-from raysweep.errors import EncoderError
 
-_BICUBIC = 3
+# Values of PIL.Image.Resampling.
+_BILINEAR, _BICUBIC = 2, 3
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What is special about one family.
+    """How one family of encoders differs from the others.
 
     Attributes:
-        default_name: Hub id of the weights when none is named.
-        model_types: transformers `model_type` of a checkpoint to the class that is its image encoder.
-        sources: Every feature source the family can have, the default first.
-        only_for: A part to the attribute of the model that serves this part alone; absent weights cost the part.
-        preprocessing: The published default, for checkpoints without a processor config and for random weights.
-        fixed_image_size: Whether the default preprocessing stays when the config's image_size differs.
+        sources: Feature source to the parts that it concatenates, for every source the family can have. The first is
+            the default.
+        default_weights: Hub id of the pretrained weights that are used when none is named; None where there is no
+            default.
+        has_weights: Whether pretrained weights exist.
+        model_types: The `model_type` of a transformers checkpoint to the class that is its image encoder.
+        only_for: Part to the attribute of the model that serves only this part. Without the weights of this attribute
+            the encoder does not have the part.
+        preprocessing: The published preprocessing, for random weights and for checkpoints without a processor config.
+        fixed_image_size: Whether `preprocessing` keeps its size when the config's image_size differs.
     """
 
-    default_name: str | None
-    model_types: Mapping[str, str]
     sources: Mapping[str, tuple[str, ...]]
+    default_weights: str | None = None
+    has_weights: bool = True
+    model_types: Mapping[str, str] = field(default_factory=dict)
     only_for: Mapping[str, str] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     fixed_image_size: bool = False
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every part that a source of the family uses, each once."""
+        return tuple(dict.fromkeys(part for parts in self.sources.values() for part in parts))
 
-FAMILIES: dict[str, Family] = {
-    "dinov2": Family(
-        default_name="facebook/dinov2-base",
-        model_types={"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"},
-        sources={"cls": ("cls",), "cls+mean": ("cls", "mean")},
+
+# The keys are the accepted values of `type:` in an experiment file.
+FAMILIES: Mapping[str, Family] = {
+    "stacked_cnn": Family(
+        sources={"pooled": ("pooled",)},
+        has_weights=False,
+        # Any fixed statistics do for a network that starts from random weights. Those of ImageNet keep encoders
+        # comparable.
         preprocessing=Preprocessing(
-            "shortest_edge", 256, 224, _BICUBIC, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            "shortest_edge", round(1.14 * 128), 128, _BILINEAR, mean=_IMAGENET_MEAN, std=_IMAGENET_STD
         ),
-        # Its configs say 518, where training ended; the published evaluation is at 224.
+    ),
+    "dinov2": Family(
+        sources={"cls": ("cls",), "cls+mean": ("cls", "mean")},
+        default_weights="facebook/dinov2-base",
+        model_types={"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"},
+        preprocessing=Preprocessing("shortest_edge", 256, 224, _BICUBIC, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
+        # The configs say 518, the size at the end of training. The published evaluation is at 224.
         fixed_image_size=True,
     ),
     "clip": Family(
-        default_name="openai/clip-vit-base-patch32",
-        model_types={"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"},
         sources={"cls": ("cls",), "projected": ("projected",)},
+        default_weights="openai/clip-vit-base-patch32",
+        model_types={"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"},
         only_for={"projected": "visual_projection"},
         preprocessing=Preprocessing(
             "shortest_edge",
@@ -58,23 +76,26 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "siglip": Family(
-        default_name="google/siglip-base-patch16-224",
-        model_types={"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"},
         sources={"pooler": ("pooler",), "mean": ("mean",)},
+        default_weights="google/siglip-base-patch16-224",
+        model_types={"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"},
         only_for={"pooler": "head"},
         preprocessing=Preprocessing("exact", (224, 224), None, _BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3),
     ),
-    "auto": Family(
-        default_name=None,
-        model_types={},
-        sources={"pooler": ("pooler",), "mean": ("mean",)},
-        only_for={"pooler": "pooler"},
-    ),
+    # Any other vision model of transformers that yields pooled features or tokens.
+    "auto": Family(sources={"pooler": ("pooler",), "mean": ("mean",)}, only_for={"pooler": "pooler"}),
 }
 
-# Architectures by hub id, so that random weights of a published shape need no network (from the models' config.json).
+# The feature sources that a search can choose from: those of every family with pretrained weights. Error messages and
+# the JSON schema show them in this order.
+FEATURE_SOURCES: tuple[str, ...] = ("cls", "mean", "cls+mean", "projected", "pooler")
+
+# The ways in which a head can normalise its features; see `head.normalize_features`.
+NORMALIZATIONS: tuple[str, ...] = ("none", "l2", "standardize")
+
+# Architectures by hub id (from the models' config.json), so that random weights of a published shape need no network.
 _LARGE_VIT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "facebook/dinov2-small": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6},
     "facebook/dinov2-base": {"model_type": "dinov2"},
     "facebook/dinov2-large": {
@@ -96,97 +117,3 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 4304, "patch_size": 14, "image_size": 384,
     },
 }  # fmt: skip
-
-# Keys of a config that name files, labels or backbone stages: nothing that an encoder is rebuilt from.
-_NOT_ARCHITECTURE = (
-    "_name_or_path", "architectures", "id2label", "label2id", "out_features", "out_indices", "stage_names",
-    "transformers_version",
-)  # fmt: skip
-
-
-def family_of(kind: str, model_type: str, name: str) -> str:
-    """Returns the family that a checkpoint belongs to; `auto` for whatever has no family of its own.
-
-    Raises:
-        EncoderError: the experiment asked for another family.
-    """
-    owner = next((family for family, table in FAMILIES.items() if model_type in table.model_types), "auto")
-    if kind not in ("auto", owner):
-        hint = f"type: {owner} would take it" if owner != "auto" else "type: auto may take it"
-        raise EncoderError(
-            f"{name}: its model_type is '{model_type}', which is not {kind} "
-            f"(accepted: {', '.join(FAMILIES[kind].model_types)}); {hint}"
-        )
-    return owner
-
-
-def default_preprocessing(family: str, config: Any, name: str) -> Preprocessing:
-    """Returns the family's published preprocessing at the size of `config`.
-
-    Raises:
-        EncoderError: the family has none.
-    """
-    table = FAMILIES[family]
-    if table.preprocessing is None:
-        raise EncoderError(f"{name}: no preprocessor_config.json, so that its preprocessing is unknown")
-    size = getattr(config, "image_size", None)
-    if table.fixed_image_size or not isinstance(size, int):
-        return table.preprocessing
-    return table.preprocessing.with_image_size(size)
-
-
-def vision_config(raw: Mapping[str, Any]) -> Any:
-    """The config of the image encoder, also where the checkpoint holds a text encoder beside it."""
-    config = make_config(raw)
-    if config.model_type not in ("clip", "siglip"):
-        return config
-    vision = config.vision_config
-    if config.model_type == "clip":
-        # The projection's width stands in the outer config, and only sometimes in the inner one too.
-        vision.projection_dim = config.projection_dim
-    return vision
-
-
-def make_config(values: Mapping[str, Any]) -> Any:
-    """Makes a transformers config from a config.json's content.
-
-    Raises:
-        EncoderError: transformers does not know the model_type, or refuses a value.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model_type = values["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise EncoderError(f"model_type: '{model_type}' is unknown to the installed transformers")
-    try:
-        with quiet():
-            config = CONFIG_MAPPING[model_type].from_dict(dict(values))
-    except Exception as error:
-        raise EncoderError(f"config: {model_type} refuses it: {' '.join(str(error).split())}") from error
-    width, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if isinstance(width, int) and isinstance(num_heads, int) and width % max(num_heads, 1):
-        raise EncoderError(f"config.hidden_size: {width} is not a multiple of num_attention_heads ({num_heads})")
-    return config
-
-
-def architecture(config: Any) -> dict[str, Any]:
-    """Returns what `make_config` needs to make an equal config, JSON-able."""
-    values = config.to_dict()
-    return {key: value for key, value in values.items() if key not in _NOT_ARCHITECTURE}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' load reports and progress bars off the terminal, and restores both."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

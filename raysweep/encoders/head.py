@@ -1,23 +1,26 @@
-"""Heads (features -> logits) and the classifier that an encoder and a head make together."""
+"""Heads (features -> logits), and classifiers (an encoder and a head)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from raysweep.encoders import Encoder
-
-NORMALIZATIONS = ("none", "l2", "standardize")
+from raysweep.encoders.base import Encoder
+from raysweep.encoders.families import NORMALIZATIONS
 
 
 class Head(nn.Module):
     """A linear layer over normalised features.
 
-    The normalisation belongs to the head, so that features cached once serve heads of every normalisation, and a
-    fine-tune that starts from a probe's head gives that probe's logits at step 0.
+    The normalisation belongs to the head, for two reasons. Features that are cached once can be used with every
+    normalisation. And a fine-tune that starts from the head of a probe gives that probe's logits at step 0.
+
+    Attributes:
+        weight: `(num_classes, num_features)`.
+        bias: `(num_classes,)`.
+        mean: `(num_features,)`, of the train split; used by `standardize` only, as is `scale`.
+        scale: `(num_features,)`, from `standard_scale`.
+        normalize: One of `families.NORMALIZATIONS`.
     """
 
     weight: Tensor
@@ -35,18 +38,25 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(num_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features `(batch, num_features)` to logits `(batch, num_classes)`."""
+        """Maps features `(batch, num_features)` to logits `(batch, num_classes)`."""
         normalized = normalize_features(features, self.normalize, self.mean, self.scale)
         return nn.functional.linear(normalized, self.weight, self.bias)
 
     def spec(self) -> dict[str, Any]:
-        """Returns what `Head(**spec)` needs to build this head again, JSON-able."""
+        """Returns the arguments of `Head` that build this head again, as a dict that JSON can hold."""
         num_classes, num_features = self.weight.shape
         return {"num_features": num_features, "num_classes": num_classes, "normalize": self.normalize}
 
 
 def normalize_features(features: Tensor, normalize: str, mean: Tensor, scale: Tensor) -> Tensor:
-    """Normalises `(batch, num_features)` by row (`l2`) or by the train split's statistics (`standardize`)."""
+    """Normalises features.
+
+    Args:
+        features: `(..., num_features)`.
+        normalize: `l2` divides each row by its length, `standardize` uses `mean` and `scale`, `none` does nothing.
+        mean: Mean of each feature in the train split; must broadcast with `features`.
+        scale: Scale of each feature in the train split, from `standard_scale`; must broadcast with `features`.
+    """
     if normalize == "l2":
         return nn.functional.normalize(features, dim=-1)
     if normalize == "standardize":
@@ -54,8 +64,26 @@ def normalize_features(features: Tensor, normalize: str, mean: Tensor, scale: Te
     return features
 
 
+def standard_scale(mean: Tensor, deviation: Tensor) -> Tensor:
+    """Returns the scale that `standardize` divides each feature by: its standard deviation, or 1 if it is constant.
+
+    Args:
+        mean: Mean of each feature in the train split, of any shape.
+        deviation: Standard deviation of each feature, of the same shape. The result has its dtype.
+    """
+    # The threshold is relative to the mean. A deviation from sums of squares is subject to cancellation: for a constant
+    # feature it may be about 1e-8 of the mean instead of 0.
+    return torch.where(deviation > 1e-6 * mean.abs().clamp(min=1), deviation, 1.0)
+
+
 class Classifier(nn.Module):
-    """An encoder, the feature source that its head reads, and the head."""
+    """An encoder, a head, and the feature source that the head reads.
+
+    Attributes:
+        encoder: Maps pixels to the parts.
+        head: Maps the features of `source` to logits.
+        source: A feature source of the encoder.
+    """
 
     def __init__(self, encoder: Encoder, head: Head, source: str) -> None:
         super().__init__()
@@ -64,8 +92,8 @@ class Classifier(nn.Module):
         self.source = source
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels `(batch, 3, height, width)` to float32 logits `(batch, num_classes)`."""
+        """Maps normalised pixels `(batch, 3, height, width)` to float32 logits `(batch, num_classes)`."""
         features = self.encoder.select(self.encoder(pixel_values), self.source)
-        # In full precision under autocast too: standardised features are small differences of large numbers.
+        # In full precision, also under autocast: standardised features are small differences of large numbers.
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float())  # type: ignore[no-any-return]

@@ -1,106 +1,118 @@
-"""Encoders out of transformers: DINOv2, CLIP, SigLIP, and `auto` for any other vision model with pooled features."""
+"""Encoders from transformers: DINOv2, CLIP, SigLIP, and `auto` for any other vision model with pooled features."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from raysweep.encoders import Encoder, seeded, spec_arguments
-from raysweep.encoders.checkpoints import Checkpoint, first_line, load_checkpoint
-from raysweep.encoders.families import (
-    FAMILIES,
-    VARIANTS,
+from raysweep.encoders.base import Encoder, EncoderSpec, Origin, seeded
+from raysweep.encoders.families import FAMILIES, VARIANTS
+from raysweep.encoders.preprocess import Preprocessing
+from raysweep.encoders.pretrained import PretrainedFiles, find_pretrained, first_line
+from raysweep.encoders.transformers_models import (
     architecture,
     default_preprocessing,
     family_of,
+    load_model,
     make_config,
-    quiet,
+    new_model,
     vision_config,
 )
-from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import EncoderError, did_you_mean
 
 TORCH_MOMENTUM = 0.1
 
 
 class HuggingFaceEncoder(Encoder):
-    """A transformers vision model and the parts that are taken from its output."""
+    """A transformers vision model and the parts that are taken from its output.
 
-    def __init__(self, model: nn.Module, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    The constructor changes the model: it removes what serves no part of the spec, freezes the mask token, and corrects
+    the momentum of batch norms.
+
+    Attributes:
+        model: The transformers model.
+        options: Keyword arguments for each call of the model.
+    """
+
+    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
+        super().__init__(spec)
         self.model = model
-        # Position embeddings are resized only where the size differs, so that asking for it always costs nothing.
+        # A model resizes its position embeddings only where the size differs, so asking for it always costs nothing.
         accepted = inspect.signature(model.forward).parameters
-        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        _drop_unused(model, spec)
         mask_token = getattr(getattr(model, "embeddings", None), "mask_token", None)
         if isinstance(mask_token, nn.Parameter):
-            # Used in self-supervised pretraining only; DDP would wait for its gradient.
+            # Only self-supervised pretraining uses it, and DDP would wait for its gradient.
             mask_token.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.momentum or 0) > 0.5:
-                # TensorFlow's decay, .997 in MobileNet, handed to torch as its momentum: the running statistics
-                # would be those of the last batch alone, and a fine-tuned model's accuracy a matter of luck.
+                # TensorFlow's decay (.997 in MobileNet), which transformers gives to torch as the momentum. The
+                # running statistics would be those of the last batch only, and the accuracy of a fine-tuned model
+                # would depend on that batch.
                 module.momentum = TORCH_MOMENTUM
-        self.keep_parts(self.parts)
 
-    def keep_parts(self, parts: Mapping[str, int]) -> None:
-        """Settles what the encoder yields, and drops the weights that serve nothing else.
-
-        Those may be random, and would be part of the weights' signature.
-        """
-        table = FAMILIES[self.family]
-        self.parts = dict(parts)
-        self.sources = {name: wanted for name, wanted in table.sources.items() if set(wanted) <= set(parts)}
-        for part, attribute in table.only_for.items():
-            if part not in parts and hasattr(self.model, attribute):
-                setattr(self.model, attribute, None)
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps float (batch, 3, height, width) to one (batch, num_features) for each of `parts`."""
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Maps float `(batch, 3, height, width)` to one tensor `(batch, num_features)` for each part."""
         outputs = self.all_outputs(pixel_values)
         return {part: outputs[part] for part in self.parts}
 
-    def all_outputs(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps float (batch, 3, height, width) to every pooled output that the model yields."""
-        if self.family == "clip":
-            # Not the model's own image_embeds alone: the state before the projection is the better feature.
-            model: Any = self.model
-            cls, projection = model.vision_model(pixel_values, **self._options).pooler_output, model.visual_projection
-            return {"cls": cls} if projection is None else {"cls": cls, "projected": projection(cls)}
-        output = self.model(pixel_values=pixel_values, **self._options)
-        if self.family == "dinov2":
-            tokens = output.last_hidden_state
-            num_registers = self.config.get("num_register_tokens", 0)
-            return {"cls": tokens[:, 0], "mean": tokens[:, 1 + num_registers :].mean(dim=1)}
-        if self.family == "siglip":
-            return {"pooler": output.pooler_output, "mean": output.last_hidden_state.mean(dim=1)}
-        return _pooled(output, self._num_patches(pixel_values))
+    def all_outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Maps float `(batch, 3, height, width)` to every pooled output of the model, also those that are not parts."""
+        return _OUTPUTS.get(self.spec.family, _auto_outputs)(self, pixel_values)
+
+    def run_model(self, pixel_values: Tensor) -> Any:
+        """Maps float `(batch, 3, height, width)` to the output object of the transformers model."""
+        return self.model(pixel_values=pixel_values, **self.options)
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
-        """As `Encoder.supports_gradient_checkpointing`; most transformers can, most convolutional nets cannot."""
+        """As in `Encoder`. Most transformers support it, most convolutional networks do not."""
         return bool(getattr(self.model, "supports_gradient_checkpointing", False))
 
     def enable_gradient_checkpointing(self) -> None:
-        """As `Encoder.enable_gradient_checkpointing`."""
+        """As in `Encoder`."""
         model: Any = self.model
         model.activation_checkpointing_enable()
 
-    def _num_patches(self, pixel_values: torch.Tensor) -> int | None:
-        patch = self.config.get("patch_size")
-        return (pixel_values.shape[2] // patch) * (pixel_values.shape[3] // patch) if isinstance(patch, int) else None
+
+def _drop_unused(model: nn.Module, spec: EncoderSpec) -> None:
+    """Removes weights that serve no part of the spec: they may be random, and `weights_signature` would see them."""
+    for part, attribute in FAMILIES[spec.family].only_for.items():
+        if part not in spec.parts and hasattr(model, attribute):
+            setattr(model, attribute, None)
 
 
-def _pooled(output: Any, num_patches: int | None) -> dict[str, torch.Tensor]:
-    """Whatever pooled features an unknown model yields: its own, and the mean over its tokens or positions."""
-    parts = {}
+def _dinov2_outputs(encoder: HuggingFaceEncoder, pixel_values: Tensor) -> dict[str, Tensor]:
+    tokens = encoder.run_model(pixel_values).last_hidden_state
+    num_registers = encoder.spec.config.get("num_register_tokens", 0)
+    return {"cls": tokens[:, 0], "mean": tokens[:, 1 + num_registers :].mean(dim=1)}
+
+
+def _clip_outputs(encoder: HuggingFaceEncoder, pixel_values: Tensor) -> dict[str, Tensor]:
+    # Not `run_model`: its `image_embeds` is the projection, and the state before the projection is the better feature.
+    model: Any = encoder.model
+    cls, projection = model.vision_model(pixel_values, **encoder.options).pooler_output, model.visual_projection
+    return {"cls": cls} if projection is None else {"cls": cls, "projected": projection(cls)}
+
+
+def _siglip_outputs(encoder: HuggingFaceEncoder, pixel_values: Tensor) -> dict[str, Tensor]:
+    output = encoder.run_model(pixel_values)
+    return {"pooler": output.pooler_output, "mean": output.last_hidden_state.mean(dim=1)}
+
+
+def _auto_outputs(encoder: HuggingFaceEncoder, pixel_values: Tensor) -> dict[str, Tensor]:
+    """Returns the pooled features of an unknown model: its own, and the mean of its tokens or positions."""
+    output, parts = encoder.run_model(pixel_values), {}
     pooled, hidden = getattr(output, "pooler_output", None), getattr(output, "last_hidden_state", None)
     if pooled is not None:
         parts["pooler"] = pooled.flatten(1)
     if hidden is not None and hidden.ndim == 3:
-        # Class and register tokens come first; where the patches can be counted, these stay out of the mean.
+        # Class and register tokens come first. They stay out of the mean where the number of patches is known.
+        num_patches = _num_patches(encoder.spec.config, pixel_values)
         first = max(hidden.shape[1] - num_patches, 0) if num_patches else 0
         parts["mean"] = hidden[:, first:].mean(dim=1)
     elif hidden is not None and hidden.ndim == 4 and pooled is None:
@@ -108,14 +120,26 @@ def _pooled(output: Any, num_patches: int | None) -> dict[str, torch.Tensor]:
     return parts
 
 
+def _num_patches(config: Mapping[str, Any], pixel_values: Tensor) -> int | None:
+    patch = config.get("patch_size")
+    return (pixel_values.shape[2] // patch) * (pixel_values.shape[3] // patch) if isinstance(patch, int) else None
+
+
+_OUTPUTS: Mapping[str, Callable[[HuggingFaceEncoder, Tensor], dict[str, Tensor]]] = {
+    "dinov2": _dinov2_outputs,
+    "clip": _clip_outputs,
+    "siglip": _siglip_outputs,
+}
+
+
 def build(config: Mapping[str, Any], seed: int) -> HuggingFaceEncoder:
-    """Builds an encoder from its experiment block: pretrained, or random by `seed`.
+    """Builds an encoder from an encoder block of an experiment: pretrained, or with random weights drawn from `seed`.
 
     Raises:
-        EncoderError: the weights cannot be had, are of another family, incomplete, or the config is wrong.
+        EncoderError: the config is wrong, or the weights cannot be loaded, are incomplete or are of another family.
     """
     kind = config["type"]
-    name = config.get("pretrained_model_name_or_path") or FAMILIES[kind].default_name
+    name = config.get("pretrained_model_name_or_path") or FAMILIES[kind].default_weights
     if name is None:
         raise EncoderError(f"pretrained_model_name_or_path: {kind} needs a local folder or a Hugging Face id")
     overrides, image_size = dict(config.get("config") or {}), config.get("image_size")
@@ -123,38 +147,39 @@ def build(config: Mapping[str, Any], seed: int) -> HuggingFaceEncoder:
         return _build_random(kind, name, config.get("revision"), overrides=overrides, image_size=image_size, seed=seed)
     if overrides:
         raise EncoderError("config: overrides are for use_pretrained: false; pretrained weights fix the architecture")
-    return _build_pretrained(kind, load_checkpoint(name, config.get("revision")), image_size)
+    return _build_pretrained(kind, find_pretrained(name, config.get("revision")), image_size)
 
 
-def from_spec(spec: Mapping[str, Any]) -> HuggingFaceEncoder:
-    """Rebuilds the architecture of a spec without loading or drawing weights.
+def from_spec(spec: EncoderSpec) -> HuggingFaceEncoder:
+    """Rebuilds the architecture of a spec. No weights are loaded or drawn.
 
     Raises:
         EncoderError: the installed transformers cannot build it.
     """
     from transformers.initialization import no_init_weights
 
-    # Not on the meta device: non-persistent buffers (position ids) are in no state dict and would stay empty.
+    # Not on the meta device: no state dict has the non-persistent buffers (position ids), so they would stay empty.
     with seeded(0), no_init_weights():
-        model = _new_model(spec["family"], make_config(spec["config"]))
-    return HuggingFaceEncoder(model, **spec_arguments(spec))
+        model = new_model(spec.family, make_config(spec.config))
+    return HuggingFaceEncoder(spec, model)
 
 
-def _build_pretrained(kind: str, checkpoint: Checkpoint, image_size: int | None) -> HuggingFaceEncoder:
-    family = family_of(kind, checkpoint.config["model_type"], checkpoint.name)
-    config = vision_config(checkpoint.config)
-    model, missing = _load_weights(family, checkpoint, config)
-    preprocessing = checkpoint.preprocessing() or default_preprocessing(family, config, checkpoint.name)
+def _build_pretrained(kind: str, pretrained: PretrainedFiles, image_size: int | None) -> HuggingFaceEncoder:
+    family = family_of(kind, pretrained.config["model_type"], pretrained.name)
+    config = vision_config(pretrained.config)
+    model, missing = load_model(family, pretrained, config)
+    preprocessing = pretrained.preprocessing() or default_preprocessing(family, config, pretrained.name)
     if image_size:
         preprocessing = preprocessing.with_image_size(image_size)
-    lost = {part for part, name in FAMILIES[family].only_for.items() if any(_under(key, name) for key in missing)}
-    unusable = sorted(key for key in missing if not any(_under(key, FAMILIES[family].only_for[part]) for part in lost))
+    only_for = FAMILIES[family].only_for
+    lost = {part for part, attribute in only_for.items() if any(_under(key, attribute) for key in missing)}
+    unusable = sorted(key for key in missing if not any(_under(key, only_for[part]) for part in lost))
     if unusable:
         raise EncoderError(
-            f"{checkpoint.name}: {len(unusable)} weights of {type(model).__name__} are missing in the checkpoint, "
+            f"{pretrained.name}: {len(unusable)} weights of {type(model).__name__} are missing in the checkpoint, "
             f"the first: {', '.join(unusable[:3])}; random ones are never put in their place"
         )
-    origin = {"name": checkpoint.name, "revision": checkpoint.revision}
+    origin = Origin(pretrained.name, pretrained.revision)
     return _assemble(kind, family, model, config=config, preprocessing=preprocessing, origin=origin, lost=lost)
 
 
@@ -165,8 +190,8 @@ def _build_random(
     if name in VARIANTS:
         base = make_config(VARIANTS[name])
     else:
-        checkpoint = load_checkpoint(name, revision, with_weights=False)
-        base, preprocessing = vision_config(checkpoint.config), checkpoint.preprocessing()
+        pretrained = find_pretrained(name, revision, with_weights=False)
+        base, preprocessing = vision_config(pretrained.config), pretrained.preprocessing()
     family = family_of(kind, base.model_type, name)
     accepted = architecture(base)
     for key in overrides:
@@ -176,13 +201,12 @@ def _build_random(
     preprocessing = preprocessing or default_preprocessing(family, base, name)
     preprocessing = preprocessing.with_image_size(size) if size else preprocessing
     if "image_size" in accepted:
-        # Random position embeddings are made for the size they will see; nothing is to be interpolated.
+        # Random position embeddings are made for the size that the encoder will see, so none are interpolated.
         overrides = {"image_size": preprocessing.output_size[0], **overrides}
     config = make_config({**accepted, **overrides})
     with seeded(seed):
-        model = _new_model(family, config)
-    origin = {"name": None, "revision": None}
-    return _assemble(kind, family, model, config=config, preprocessing=preprocessing, origin=origin, lost=set())
+        model = new_model(family, config)
+    return _assemble(kind, family, model, config=config, preprocessing=preprocessing, origin=Origin(), lost=())
 
 
 def _assemble(
@@ -192,98 +216,49 @@ def _assemble(
     *,
     config: Any,
     preprocessing: Preprocessing,
-    origin: Mapping[str, str | None],
-    lost: set[str],
+    origin: Origin,
+    lost: Collection[str],
 ) -> HuggingFaceEncoder:
+    """Makes the encoder and its spec from a model; `lost` are the parts whose weights are missing."""
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int) and min(preprocessing.output_size) < patch:
         raise EncoderError(f"image_size: {min(preprocessing.output_size)} is smaller than one patch ({patch} px)")
-    candidates = [part for part in _all_parts(family) if part not in lost and _has_part(family, model, part)]
-    encoder = HuggingFaceEncoder(
-        model,
-        encoder_type=kind,
+    candidates = [part for part in FAMILIES[family].parts if part not in lost and _has_part(family, model, part)]
+    spec = EncoderSpec(
+        type=kind,
         family=family,
         config=architecture(config),
         preprocessing=preprocessing,
         parts=dict.fromkeys(candidates, 0),
         sources={},
         origin=origin,
-    ).eval()
-    # One black image tells what the model yields, and that it accepts this size, before any real one is read.
+    )
+    outputs = _try_out(HuggingFaceEncoder(spec, model).eval())
+    parts = {part: outputs[part].shape[-1] for part in candidates if part in outputs}
+    if not parts:
+        raise EncoderError(f"{origin.name}: {type(model).__name__} yields neither pooled features nor tokens")
+    sources = {source: wanted for source, wanted in FAMILIES[family].sources.items() if set(wanted) <= set(parts)}
+    return HuggingFaceEncoder(replace(spec, parts=parts, sources=sources), model)
+
+
+def _try_out(encoder: HuggingFaceEncoder) -> dict[str, Tensor]:
+    """Encodes one black image: what the model yields, and that it accepts this size, is known before any real image."""
+    size = encoder.preprocessing.output_size
     try:
-        # no_grad, not inference_mode: what a model caches on its first call must still be usable in training.
+        # no_grad, not inference_mode: training must be able to use what a model caches in its first call.
         with torch.no_grad():
-            outputs = encoder.all_outputs(torch.zeros(1, 3, *preprocessing.output_size))
+            return encoder.all_outputs(torch.zeros(1, 3, *size))
     except Exception as error:
         raise EncoderError(
-            f"{origin['name'] or kind}: {type(model).__name__} yields no features for images of "
-            f"{preprocessing.output_size} alone: {first_line(error)}"
+            f"{encoder.spec.origin.name or encoder.spec.type}: {type(encoder.model).__name__} yields no features for "
+            f"images of {size} alone: {first_line(error)}"
         ) from error
-    encoder.keep_parts({part: outputs[part].shape[-1] for part in candidates if part in outputs})
-    if not encoder.parts:
-        raise EncoderError(f"{origin['name']}: {type(model).__name__} yields neither pooled features nor tokens")
-    return encoder
-
-
-def _all_parts(family: str) -> list[str]:
-    return list(dict.fromkeys(part for parts in FAMILIES[family].sources.values() for part in parts))
 
 
 def _has_part(family: str, model: nn.Module, part: str) -> bool:
     attribute = FAMILIES[family].only_for.get(part)
-    # Models under `auto` may name their pooler otherwise: what they yield decides.
+    # A model under `auto` may have its pooler under another name, so its output decides, not its attributes.
     return attribute is None or family == "auto" or getattr(model, attribute, None) is not None
-
-
-def _new_model(family: str, config: Any) -> nn.Module:
-    import transformers
-
-    automatic: Any = transformers.AutoModel
-    model: nn.Module
-    try:
-        with quiet():
-            if family == "auto":
-                model = automatic.from_config(config, trust_remote_code=False, dtype=torch.float32)
-            else:
-                model = _model_class(family, config)._from_config(
-                    config, attn_implementation="sdpa", dtype=torch.float32
-                )
-    except Exception as error:
-        raise EncoderError(f"{config.model_type}: transformers cannot build it: {first_line(error)}") from error
-    return model
-
-
-def _load_weights(family: str, checkpoint: Checkpoint, config: Any) -> tuple[nn.Module, set[str]]:
-    """Loads a model in float32; returns it with the names of weights that the checkpoint lacks."""
-    import transformers
-
-    known = family != "auto"
-    loader = _model_class(family, config) if known else transformers.AutoModel
-    # Where a model has no scaled-dot-product attention, `auto` must leave the choice to transformers.
-    options = {"attn_implementation": "sdpa"} if known else {"trust_remote_code": False}
-    try:
-        # Missing weights are drawn before they are reported, and that must not move the global random state.
-        with seeded(0), quiet():
-            model, report = loader.from_pretrained(
-                str(checkpoint.folder),
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=checkpoint.has_safetensors,
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:
-        raise EncoderError(f"{checkpoint.name}: its weights cannot be loaded: {first_line(error)}") from error
-    if not known and getattr(model, "main_input_name", None) != "pixel_values":
-        raise EncoderError(f"{checkpoint.name}: {type(model).__name__} is not an encoder of images alone")
-    return model, set(report["missing_keys"])
-
-
-def _model_class(family: str, config: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, FAMILIES[family].model_types[config.model_type])
 
 
 def _under(key: str, attribute: str) -> bool:

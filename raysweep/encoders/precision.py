@@ -1,4 +1,4 @@
-"""Whether an encoder runs faster in bfloat16 here: that the hardware has it does not say so."""
+"""Chooses between float32 and bfloat16 for an encoder, by timing both: hardware with bfloat16 may be slower in it."""
 
 import platform
 import time
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from raysweep.encoders import Encoder
+from raysweep.encoders.base import Encoder
 
-# bf16 turns a feature vector a little (cosine .9999 to fp32 with dinov2-small); less gain than this is not worth it.
+# bf16 changes features a little (their cosine to those in fp32 is .9999 with dinov2-small). A smaller speedup than this
+# is not worth it.
 MIN_SPEEDUP = 1.1
 MAX_ROUNDS, MAX_SECONDS = 3, 0.5
 
@@ -21,22 +22,22 @@ def supports_bf16(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if platform.machine() in ("x86_64", "AMD64"):
-        # Not oneDNN's own check, which any AVX-512 passes; CPUs with AMX have this too.
+        # Not oneDNN's own check, which is true for any AVX-512. CPUs with AMX have AVX512_BF16 too.
         return bool(torch.cpu._is_avx512_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def faster_precision(encoder: Encoder, device: torch.device, num_images: int) -> str:
-    """Returns `bf16` where the device has it and the encoder gains by it, else `fp32`.
+    """Returns `bf16` where the device has it and the encoder is faster with it, else `fp32`.
 
-    A CPU with bf16 instructions but no AMX may be slower in bf16: two such cores ran dinov2-small at 17.6 images/s in
-    fp32 and at 10.0 in bf16. So a few batches of each are timed, in turn: one to warm up, then the fastest of up to
-    three. Two images take dinov2-small about a second in all.
+    A CPU with bf16 instructions but without AMX may be slower in bf16: two such cores ran dinov2-small at 17.6 images/s
+    in fp32 and at 10.0 in bf16. So both are timed, in turn. The first batch of each warms up. Of up to three more, the
+    fastest counts. With dinov2-small and two images, this takes about a second in all.
 
     Args:
-        encoder: in evaluation mode, on the device.
-        device: where it will run.
-        num_images: images a forward pass: on a GPU as many as it will be run with, on a CPU one or two.
+        encoder: The encoder, in evaluation mode and on the device.
+        device: The device that the encoder will run on.
+        num_images: Images in a forward pass. On a GPU use the number that it will be run with, on a CPU one or two.
     """
     if not supports_bf16(device):
         return "fp32"
@@ -58,9 +59,10 @@ def faster_precision(encoder: Encoder, device: torch.device, num_images: int) ->
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Lets torch use one CPU thread, whose own CPU time other work on the machine hardly changes.
+    """Limits torch to one CPU thread. Other work on the machine hardly changes the CPU time of one thread.
 
-    Threads that wait for one another would make the choice, and with it the cache that a sweep finds, a matter of luck.
+    With several threads, which wait for each other, the choice would differ from run to run. A sweep could then not
+    find its cache again, because the cache depends on the precision.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,15 +72,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# no_grad, not inference_mode: what a model caches must still be usable in training.
+# no_grad, not inference_mode: training must be able to use what a model caches in its first call.
 @torch.no_grad()
 def _seconds(encoder: Encoder, pixel_values: torch.Tensor, precision: str) -> float:
-    """CPU time of one forward pass on a CPU, wall time on a GPU."""
+    """Returns the CPU time of one forward pass on a CPU, the wall time on a GPU."""
     device = pixel_values.device.type
     clock = time.thread_time if device == "cpu" else time.perf_counter
     started = clock()
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         outputs = encoder(pixel_values)
     for features in outputs.values():
-        features.cpu()  # waits for a GPU to be done
+        features.cpu()  # waits until a GPU has finished
     return clock() - started

@@ -1,46 +1,52 @@
-"""What an encoder expects of its pixels: resize, crop and normalisation, exactly as its own image processor says.
+"""The preprocessing that an encoder expects: resize, crop and normalisation, exactly as in its own image processor.
 
-The geometry runs on the CPU on one decoded image; the normalisation runs on a batch, on whatever device it lies.
+Resize and crop run on the CPU, on one decoded image. The normalisation runs on a batch, on the device of the batch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from PIL import Image
 
 from raysweep.errors import EncoderError
+
+if TYPE_CHECKING:
+    # Only for annotations: the experiment file reads `families`, which imports this module, and must not import torch.
+    import torch
 
 # Keys of an image processor's config that do not change the pixels of an RGB image.
 _WITHOUT_EFFECT = {
     "_valid_kwargs_names", "_valid_processor_keys", "auto_map", "data_format", "default_to_square", "device",
     "disable_grouping", "do_convert_rgb", "feature_extractor_type", "image_processor_type", "image_seq_length",
     "input_data_format", "model_input_names", "pad_size", "processor_class", "return_tensors", "use_fast",
-    "do_reduce_labels",  # label maps of segmentation only
+    "do_reduce_labels",  # changes only the label maps of segmentation
 }  # fmt: skip
 _UNDERSTOOD = {
     "crop_pct", "crop_size", "do_center_crop", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std",
     "resample", "rescale_factor", "size",
 }  # fmt: skip
 
-# 16 million pixels: reached by images more than about 200 times as long as they are wide.
+# 16 million pixels. After the resize, only images more than about 200 times as long as wide have more.
 _MAX_RESIZED_PIXELS = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """One encoder's preprocessing; equal to its transformers image processor (PIL backend) within 1/255.
+    """The preprocessing of one encoder. It equals its transformers image processor (PIL backend) within 1/255.
 
     Attributes:
         resize: `shortest_edge` keeps the aspect ratio, `exact` does not.
         resize_size: Pixels of the shorter side, or (height, width) for `exact`.
-        crop_size: Side of the square centre crop, zero-padded where the image is smaller; None for no crop.
-        resample: `PIL.Image.Resampling` value.
-        rescale_factor: Multiplies the 0..255 values, before the normalisation.
-        mean: Per RGB channel, in rescaled units; likewise `std`.
+        crop_size: Side of the square centre crop in pixels; None for no crop. Smaller images are padded with zeros.
+        resample: A value of `PIL.Image.Resampling`.
+        mean: Mean of each RGB channel, in rescaled units.
+        std: Standard deviation of each RGB channel, in rescaled units.
+        rescale_factor: The 0..255 values are multiplied by it before the normalisation.
     """
 
     resize: Literal["shortest_edge", "exact"]
@@ -52,12 +58,16 @@ class Preprocessing:
     rescale_factor: float = 1 / 255
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-able dict that `from_dict` reads back to an equal object."""
+        """Returns a dict that JSON can hold and from which `from_dict` makes an equal object."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "Preprocessing":
-        """Rebuilds from `to_dict`, also after a trip through JSON."""
+    def from_dict(cls, value: Mapping[str, Any]) -> Preprocessing:
+        """Rebuilds an object from the result of `to_dict`, also after it was written as JSON and read back.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+        """
         arguments: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in value.items()}
         return cls(**arguments)
 
@@ -68,21 +78,21 @@ class Preprocessing:
 
     @property
     def min_side(self) -> int:
-        """Shorter side, in pixels, below which a JPEG's draft mode must not go.
+        """The smallest shorter side, in pixels, to which a JPEG may be decoded in draft mode.
 
-        Twice what the resize asks for: from there on the resize hides that the decoder skipped coefficients
-        (Pillow's own thumbnails use the same gap of 2.0).
+        It is twice the size after the resize. At this size the resize hides that the decoder skipped coefficients.
+        (Pillow's own thumbnails use the same gap of 2.0.)
         """
         return 2 * (self.resize_size if isinstance(self.resize_size, int) else max(self.resize_size))
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """(height, width) of what the encoder sees."""
+        """(height, width) of the images that the encoder sees."""
         return (self.crop_size, self.crop_size) if self.crop_size else self._resize_pair
 
     @property
     def training_size(self) -> tuple[int, int]:
-        """(height, width) that `resize_for_training` gives: the resize's size, never smaller than the crop."""
+        """(height, width) of the images from `resize_for_training`: as resized, but at least the size of the crop."""
         height, width = self._resize_pair
         return max(height, self.crop_size or 0), max(width, self.crop_size or 0)
 
@@ -91,8 +101,8 @@ class Preprocessing:
         size = self.resize_size
         return (size, size) if isinstance(size, int) else size
 
-    def with_image_size(self, image_size: int) -> "Preprocessing":
-        """Returns a copy that ends at `image_size` pixels a side; resize and crop keep their proportion."""
+    def with_image_size(self, image_size: int) -> Preprocessing:
+        """Returns a copy whose output has `image_size` pixels a side. Resize and crop keep their proportion."""
         if self.crop_size is None:
             return replace(self, resize_size=(image_size, image_size))
         scale = image_size / self.crop_size
@@ -101,11 +111,14 @@ class Preprocessing:
         return replace(self, resize_size=resized, crop_size=image_size)
 
     def resize_and_crop(self, image: Image.Image) -> np.ndarray:
-        """Returns the final geometry, uint8 (height, width, 3); what evaluation and feature extraction use."""
+        """Returns uint8 `output_size` + (3,), for evaluation and for computing features."""
         return np.ascontiguousarray(self.resize_for_training(image)[self._centre()])
 
     def resize_for_training(self, image: Image.Image) -> np.ndarray:
-        """Returns uint8 `training_size` + (3,) for augmentation to crop from; its centre crop is `resize_and_crop`."""
+        """Returns uint8 `training_size` + (3,), from which augmentation crops.
+
+        Its centre crop is the result of `resize_and_crop`.
+        """
         image = image if image.mode == "RGB" else image.convert("RGB")
         full_height, full_width = self._resized(image.height, image.width)
         training_height, training_width = self.training_size
@@ -115,8 +128,8 @@ class Preprocessing:
         if full_height * full_width <= _MAX_RESIZED_PIXELS:
             kept = np.array(image.resize((full_width, full_height), resample=resample).crop(window))
         else:
-            # A strip of 1 x 10,000 pixels would become 256 x 2,560,000: only what is kept is resized. Not done
-            # always, because Pillow may then take the two axes in another order and round differently.
+            # A strip of 1 x 10,000 pixels would become 256 x 2,560,000. So only the window that is kept is resized.
+            # This is not done for every image: Pillow may take the two axes in another order and round differently.
             x, y = image.width / full_width, image.height / full_height
             box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
             kept = np.array(image.resize((width, height), resample=resample, box=box))
@@ -134,19 +147,19 @@ class Preprocessing:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Turns uint8 (batch, height, width, 3) into float32 (batch, 3, height, width) on the same device."""
+        # Not made contiguous: the permuted view is channels-last, and convolutions on CPUs run 1.5 times as fast on it.
+        pixels = images.permute(0, 3, 1, 2).float()
         mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1).to(images.device, non_blocking=True)
+            pixels.new_tensor(values, device="cpu").view(1, -1, 1, 1).to(images.device, non_blocking=True)
             for values in (self.mean, self.std)
         )
-        # Not made contiguous: the permuted view is channels-last, in which convolutions run 1.5 times as fast on CPUs.
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32)
         return (pixels * self.rescale_factor - mean) / std
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if self.resize == "exact":
             return self._resize_pair
         side = self.resized_side
-        # The longer side is truncated, not rounded: transformers.image_transforms.get_resize_output_image_size.
+        # The longer side is truncated, not rounded, as in transformers.image_transforms.get_resize_output_image_size.
         return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
 
     def _centre(self) -> tuple[slice, slice]:
@@ -156,10 +169,10 @@ class Preprocessing:
 
 
 def _window(full: int, training: int, output: int) -> tuple[int, int]:
-    """Start and length, in resized pixels, of what is kept along one axis.
+    """Returns start and length, in resized pixels, of the window that is kept along one axis.
 
-    The start is such that the centre `output` pixels of the window are the centre ones of the whole, to the pixel:
-    two floor divisions in a row would be one off where `training - output` is odd.
+    The centre `output` pixels of the window are exactly the centre `output` pixels of the full axis. Centring first
+    the window and then the crop would be one pixel off where `training - output` is odd.
     """
     if full <= training:
         return 0, full
@@ -167,13 +180,13 @@ def _window(full: int, training: int, output: int) -> tuple[int, int]:
 
 
 def from_processor_config(config: Mapping[str, Any]) -> Preprocessing:
-    """Reads an image processor's `to_dict()` or the content of a complete `preprocessor_config.json`.
+    """Makes a Preprocessing from the `to_dict()` of an image processor, or from a complete `preprocessor_config.json`.
 
     Raises:
-        EncoderError: a key changes the pixels in a way that is not understood here; it is named, never ignored.
+        EncoderError: a key changes the pixels in an unknown way. The message names the key; it is never ignored.
     """
     for key, value in config.items():
-        # A step that is switched off needs no understanding.
+        # A step that is switched off does not matter, known or not.
         if key not in _WITHOUT_EFFECT | _UNDERSTOOD and value not in (None, False):
             raise _not_understood(key, value, "no such step is known")
     if not config.get("do_resize", True):
@@ -193,10 +206,10 @@ def from_processor_config(config: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-Geometry = tuple[Literal["shortest_edge", "exact"], int | tuple[int, int], int | None]
+_Geometry = tuple[Literal["shortest_edge", "exact"], int | tuple[int, int], int | None]
 
 
-def _geometry(config: Mapping[str, Any]) -> Geometry:
+def _geometry(config: Mapping[str, Any]) -> _Geometry:
     size, crop_pct = _size(config), config.get("crop_pct")
     crop_size = _crop_size(config) if config.get("do_center_crop") else None
     if crop_pct is not None:
@@ -210,8 +223,11 @@ def _geometry(config: Mapping[str, Any]) -> Geometry:
     return "shortest_edge", int(size["shortest_edge"]), crop_size
 
 
-def _convnext_geometry(config: Mapping[str, Any], size: Mapping[str, int], crop_pct: float) -> Geometry:
-    """ConvNeXt's rule: below 384 px resize to size / crop_pct and crop, from 384 px on squash (its image processor)."""
+def _convnext_geometry(config: Mapping[str, Any], size: Mapping[str, int], crop_pct: float) -> _Geometry:
+    """The rule of ConvNeXt's image processor.
+
+    Below 384 px it resizes to size / crop_pct and crops. From 384 px on it resizes without keeping the aspect ratio.
+    """
     if "ConvNext" not in str(config.get("image_processor_type")) or set(size) != {"shortest_edge"}:
         raise _not_understood("crop_pct", crop_pct, "it is known of ConvNeXt's processor only")
     side = int(size["shortest_edge"])

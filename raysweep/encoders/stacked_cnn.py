@@ -1,4 +1,4 @@
-"""The encoder that is trained from scratch: plain strided stages of convolution, batch norm and ReLU."""
+"""The encoder that is always trained from scratch: strided stages of convolution, batch norm and ReLU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,38 +6,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysweep.encoders import Encoder, seeded, spec_arguments
-from raysweep.encoders.preprocess import Preprocessing
+from raysweep.encoders.base import Encoder, EncoderSpec, Origin, seeded
+from raysweep.encoders.families import FAMILIES
 from raysweep.errors import EncoderError, did_you_mean
 
 CHANNELS = [32, 64, 128, 256]
-IMAGE_SIZE = 128
-# Statistics of ImageNet: any fixed numbers do for a net that starts from nothing, and these keep encoders comparable.
-PREPROCESSING = Preprocessing(
-    resize="shortest_edge",
-    resize_size=round(1.14 * IMAGE_SIZE),
-    crop_size=IMAGE_SIZE,
-    resample=2,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
 
 
 class StackedCNN(Encoder):
-    """Stages of two 3x3 convolutions, the first with stride 2, ending in a global average pool.
+    """Stages of two 3x3 convolutions, the first of them with stride 2, and a global average pool at the end.
 
-    The default has 1.2 million parameters and one part, `pooled`, of 256 features.
+    With default channels it has 1.2 million parameters and one part, `pooled`, of 256 features.
     """
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        channels = self.config["channels"]
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__(spec)
+        channels = spec.config["channels"]
         self.stages = nn.ModuleList(
             _stage(before, after) for before, after in zip([3, *channels], channels, strict=False)
         )
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps float (batch, 3, height, width), of any size, to `pooled` (batch, channels of the last stage)."""
+        """Maps float `(batch, 3, height, width)`, of any size, to `pooled` `(batch, channels of the last stage)`."""
         features = pixel_values
         for stage in self.stages:
             features = stage(features)
@@ -47,7 +37,7 @@ class StackedCNN(Encoder):
 def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, stride in ((channels_in, 2), (channels_out, 1)):
-        # The batch norm that follows has a bias of its own.
+        # No bias: the batch norm that follows has one.
         convolution = nn.Conv2d(before, channels_out, 3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         layers += [convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
@@ -55,10 +45,10 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def build(config: Mapping[str, Any], seed: int) -> StackedCNN:
-    """Builds a randomly initialised StackedCNN from an encoder block.
+    """Builds a StackedCNN with random weights from an encoder block of an experiment.
 
     Raises:
-        EncoderError: an unknown key of `config`, or channels that are not positive whole numbers.
+        EncoderError: `config` has an unknown key, or channels that are not positive whole numbers.
     """
     overrides = dict(config.get("config") or {})
     for key in overrides:
@@ -67,22 +57,26 @@ def build(config: Mapping[str, Any], seed: int) -> StackedCNN:
     channels = overrides.get("channels", CHANNELS)
     if not isinstance(channels, list | tuple) or not channels or not all(_positive(item) for item in channels):
         raise EncoderError(f"config.channels: {channels!r}; accepted: a list of positive whole numbers, one per stage")
+    family, image_size = FAMILIES["stacked_cnn"], config.get("image_size")
+    preprocessing = family.preprocessing
+    assert preprocessing is not None
+    spec = EncoderSpec(
+        type="stacked_cnn",
+        family="stacked_cnn",
+        config={"channels": list(channels)},
+        preprocessing=preprocessing.with_image_size(image_size) if image_size else preprocessing,
+        parts={"pooled": channels[-1]},
+        sources=family.sources,
+        origin=Origin(),
+    )
     with seeded(seed):
-        return StackedCNN(
-            encoder_type="stacked_cnn",
-            family="stacked_cnn",
-            config={"channels": list(channels)},
-            preprocessing=PREPROCESSING.with_image_size(config.get("image_size") or IMAGE_SIZE),
-            parts={"pooled": channels[-1]},
-            sources={"pooled": ("pooled",)},
-            origin={"name": None, "revision": None},
-        )
+        return StackedCNN(spec)
 
 
-def from_spec(spec: Mapping[str, Any]) -> StackedCNN:
-    """Rebuilds a StackedCNN; the weights are to be loaded."""
+def from_spec(spec: EncoderSpec) -> StackedCNN:
+    """Rebuilds a StackedCNN. Its weights are arbitrary until they are loaded."""
     with seeded(0):
-        return StackedCNN(**spec_arguments(spec))
+        return StackedCNN(spec)
 
 
 def _positive(value: Any) -> bool:

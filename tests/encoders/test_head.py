@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raysweep.encoders import build_encoder
-from raysweep.encoders.head import NORMALIZATIONS, Classifier, Head, normalize_features
+from raysweep.encoders.build import build_encoder
+from raysweep.encoders.families import NORMALIZATIONS
+from raysweep.encoders.head import Classifier, Head, normalize_features, standard_scale
 
 
 def trained(normalize, num_features=6, num_classes=3):
@@ -33,6 +34,24 @@ def test_logits_are_a_linear_layer_over_normalised_features(normalize):
 
 def test_a_row_of_zeros_stays_finite_under_l2():
     assert normalize_features(torch.zeros(1, 4), "l2", torch.zeros(4), torch.ones(4)).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_feature_has_scale_1(dtype):
+    mean = torch.tensor([0.0, 0.0, 0.0, 1e6, 1e6, -1e6, -1e6], dtype=dtype)
+    deviation = torch.tensor([0.0, 0.9e-6, 1.1e-6, 0.9, 1.1, 0.9, 1.1], dtype=dtype)
+    expected = torch.tensor([1.0, 1.0, 1.1e-6, 1.0, 1.1, 1.0, 1.1], dtype=dtype)
+    scale = standard_scale(mean, deviation)
+    assert scale.dtype == dtype
+    assert torch.equal(scale, expected)
+
+
+def test_a_constant_feature_has_scale_1_also_where_its_squares_cancel():
+    rows = torch.full((1000, 1), 1 / 3, dtype=torch.float64)
+    mean = rows.sum(0) / 1000 + 1e-15
+    deviation = (mean.square() - rows.square().sum(0) / 1000).abs().sqrt()
+    assert deviation > 0
+    assert standard_scale(mean, deviation) == 1
 
 
 def test_a_new_head_is_indifferent():

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raysweep.encoders import build_encoder, precision
+from raysweep.encoders import precision
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.precision import faster_precision, supports_bf16
 
 CPU = torch.device("cpu")

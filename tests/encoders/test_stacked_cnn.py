@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from raysweep.encoders import build_encoder, weights_signature
+from raysweep.encoders.base import weights_signature
+from raysweep.encoders.build import build_encoder
 from raysweep.errors import EncoderError
 
 

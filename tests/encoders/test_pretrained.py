@@ -4,9 +4,10 @@ import time
 import pytest
 from transformers import BitImageProcessor, CLIPImageProcessor, LevitImageProcessor
 
-from raysweep.encoders import build_encoder, weights_signature
-from raysweep.encoders.checkpoints import Checkpoint, load_checkpoint
+from raysweep.encoders.base import weights_signature
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.families import FAMILIES
+from raysweep.encoders.pretrained import PretrainedFiles, find_pretrained
 from raysweep.errors import EncoderError
 from raysweep.storage import upload
 
@@ -26,7 +27,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
 def test_a_hub_id_without_network_fails_at_once_and_names_the_ways_out(offline, kind):
-    name, started = FAMILIES[kind].default_name, time.monotonic()
+    name, started = FAMILIES[kind].default_weights, time.monotonic()
     with pytest.raises(EncoderError) as failure:
         build_encoder({"type": kind}, seed=0)
     assert time.monotonic() - started < 8
@@ -44,9 +45,9 @@ def test_a_prefilled_cache_needs_no_network(offline, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text('{"model_type": "vit"}')
     (snapshot / "model.safetensors").write_bytes(b"")
-    checkpoint = load_checkpoint("some/model")
-    assert (checkpoint.revision, checkpoint.name) == (commit, "some/model")
-    assert checkpoint.has_safetensors
+    pretrained = find_pretrained("some/model")
+    assert (pretrained.revision, pretrained.name) == (commit, "some/model")
+    assert pretrained.has_safetensors
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
@@ -65,27 +66,27 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(name):
         ('{"model_type": "vit"}', "no weights"),
     ],
 )
-def test_a_folder_that_is_no_checkpoint_says_why(tmp_path, config, expected):
+def test_a_folder_without_pretrained_files_says_why(tmp_path, config, expected):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(EncoderError, match=expected):
-        load_checkpoint(str(tmp_path))
+        find_pretrained(str(tmp_path))
 
 
-def test_a_checkpoint_may_lie_in_a_bucket(bucket, tmp_path):
+def test_pretrained_files_may_be_in_a_bucket(bucket, tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32)
     Dinov2Model(config).save_pretrained(tmp_path / "saved")
     upload({f"{bucket}/weights/{path.name}": path for path in (tmp_path / "saved").iterdir()})
-    described = load_checkpoint(f"{bucket}/weights", with_weights=False)
+    described = find_pretrained(f"{bucket}/weights", with_weights=False)
     assert (described.config["hidden_size"], described.has_safetensors) == (16, False)
     entry = {"type": "dinov2", "image_size": 32}
     fetched = build_encoder(entry | {"pretrained_model_name_or_path": f"{bucket}/weights"}, seed=0)
     saved = build_encoder(entry | {"pretrained_model_name_or_path": str(tmp_path / "saved")}, seed=0)
     assert weights_signature(fetched) == weights_signature(saved)
     with pytest.raises(EncoderError, match=r"pretrained_model_name_or_path: s3://.*/nothing: nothing is there"):
-        load_checkpoint(f"{bucket}/nothing")
+        find_pretrained(f"{bucket}/nothing")
 
 
 def test_auto_needs_a_name():
@@ -93,22 +94,22 @@ def test_auto_needs_a_name():
         build_encoder({"type": "auto"}, seed=0)
 
 
-def checkpoint_with(folder, processor):
+def pretrained_with(folder, processor):
     processor.save_pretrained(folder)
-    return Checkpoint(name="mine", revision=None, folder=folder, config={})
+    return PretrainedFiles(name="mine", revision=None, folder=folder, config={})
 
 
 def test_the_processor_file_is_read(tmp_path):
     processor = BitImageProcessor(size={"shortest_edge": 300}, crop_size={"height": 280, "width": 280})
-    preprocessing = checkpoint_with(tmp_path, processor).preprocessing()
+    preprocessing = pretrained_with(tmp_path, processor).preprocessing()
     assert (preprocessing.resize_size, preprocessing.crop_size) == (300, 280)
 
 
 def test_the_oldest_processor_files_are_read(tmp_path):
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    checkpoint = Checkpoint(name="mine", revision=None, folder=tmp_path, config={})
-    assert checkpoint.preprocessing() == FAMILIES["clip"].preprocessing
+    pretrained = PretrainedFiles(name="mine", revision=None, folder=tmp_path, config={})
+    assert pretrained.preprocessing() == FAMILIES["clip"].preprocessing
 
 
 def test_a_processor_inside_a_combined_file_is_read(tmp_path):
@@ -116,14 +117,14 @@ def test_a_processor_inside_a_combined_file_is_read(tmp_path):
     alone = tmp_path / "preprocessor_config.json"
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(alone.read_text())}))
     alone.unlink()
-    checkpoint = Checkpoint(name="mine", revision=None, folder=tmp_path, config={})
-    assert checkpoint.preprocessing().crop_size == 96
+    pretrained = PretrainedFiles(name="mine", revision=None, folder=tmp_path, config={})
+    assert pretrained.preprocessing().crop_size == 96
 
 
 def test_a_processor_that_does_more_than_it_says_is_refused(tmp_path):
     with pytest.raises(EncoderError, match="LevitImageProcessor"):
-        checkpoint_with(tmp_path, LevitImageProcessor()).preprocessing()
+        pretrained_with(tmp_path, LevitImageProcessor()).preprocessing()
 
 
 def test_without_a_processor_file_there_is_no_preprocessing(tmp_path):
-    assert Checkpoint(name="mine", revision=None, folder=tmp_path, config={}).preprocessing() is None
+    assert PretrainedFiles(name="mine", revision=None, folder=tmp_path, config={}).preprocessing() is None

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a folder, a bucket, the Hugging Face cache, or the hub; and what lies in them."""
+"""Finds the files of pretrained weights: in a folder, a bucket, the Hugging Face cache, or on the hub."""
 
 import json
 import os
@@ -8,27 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from raysweep.encoders.preprocess import Preprocessing, from_processor_config
 from raysweep.errors import EncoderError
 from raysweep.storage import fetch_folder, is_bucket, local_path
 
-# Seconds that the hub may take to answer; downloads themselves are not limited.
+# Seconds that the hub may take to answer. Downloads are not limited.
 HUB_TIMEOUT_S = 8.0
-# Two shapes, so that a wrong crop shows on either axis.
+# Height and width of the test images. Two shapes, so that a wrong crop is seen on both axes.
 _PARITY_SHAPES = ((90, 140), (150, 100))
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on local disk.
+@dataclass(frozen=True, slots=True)
+class PretrainedFiles:
+    """The files of a pretrained model on the local disk, as transformers saves them.
 
     Attributes:
-        name: The hub id or folder as the user wrote it.
-        revision: The commit, where the checkpoint came from the hub.
-        folder: Where its files are.
-        config: The content of its config.json.
+        name: Hub id, folder or bucket, as the user wrote it.
+        revision: The commit of the hub repository; None where the files are not from the hub.
+        folder: The local folder of the files.
+        config: The content of config.json.
     """
 
     name: str
@@ -38,14 +39,14 @@ class Checkpoint:
 
     @property
     def has_safetensors(self) -> bool:
-        """Whether the weights are stored as safetensors; if not, as pickled `.bin`, read with `weights_only`."""
+        """Whether the weights are safetensors. If not, they are a pickled `.bin`, which is read with `weights_only`."""
         return any(self.folder.glob("*.safetensors"))
 
     def preprocessing(self) -> Preprocessing | None:
-        """Reads the checkpoint's own image processor; None where it has none.
+        """Reads the model's own image processor. Returns None where it has none.
 
         Raises:
-            EncoderError: the processor does something to the pixels that is not understood.
+            EncoderError: the processor cannot be loaded, or changes the pixels in an unknown way.
         """
         if not self._has_processor():
             return None
@@ -68,16 +69,21 @@ class Checkpoint:
     def _has_processor(self) -> bool:
         if (self.folder / "preprocessor_config.json").is_file():
             return True
-        # transformers 5 keeps the image processor of a text-and-image model inside its processor's file.
+        # transformers 5 writes the image processor of a text-and-image model into the file of the combined processor.
         combined = self.folder / "processor_config.json"
         return combined.is_file() and "image_processor" in _read_json(combined, self.name)
 
 
-def load_checkpoint(name: str, revision: str | None = None, with_weights: bool = True) -> Checkpoint:
-    """Finds a checkpoint, fetching it from a bucket or the hub when it is neither a folder nor cached.
+def find_pretrained(name: str, revision: str | None = None, with_weights: bool = True) -> PretrainedFiles:
+    """Finds the files of a pretrained model. Downloads them from a bucket or the hub if they are not on this machine.
+
+    Args:
+        name: Hub id, folder or bucket.
+        revision: Branch, tag or commit of the hub repository; `main` if None.
+        with_weights: Whether the weights are needed too, not only the JSON files.
 
     Raises:
-        EncoderError: it cannot be had; the message says what was tried and what else would do.
+        EncoderError: there are no usable files. The message says what was tried and what the user can do.
     """
     folder = local_path(name)
     commit = None
@@ -100,17 +106,17 @@ def load_checkpoint(name: str, revision: str | None = None, with_weights: bool =
         raise EncoderError(f"{name}: config.json names no model_type, so that transformers cannot tell what it is")
     if with_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
         raise EncoderError(f"{name}: no weights in {folder}; looked for *.safetensors and pytorch_model*.bin")
-    return Checkpoint(name=name, revision=commit, folder=folder, config=config)
+    return PretrainedFiles(name=name, revision=commit, folder=folder, config=config)
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the type and first line of an error, for messages that are read by people."""
+    """Returns the type and the first line of an error, for use in messages."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that is no folder can only have meant one: hub ids are `name` or `organisation/name`."""
+    """Whether a name must be a folder and cannot be a hub id: those are `name` or `organisation/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
@@ -118,7 +124,7 @@ def _download(name: str, revision: str, with_weights: bool) -> Path:
     wanted = ["*.json", "*.safetensors"] if with_weights else ["*.json"]
     folder = _snapshot(name, revision, wanted)
     if with_weights and not any(folder.glob("*.safetensors")):
-        # Some early repositories, openai/clip-vit-base-patch32 among them, hold pickled weights only.
+        # Some early repositories have only pickled weights; openai/clip-vit-base-patch32 is one of them.
         folder = _snapshot(name, revision, ["*.json", "pytorch_model*.bin"])
     return folder
 
@@ -158,15 +164,13 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _check_parity(name: str, processor: Any, preprocessing: Preprocessing) -> None:
-    """Runs both on two small images; some processors do more than their config says (LeViT's resize, for one)."""
-    import torch
-
+    """Compares both on two small images. Some processors do more than their config says, such as LeViT's resize."""
     noise = np.random.default_rng(0)
     for height, width in _PARITY_SHAPES:
         image = Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
         theirs = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
         ours = preprocessing.normalize(torch.from_numpy(preprocessing.resize_and_crop(image))[None])[0].numpy()
-        # One grey level, in normalised units.
+        # One grey level, in normalised units, and 1% for rounding.
         tolerance = 1.01 * preprocessing.rescale_factor / min(preprocessing.std)
         if theirs.shape != ours.shape or np.abs(theirs - ours).max() > tolerance:
             raise EncoderError(
