@@ -1,11 +1,11 @@
-"""Pydantic's errors in the words of the YAML file: one problem a place, with what would be accepted there."""
+"""Pydantic's errors in the words of the YAML file: one problem for each place, with what is accepted there."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raysweep.errors import did_you_mean
 from raysweep.experiment.yaml_file import KeyPath, Problem, YamlFile, child
@@ -43,22 +43,32 @@ _LIMITS = {
 }
 
 
+def problems_at(*found: tuple[tuple[str | int, ...], str]) -> ValidationError:
+    """Returns one pydantic error with several problems, each `(path below the current value, message)`."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("problem", "{message}", {"message": text}), loc=path, input=None)
+        for path, text in found
+    ]
+    return ValidationError.from_exception_data("experiment", details)
+
+
 def explain(error: ValidationError, file: YamlFile, schema: dict[str, Any]) -> list[Problem]:
-    """Says pydantic's errors in the words of the YAML, one problem a place.
+    """Translates pydantic's errors into the words of the YAML, one problem for each place.
 
     Args:
-        error: what validating `file.data` raised.
-        file: the file, for the values found.
-        schema: the JSON schema of the model, for the keys and words accepted.
+        error: What the validation of `file.data` raised.
+        file: The file, for the values found.
+        schema: The JSON schema of the model, for the keys and words accepted.
     """
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "default_factory_not_called":
-            continue  # a default that hangs on another key, which has its own error
+            continue  # the default depends on another key, which has its own error
         path = _yaml_path(detail["loc"], file.data, schema)
         if detail["type"] == "too_short" and _at(file.data, path):
-            continue  # pydantic counts only the entries that are right
-        if detail["type"] != "invalid_key" and detail["loc"][-1] != "[key]":  # the file knows these by their line
+            continue  # pydantic counts only the valid entries
+        # read_yaml has found the keys that are not text, and knows their lines.
+        if detail["type"] != "invalid_key" and detail["loc"][-1] != "[key]":
             grouped.setdefault(path, []).append(detail)
     return [Problem(path, _message(path, details, file, schema)) for path, details in grouped.items()]
 
@@ -83,7 +93,7 @@ def _message(path: KeyPath, details: list[ErrorDetails], file: YamlFile, schema:
 
 
 def _unexpected(path: KeyPath, kinds: dict[str, ErrorDetails], file: YamlFile, schema: dict[str, Any]) -> str:
-    """Says what would be accepted in place of a value of the wrong kind, all alternatives in one sentence."""
+    """Says what is accepted instead of a value of the wrong kind, with all alternatives in one sentence."""
     value, found = _at(file.data, path), file.found(path)
     words = _words_at(schema, path)
     expected = [_EXPECTED[kind] for kind in kinds if kind in _EXPECTED and not (kind == "scalar_type" and words)]
@@ -99,7 +109,7 @@ def _unexpected(path: KeyPath, kinds: dict[str, ErrorDetails], file: YamlFile, s
 
 
 def _hint(value: Any, expected: str, keys: list[str]) -> str:
-    """Says how to turn what was written into what was probably meant; nothing when that is not clear."""
+    """Says how to correct the value; an empty text when it is not clear what was meant."""
     hint = ""
     if value is None:
         hint = "leave the key out for its default"
@@ -119,7 +129,7 @@ def _hint(value: Any, expected: str, keys: list[str]) -> str:
 
 
 def _yaml_path(loc: Sequence[str | int], data: Any, schema: dict[str, Any]) -> KeyPath:
-    """Drops pydantic's union tags from a location: steps that neither the file nor the schema knows."""
+    """Drops pydantic's union tags from a location: the steps that neither the file nor the schema has."""
     path: KeyPath = ()
     for step in loc:
         in_mapping = isinstance(data, dict) and (step in data or step in _keys_at(schema, path))
@@ -130,7 +140,7 @@ def _yaml_path(loc: Sequence[str | int], data: Any, schema: dict[str, Any]) -> K
 
 
 def _nodes_at(schema: dict[str, Any], path: KeyPath) -> list[dict[str, Any]]:
-    """Returns every alternative of the JSON schema at a path, with references followed."""
+    """Returns every alternative of the JSON schema at a path; references are resolved."""
     nodes = _alternatives(schema, schema)
     for step in path:
         below = [node.get("items") if isinstance(step, int) else node.get("properties", {}).get(step) for node in nodes]

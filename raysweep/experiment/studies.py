@@ -1,61 +1,30 @@
-"""Which encoders an experiment compares, in which modes, and the studies that follow."""
+"""Which encoders an experiment compares, and the studies and baselines that follow from its modes and shots."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
-from raysweep.errors import DataError
-from raysweep.experiment.space import MODES, Mode, problems_at
-from raysweep.filesystems import split_uri
+from raysweep.encoders.families import FAMILIES
+from raysweep.experiment.modes import MODES, Mode, ModeName
+from raysweep.experiment.sections import Count, Section, Shots, Text, without_credentials
 from raysweep.paths import file_name
 
-EncoderType = Literal["stacked_cnn", "dinov2", "clip", "siglip", "auto"]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-Shots = Count | Literal["all"]
+Baseline = Literal["knn", "ridge"]
 
-# The ImageNet-scale base variants that the published comparison used.
-DEFAULT_WEIGHTS = {
-    "dinov2": "facebook/dinov2-base",
-    "clip": "openai/clip-vit-base-patch32",
-    "siglip": "google/siglip-base-patch16-224",
-}
-_NO_WEIGHTS = "stacked_cnn has no pretrained weights; leave the key out, or pick another type"
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
-
-class Section(BaseModel):
-    """What every part of the experiment file has in common: frozen, closed, strictly typed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-def list_of(default: Any = ..., *, min_length: int | None = 1, **described: Any) -> Any:
-    """Returns a field whose value is a list in YAML and a tuple in the model: the one place that is not strict."""
-    return Field(default=default, strict=False, min_length=min_length, **described)
-
-
-def without_repeats(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Checks that no entry of a list stands twice, as a field validator."""
-    for index, value in enumerate(values or ()):
-        if value in (values or ())[:index]:
-            raise problems_at(((index,), f"{value} is listed twice"))
-    return values
-
-
-def without_credentials(value: str | None) -> str | None:
-    """Checks that a URI names nobody's keys, as a field validator: it is logged, and copied with every path."""
-    if value and "://" in value:
-        try:
-            split_uri(value)
-        except DataError as error:
-            raise ValueError(str(error)) from None
-    return value
+# mypy wants the values of a Literal written out; pydantic takes them from the table.
+if TYPE_CHECKING:
+    EncoderType = str
+else:
+    EncoderType = Literal[tuple(FAMILIES)]
 
 
 def _has_weights(given: dict[str, Any]) -> bool:
-    return bool(given["type"] != "stacked_cnn")
+    return FAMILIES[given["type"]].has_weights
 
 
 class EncoderConfig(Section):
@@ -87,8 +56,8 @@ class EncoderConfig(Section):
     @field_validator("use_pretrained")
     @classmethod
     def _check_weights_exist(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("type") == "stacked_cnn":
-            raise ValueError(_NO_WEIGHTS)
+        if value:
+            _check_has_weights(info.data.get("type"))
         return value
 
     _check_weights = field_validator("pretrained_model_name_or_path")(without_credentials)
@@ -97,13 +66,16 @@ class EncoderConfig(Section):
     @classmethod
     def _fill_weights(cls, value: str | None, info: ValidationInfo) -> str | None:
         family = info.data.get("type")
-        if family == "stacked_cnn" and value is not None:
-            raise ValueError(_NO_WEIGHTS)
-        if value and "://" in value and "?" in value:
-            raise ValueError(f"holds no options: they belong into the environment; found {value}")
-        if family == "auto" and value is None:
-            raise ValueError("type auto needs a hub id or a local folder here")
-        return value or DEFAULT_WEIGHTS.get(str(family))
+        if value is not None:
+            _check_has_weights(family)
+            if "://" in value and "?" in value:
+                raise ValueError(f"holds no options: they belong into the environment; found {value}")
+            return value
+        if family is None:  # it has an error of its own
+            return None
+        if _must_name_weights(family):
+            raise ValueError(f"type {family} needs a hub id or a local folder here")
+        return FAMILIES[family].default_weights
 
     @field_validator("config")
     @classmethod
@@ -115,22 +87,25 @@ class EncoderConfig(Section):
     @field_validator("trainable")
     @classmethod
     def _can_be_frozen(cls, value: bool | None, info: ValidationInfo) -> bool | None:
-        if value is False and info.data.get("type") == "stacked_cnn":
-            raise ValueError("a stacked_cnn starts from random weights and cannot be frozen; leave the key out")
+        family = info.data.get("type")
+        if value is False and family is not None and not FAMILIES[family].has_weights:
+            raise ValueError(f"a {family} starts from random weights and cannot be frozen; leave the key out")
         return value
 
-    def modes(self, listed: Sequence[Mode] | None) -> tuple[Mode, ...]:
-        """Returns the modes to study, in the order in which they must run; empty when none of `listed` applies."""
-        if self.type == "stacked_cnn":
-            return ("from_scratch",)
+    def modes(self, listed: Sequence[ModeName] | None) -> tuple[Mode, ...]:
+        """Returns the modes to study, in the order in which they run; none when none of `listed` suits the encoder."""
+        return tuple(mode for mode in MODES.values() if self._is_studied_in(mode, listed))
+
+    def _is_studied_in(self, mode: Mode, listed: Sequence[ModeName] | None) -> bool:
+        if not FAMILIES[self.type].has_weights:
+            return mode.starts_from_random
+        suits_weights = mode.starts_from_random != self.use_pretrained
         if self.trainable is not None:
-            return (("fine_tune" if self.use_pretrained else "from_scratch") if self.trainable else "linear_probe",)
-        if not self.use_pretrained and listed is None:
-            return ("from_scratch",)
-        possible: tuple[Mode, ...] = ("linear_probe", "fine_tune")
-        if not self.use_pretrained:
-            possible = (*possible, "from_scratch")
-        return tuple(mode for mode in possible if listed is None or mode in listed)
+            return mode.trains == "all" and suits_weights if self.trainable else mode.trains == "head"
+        if listed is None:
+            return suits_weights
+        # Every mode accepts random weights, but a mode that usually starts from pretrained ones must be listed.
+        return mode.name in listed and (suits_weights or not self.use_pretrained)
 
     def same_weights(self, other: "EncoderConfig") -> bool:
         """Tells whether both entries are the same encoder, however it is trained."""
@@ -138,61 +113,145 @@ class EncoderConfig(Section):
         return self.model_dump(exclude=how_trained) == other.model_dump(exclude=how_trained)
 
 
-class StudyConfig(Section):
-    """One search to run: an encoder in a mode, on so many images a class."""
+def _check_has_weights(family: str | None) -> None:
+    if family is not None and not FAMILIES[family].has_weights:
+        raise ValueError(f"{family} has no pretrained weights; leave the key out, or pick another type")
 
-    name: str
+
+def _must_name_weights(family: str) -> bool:
+    """Tells whether a family has pretrained weights, but no default ones."""
+    return FAMILIES[family].has_weights and FAMILIES[family].default_weights is None
+
+
+@dataclass(frozen=True, slots=True)
+class RowConfig(ABC):
+    """What one row of the leaderboard is about: an encoder, a kind of classifier, and the training images per class."""
+
     encoder_name: str
     encoder: EncoderConfig
-    mode: Mode
     shots: Shots
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """How the classifier is made: what the leaderboard shows as its mode."""
+
+    @property
+    @abstractmethod
+    def reads_features(self) -> bool:
+        """Whether the classifier is made from cached features; otherwise it is trained on images."""
+
+    @property
+    @abstractmethod
+    def uses_every_draw(self) -> bool:
+        """Whether a classifier is made from every random draw of few-shot images; otherwise only from the first."""
+
+    @property
+    def name(self) -> str:
+        """The name of the row, and of its folder, model and MLflow run."""
+        return f"{self.encoder_name}-{self.kind}" + ("" if self.shots == "all" else f"-{self.shots}shot")
+
+
+@dataclass(frozen=True, slots=True)
+class StudyConfig(RowConfig):
+    """One search to run: an encoder in a mode."""
+
+    mode: Mode
+
+    @property
+    def kind(self) -> str:
+        """The name of the mode."""
+        return self.mode.name
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the mode reads cached features."""
+        return self.mode.reads == "features"
+
+    @property
+    def uses_every_draw(self) -> bool:
+        """Whether the mode trains on every draw."""
+        return self.mode.trains_every_draw
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineConfig(RowConfig):
+    """One classifier that needs no trials, on the features of an encoder."""
+
+    baseline: Baseline
+
+    @property
+    def kind(self) -> str:
+        """The name of the baseline."""
+        return self.baseline
+
+    @property
+    def reads_features(self) -> bool:
+        """Every baseline is fitted to features."""
+        return True
+
+    @property
+    def uses_every_draw(self) -> bool:
+        """A baseline costs so little that every draw is used."""
+        return True
 
 
 def list_studies(
-    encoders: Sequence[EncoderConfig], listed: Sequence[Mode] | None, shots: Sequence[Shots]
+    encoders: Sequence[EncoderConfig], listed: Sequence[ModeName] | None, shots: Sequence[Shots]
 ) -> tuple[StudyConfig, ...]:
-    """Lists the studies by shots, then encoder, then mode, so that a probe runs before the fine-tuning it starts."""
-    names = _encoder_names(encoders)
+    """Lists the studies by shots, then encoder, then mode: a probe runs before the fine-tuning that starts from it."""
+    names, modes = _encoder_names(encoders), list(MODES)
     found = [
-        (list(shots).index(number), names.index(name), MODES.index(mode), _study(name, encoder, mode, number))
+        StudyConfig(name, encoder, number, mode)
         for number in shots
         for name, encoder in zip(names, encoders, strict=True)
         for mode in encoder.modes(listed)
     ]
-    return tuple(study for *_, study in sorted(found, key=lambda entry: entry[:3]))
+
+    def place(study: StudyConfig) -> tuple[int, int, int]:
+        return shots.index(study.shots), names.index(study.encoder_name), modes.index(study.mode.name)
+
+    return tuple(sorted(found, key=place))
 
 
-def _study(encoder_name: str, encoder: EncoderConfig, mode: Mode, shots: Shots) -> StudyConfig:
-    name = f"{encoder_name}-{mode}" + ("" if shots == "all" else f"-{shots}shot")
-    return StudyConfig(name=name, encoder_name=encoder_name, encoder=encoder, mode=mode, shots=shots)
+def list_baselines(study: StudyConfig, baselines: Sequence[Baseline]) -> tuple[BaselineConfig, ...]:
+    """Lists the baselines on the features of a study; none when the study reads no features."""
+    if not study.reads_features:
+        return ()
+    return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, baseline) for baseline in baselines)
 
 
 def _encoder_names(encoders: Sequence[EncoderConfig]) -> list[str]:
-    """Names each entry, the same for entries that differ only in how the encoder is trained."""
+    """Names each entry; entries that differ only in how the encoder is trained get the same name."""
     distinct = [e for i, e in enumerate(encoders) if not any(e.same_weights(other) for other in encoders[:i])]
     types = [encoder.type for encoder in distinct]
     taken: list[str] = []
     for encoder in distinct:
-        base: str = encoder.type
-        if encoder.type == "auto" or (encoder.use_pretrained and types.count(encoder.type) > 1):
+        base = encoder.type
+        if _must_name_weights(encoder.type) or (encoder.use_pretrained and types.count(encoder.type) > 1):
             base = file_name(str(encoder.pretrained_model_name_or_path).rstrip("/").split("/")[-1])
         candidates = [base, *(f"{base}-{number}" for number in range(2, len(distinct) + 2))]
         taken.append(next(name for name in candidates if name not in taken))
     return [next(n for n, other in zip(taken, distinct, strict=True) if e.same_weights(other)) for e in encoders]
 
 
-def mode_problems(encoders: Sequence[EncoderConfig], listed: Sequence[Mode] | None) -> list[tuple[tuple[int], str]]:
-    """Returns `(path, message)` of every encoder that no mode is left for, or that would be studied twice."""
+def mode_problems(encoders: Sequence[EncoderConfig], listed: Sequence[ModeName] | None) -> list[tuple[tuple[int], str]]:
+    """Returns `(path, message)` for every encoder that has no mode left, or that would be studied twice."""
     found: list[tuple[tuple[int], str]] = []
     for index, encoder in enumerate(encoders):
-        modes = encoder.modes(listed)
+        modes = _names(encoder.modes(listed))
         if not modes:
-            possible = ", ".join(encoder.modes(None))
-            text = f"no mode left: modes lists {', '.join(listed or ())}; a pretrained {encoder.type} takes {possible}"
-            found.append(((index,), f"{text} (from_scratch needs use_pretrained: false)"))
+            possible, random = _names(encoder.modes(None)), _names(m for m in MODES.values() if m.starts_from_random)
+            text = f"no mode left: modes lists {', '.join(listed or ())}"
+            text = f"{text}; a pretrained {encoder.type} takes {', '.join(possible)}"
+            found.append(((index,), f"{text} ({', '.join(random)} needs use_pretrained: false)"))
         for earlier in range(index):
-            shared = set(modes) & set(encoders[earlier].modes(listed))
+            shared = set(modes) & set(_names(encoders[earlier].modes(listed)))
             if shared and encoder.same_weights(encoders[earlier]):
                 found.append(((index,), f"same encoder and mode ({sorted(shared)[0]}) as encoders.{earlier}"))
                 break
     return found
+
+
+def _names(modes: Iterable[Mode]) -> list[ModeName]:
+    return [mode.name for mode in modes]

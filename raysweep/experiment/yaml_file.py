@@ -12,14 +12,14 @@ from raysweep.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 
-# YAML 1.1 wants a dot in 1e-4, and reads it as text without one; nobody who writes a learning rate means text.
+# YAML 1.1 reads 1e-4 as text, because it has no dot. A user who writes 1e-4 means a number.
 _EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
 _RESOLVERS = {
     first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), ("tag:yaml.org,2002:float", _EXPONENT)]
     for first in "-+0123456789"
 }
 
-_TEXT_KEYS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,13 +27,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    # The same resolvers as the loader's, so that a revision such as 12345e6 is quoted and stays text.
+    # The loader's resolvers: the dumper then quotes a revision such as 12345e6, and it stays text.
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, **_RESOLVERS}  # noqa: RUF012
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend: where it stands in the YAML, and what is wrong there."""
+    """One thing to correct: its place in the YAML, and what is wrong there."""
 
     path: KeyPath
     message: str
@@ -42,7 +42,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a YAML file holds, and where each part of it stands; `origins` names where what it does not hold is from."""
+    """The values of a YAML file and the line of each.
+
+    Attributes:
+        name: The path of the file, for messages.
+        data: The values, with overrides and defaults.
+        root: The parsed file, which knows the lines.
+        problems: What is wrong with the file so far.
+        origins: For each path whose value is not from the file, where the value is from.
+    """
 
     name: str
     data: Any
@@ -51,7 +59,7 @@ class YamlFile:
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
 
     def lines(self, path: KeyPath) -> list[int]:
-        """Returns the line, counted from 1, of each step of the path that stands in the file."""
+        """Returns the line of each step of the path that the file has; the first line is 1."""
         node, found = self.root, []
         for step in path:
             entry = _entry(node, step)
@@ -62,7 +70,7 @@ class YamlFile:
         return found
 
     def found(self, path: KeyPath) -> str:
-        """Describes the value at a path, a number as it is spelt in the file."""
+        """Describes the value at a path; a number is spelt as in the file."""
         node, value = self.root, self.data
         for step in path:
             entry = _entry(node, step)
@@ -75,7 +83,7 @@ class YamlFile:
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Reads one YAML mapping; keys given twice are kept as problems, to be shown with all others.
+    """Reads one YAML mapping; keys that are wrong become problems, which are shown with all others.
 
     Raises:
         ConfigError: the file is missing, unreadable, empty, not YAML, or not a mapping.
@@ -90,16 +98,16 @@ def read_yaml(path: Path) -> YamlFile:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    root, data = _parsed(str(path), text)
+    root, data, problems = _parsed(str(path), text)
     if data is None:
         raise ConfigError(f"{path}: empty; an experiment needs at least data.source and encoders")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values (name: ..., data: ...), found {_described(data)}")
-    return YamlFile(str(path), data, root, tuple(_bad_keys(root, (), set())))
+    return YamlFile(str(path), data, root, tuple(problems))
 
 
 def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
-    """Applies `a.b.c=value` overrides in order, each value read as YAML; those that fail become problems."""
+    """Applies overrides `a.b.c=value` in order, each value read as YAML; an override that fails becomes a problem."""
     data, problems, origins = file.data, list(file.problems), dict(file.origins)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -108,19 +116,19 @@ def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
             problems.append(Problem((), f"--set {override}: expected a.b.c=value"))
             continue
         try:
-            root, value = _parsed(f"--set {override}", text)
+            _, value, bad_keys = _parsed(f"--set {override}", text)
             data = _with_value(data, path, value)
         except ConfigError as error:
             problems.append(Problem((), str(error)))
             continue
         steps = tuple(int(step) if str(step).isdigit() else step for step in path)
-        problems.extend(_bad_keys(root, steps, set()))
+        problems.extend(replace(problem, path=(*steps, *problem.path)) for problem in bad_keys)
         origins[steps] = "--set"
     return replace(file, data=data, problems=tuple(problems), origins=origins)
 
 
 def with_defaults(file: YamlFile, defaults: Mapping[str, tuple[Any, str]]) -> YamlFile:
-    """Fills in keys `a.b` that are open, each with a value and the name of what it is from."""
+    """Sets the keys `a.b` that the file does not set, each to a value with the name of its origin."""
     data, origins = file.data, dict(file.origins)
     for key, (value, origin) in defaults.items():
         *sections, leaf = key.split(".")
@@ -134,22 +142,23 @@ def with_defaults(file: YamlFile, defaults: Mapping[str, tuple[Any, str]]) -> Ya
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Writes a mapping as YAML in its own order, innermost mappings on one line, so that `read_yaml` gives it back."""
+    """Writes a mapping as YAML that `read_yaml` reads back: in its own order, innermost mappings on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
 def config_error(file: YamlFile, problems: Sequence[Problem]) -> ConfigError:
-    """Puts all problems into one error, one a line, in the order of the file."""
+    """Returns one error with all problems, one on each line, in the order of the file."""
     in_order = sorted(problems, key=lambda problem: problem.line or (file.lines(problem.path) or [0])[-1])
     lines = dict.fromkeys(f"  {_place(file, problem)}{problem.message}" for problem in in_order)
     return ConfigError(f"{file.name}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines))
 
 
-def _parsed(name: str, text: str) -> tuple[yaml.Node | None, Any]:
+def _parsed(name: str, text: str) -> tuple[yaml.Node | None, Any, list[Problem]]:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        return root, None if root is None else loader.construct_document(root)
+        problems = list(_bad_keys(root, (), set()))  # before merged keys (<<) are put among a mapping's own
+        return root, None if root is None else loader.construct_document(root), problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -168,7 +177,7 @@ def _syntax_problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _bad_keys(node: yaml.Node | None, path: KeyPath, seen: set[int]) -> Iterator[Problem]:
-    # An anchored node is looked at once, however often it is referred to: it may even contain itself.
+    # An anchored node is checked once, even when the file refers to it often: it may contain itself.
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
@@ -179,26 +188,29 @@ def _bad_keys(node: yaml.Node | None, path: KeyPath, seen: set[int]) -> Iterator
         first: dict[str, int] = {}
         for key, child in node.value:
             line = key.start_mark.line + 1
-            if key.value in first:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                pass  # a list or mapping as a key is refused when the data are built; each merge counts
+            elif key.value in first:
                 yield Problem((*path, key.value), f"given twice, first on line {first[key.value]}", line)
-            elif key.tag not in _TEXT_KEYS:
+            elif key.tag != _TEXT:
                 yield Problem((*path, key.value), "YAML does not read this key as text; put it in quotes", line)
-            first.setdefault(key.value, line)
-            yield from _bad_keys(child, (*path, key.value), seen)
+            name = str(key.value)
+            first.setdefault(name, line)
+            yield from _bad_keys(child, (*path, name), seen)
 
 
 def _entry(node: yaml.Node | None, step: str | int) -> tuple[yaml.Node, yaml.Node] | None:
-    """Returns the key and value nodes of a mapping, or an entry of a sequence twice."""
+    """Returns the key node and the value node of a mapping's entry; for a sequence, both are the entry itself."""
     if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
         return node.value[step], node.value[step]
     if isinstance(node, yaml.MappingNode):
-        # Of a key given twice the last is what counts, as in the data.
+        # When a key is given twice, the last one counts, as in the data.
         return next(((key, value) for key, value in reversed(node.value) if key.value == str(step)), None)
     return None
 
 
 def _with_value(data: Any, path: KeyPath, value: Any, done: KeyPath = ()) -> Any:
-    """Returns a copy of nested `data` with one value replaced; the original may be shared through anchors."""
+    """Returns a copy of nested `data` with one value replaced; the original stays, because anchors may share it."""
     if not path:
         return value
     step, rest = path[0], path[1:]
@@ -215,7 +227,7 @@ def _with_value(data: Any, path: KeyPath, value: Any, done: KeyPath = ()) -> Any
 
 
 def _place(file: YamlFile, problem: Problem) -> str:
-    """Writes where a problem stands, `a.b (line 3): `; nothing for a problem with the whole file."""
+    """Returns the place of a problem as `a.b (line 3): `; an empty text for a problem with the whole file."""
     path, lines = problem.path, file.lines(problem.path)
     if not path:
         return ""
@@ -230,7 +242,7 @@ def _place(file: YamlFile, problem: Problem) -> str:
 
 
 def child(value: Any, step: str | int) -> Any:
-    """Returns what stands one step below a value, None when nothing does."""
+    """Returns the value one step below a value, or None when there is none."""
     if isinstance(value, dict):
         return value.get(step)
     return value[step] if isinstance(value, list | tuple) and isinstance(step, int) and step < len(value) else None

@@ -14,7 +14,8 @@ from raysweep.experiment.config import (
     load_experiment,
     resolved_yaml,
 )
-from raysweep.experiment.space import Choices, FloatRange, IntRange, default_space
+from raysweep.experiment.modes import MODES
+from raysweep.experiment.space import Choices, FloatRange, IntRange
 from raysweep.experiment.yaml_file import read_yaml
 
 EXAMPLE = """\
@@ -107,12 +108,9 @@ def test_defaults(load):
     experiment = load(MINIMAL)
     assert experiment.name == "my_beans"
     assert experiment.search == SearchConfig()
-    assert experiment.search.linear_probe.space == default_space("linear_probe")
-    assert [experiment.search.block(mode).num_trials for mode in ("linear_probe", "fine_tune", "from_scratch")] == [
-        64,
-        8,
-        12,
-    ]
+    assert experiment.search.linear_probe.space == MODES["linear_probe"].default_space
+    num_trials = {name: experiment.search.block(mode).num_trials for name, mode in MODES.items()}
+    assert num_trials == {"linear_probe": 64, "fine_tune": 8, "from_scratch": 12}
     assert experiment.search.linear_probe.baselines == ("knn", "ridge")
     assert experiment.data.few_shot_seeds == 5
     assert (experiment.resources.max_concurrent_studies, experiment.resources.feature_memory_gb) == ("auto", 4)
@@ -138,6 +136,19 @@ def test_defaults(load):
 def test_keys_of_training_are_checked(load, extra, message):
     (line,) = problems(load, MINIMAL + extra)
     assert message.format(MINIMAL.count("\n") + 1) in line
+
+
+def test_the_baselines_of_a_study_are_those_on_its_features(load):
+    experiment = load(MINIMAL, ["data.shots=[5, all]"])
+    found = {study.name: [row.name for row in experiment.baselines_of(study)] for study in experiment.studies()}
+    assert found == {
+        "dinov2-linear_probe-5shot": ["dinov2-knn-5shot", "dinov2-ridge-5shot"],
+        "dinov2-fine_tune-5shot": [],
+        "dinov2-linear_probe": ["dinov2-knn", "dinov2-ridge"],
+        "dinov2-fine_tune": [],
+    }
+    without = load(MINIMAL, ["search.linear_probe.baselines=[]"])
+    assert [without.baselines_of(study) for study in without.studies()] == [(), ()]
 
 
 def test_the_experiment_is_frozen(load):

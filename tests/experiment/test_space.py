@@ -2,18 +2,12 @@ import pytest
 from pydantic import ValidationError
 
 from raysweep.experiment.space import (
-    DIMENSIONS,
-    MODES,
     Choices,
     FloatRange,
     IntRange,
-    complete_space,
-    default_space,
     fit_to_space,
-    grid,
     num_grid_points,
     read_dimension,
-    recommended,
 )
 
 
@@ -72,19 +66,6 @@ def test_weight_decay_may_be_zero_without_log():
     assert read_dimension("weight_decay", {"low": 0, "high": 0.1}) == FloatRange(low=0.0, high=0.1)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_recommendations_lie_in_the_default_space(mode):
-    space = default_space(mode)
-    assert set(space) <= set(DIMENSIONS[mode])
-    for setting in recommended(mode):
-        assert fit_to_space(setting, space) == setting
-        assert set(setting) == set(space)
-
-
-def test_probe_default_leaves_features_to_the_encoder():
-    assert "features" not in default_space("linear_probe")
-
-
 def test_fit_to_space_clips_rounds_and_snaps():
     space = {
         "learning_rate": FloatRange(low=1e-2, high=1e-1),
@@ -100,46 +81,6 @@ def test_fit_to_space_clips_rounds_and_snaps():
 
 def test_fit_to_space_leaves_unset_ranges_to_the_sampler():
     assert fit_to_space({}, {"epochs": IntRange(low=1, high=3)}) == {}
-
-
-def test_complete_space_keeps_what_is_given_and_fills_the_rest():
-    given = {"epochs": Choices(choices=(7,))}
-    space = complete_space("fine_tune", given, "tpe")
-    assert space == {**default_space("fine_tune"), **given}
-    assert list(space) == ["learning_rate", "epochs", "weight_decay", "layer_decay"]
-
-
-def test_grid_fixes_default_ranges_at_the_recommendation():
-    given = {"learning_rate": Choices(choices=(0.1, 0.01)), "epochs": IntRange(low=3, high=5)}
-    space = complete_space("linear_probe", given, "grid")
-    assert space["weight_decay"] == Choices(choices=(1e-4,))
-    points = grid(space)
-    assert len(points) == num_grid_points(space) == 2 * 3 * 2
-    assert points[0] == {"learning_rate": 0.1, "epochs": 3, "weight_decay": 1e-4, "normalize": "none"}
-    assert len({tuple(point.items()) for point in points}) == len(points)
-
-
-def test_grid_refuses_a_range_of_real_numbers():
-    given = {"learning_rate": FloatRange(low=0.1, high=0.2), "weight_decay": FloatRange(low=0.1, high=0.2)}
-    with pytest.raises(ValidationError) as error:
-        complete_space("linear_probe", given, "grid")
-    assert [detail["loc"] for detail in error.value.errors()] == [("learning_rate",), ("weight_decay",)]
-
-
-@pytest.mark.parametrize(("mode", "expected"), [("fine_tune", 20), ("from_scratch", 60)])
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_a_scheduler_has_every_trial_train_as_long(mode, sampler, expected):
-    space = complete_space(mode, {"learning_rate": Choices(choices=(0.1,))}, sampler, "asha")
-    assert space["epochs"] == Choices(choices=(expected,))
-    assert complete_space(mode, space, sampler, "asha") == space, "as it is read from the resolved YAML"
-    assert complete_space(mode, {"epochs": Choices(choices=(7,))}, "tpe", "median")["epochs"].choices == (7,)
-
-
-@pytest.mark.parametrize("epochs", [IntRange(low=3, high=5), Choices(choices=(3, 5))])
-def test_a_scheduler_refuses_schedules_of_several_lengths(epochs):
-    with pytest.raises(ValidationError, match=r"asha compares trials epoch by epoch.*epochs: 5") as error:
-        complete_space("fine_tune", {"epochs": epochs}, "tpe", "asha")
-    assert [detail["loc"] for detail in error.value.errors()] == [("epochs",)]
 
 
 def test_counting_a_huge_grid_does_not_list_it():

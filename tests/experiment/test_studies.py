@@ -1,6 +1,18 @@
+import pickle
+
 import pytest
 
-from raysweep.experiment.studies import EncoderConfig, StudyConfig, list_studies, mode_problems
+from raysweep.experiment.modes import MODES
+from raysweep.experiment.studies import (
+    BASELINES,
+    BaselineConfig,
+    EncoderConfig,
+    RowConfig,
+    StudyConfig,
+    list_baselines,
+    list_studies,
+    mode_problems,
+)
 
 
 def encoder(family="dinov2", **keys):
@@ -33,7 +45,7 @@ def test_default_weights_by_family():
     ],
 )
 def test_modes_of_an_encoder(keys, modes, expected):
-    assert encoder(**keys).modes(modes) == expected
+    assert encoder(**keys).modes(modes) == tuple(MODES[name] for name in expected)
 
 
 def test_studies_run_by_shots_then_encoder_with_probes_first():
@@ -83,6 +95,29 @@ def test_mode_problems_name_the_entry():
     assert "linear_probe, fine_tune" in message
 
 
-def test_a_study_survives_being_sent_as_a_dict():
+def test_a_study_survives_being_sent_to_another_process():
     (study,) = list_studies([encoder("stacked_cnn", config={"channels": [8, 16]})], None, (5,))
-    assert StudyConfig.model_validate(study.model_dump()) == study
+    assert pickle.loads(pickle.dumps(study)) == study
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_study_is_what_its_mode_says(mode):
+    study = StudyConfig("dinov2", encoder(), "all", mode)
+    assert isinstance(study, RowConfig)
+    assert (study.kind, study.name) == (mode.name, f"dinov2-{mode.name}")
+    assert study.reads_features == (mode.reads == "features")
+    assert study.uses_every_draw == mode.trains_every_draw
+
+
+def test_baselines_stand_beside_the_study_that_reads_features():
+    probe, tuned = list_studies([encoder()], None, (5,))
+    found = list_baselines(probe, BASELINES)
+    assert found == tuple(BaselineConfig("dinov2", encoder(), 5, baseline) for baseline in BASELINES)
+    assert [(row.kind, row.name) for row in found] == [("knn", "dinov2-knn-5shot"), ("ridge", "dinov2-ridge-5shot")]
+    assert all(row.reads_features and row.uses_every_draw for row in found)
+    assert list_baselines(tuned, BASELINES) == list_baselines(probe, ()) == ()
+
+
+def test_a_row_is_a_study_or_a_baseline():
+    with pytest.raises(TypeError):
+        RowConfig("dinov2", encoder(), "all")

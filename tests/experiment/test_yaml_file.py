@@ -32,6 +32,15 @@ def test_anchors_and_merge_keys_work(write):
     assert not file.problems
 
 
+def test_a_merged_key_may_be_given_anew(write):
+    file = read_yaml(write("a: &x {k: 1, l: 1}\nb: {<<: *x, k: 2}\nc: {<<: [*x, {k: 3, m: 3}]}\n"))
+    assert file.data["b"] == {"k": 2, "l": 1}
+    assert file.data["c"] == {"k": 1, "l": 1, "m": 3}
+    assert not file.problems
+    assert file.lines(("b", "k")) == [2, 2]
+    assert file.lines(("b", "l")) == [2, 1]
+
+
 def test_every_repeated_key_is_kept_as_a_problem(write):
     file = read_yaml(write("a: 1\na: 2\nb:\n  c: 1\n  c: 1\n  d: 1\n"))
     assert file.problems == (
