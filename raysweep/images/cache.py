@@ -1,29 +1,26 @@
-"""What feature and pixel caches share: a folder, keyed by a signature, of files of rows and a `manifest.json`.
+"""What feature caches and pixel caches share: a folder with files of rows and a `manifest.json`.
 
-Each pass writes into a subfolder of its own, and the manifest, written last, names the one that counts: without it
-the cache was never finished and is made again (see `passes`). Labels and splits are not in it, so relabelling costs
-no pass.
+The folder is named after a signature. Each pass writes into its own subfolder. The manifest is written last and names
+the subfolder that counts. Without a manifest the cache is not finished, and a pass makes it again (see `passes`).
+A cache holds neither labels nor splits, so a change of these needs no new pass.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from raysweep.errors import DataError
 from raysweep.images.sources import BadRow
-from raysweep.paths import read_json
+from raysweep.paths import read_json, write_json
 from raysweep.storage import (
     fetch,
     fetch_folder,
@@ -40,20 +37,21 @@ from raysweep.storage import (
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cache:
-    """A finished cache.
+    """A finished cache. Its manifest has the same keys, except `folder` and `made_now`.
 
     Attributes:
-        folder: its location, named after its signature.
-        rows: location of its files of rows, in a subfolder of the pass that wrote them.
-        num_rows: images in it.
-        bad_rows: images that could be listed but not decoded.
-        seconds: its share of the wall time of the pass that wrote it: what was done for it alone, and an equal part
-            of the decoding; those of all caches of a pass add up to its wall time.
-        peak_memory_bytes: largest resident set of a process of that pass; `peak_gpu_memory_bytes` likewise on a GPU.
-        made_now: whether this call made the pass, rather than finding the cache.
-        streamed: whether the pass has but looked for bad rows, as there was no room for pixels (see `streaming`).
+        folder: Location of the cache, named after its signature.
+        rows: Location of the subfolder with its files of rows, written by one pass.
+        num_rows: Number of images in the cache.
+        bad_rows: Images that could be listed but not decoded.
+        seconds: The part of the pass's wall time that this cache cost: the work for this cache alone, and an equal
+            part of the decoding. The seconds of all caches of a pass add up to its wall time.
+        peak_memory_bytes: Largest resident set size of any process of the pass.
+        peak_gpu_memory_bytes: Most GPU memory that any process of the pass had allocated.
+        made_now: Whether this call made the cache; False if the cache already existed.
+        streamed: Whether the pass only looked for bad rows, because the disk had no room for pixels (see `streaming`).
     """
 
     folder: str
@@ -68,12 +66,12 @@ class Cache:
 
 
 def open_cache(folder: Path) -> Cache | None:
-    """Returns the cache in `folder`, or None where no pass has finished."""
+    """Returns the cache in `folder`, or None if no pass has finished there."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         return None
     values = read_json(manifest)
-    if "rows" not in values:  # of a version that wrote all passes into one folder
+    if "rows" not in values:  # an earlier version wrote all passes into one folder
         return None
     bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
     folder = folder.resolve()
@@ -81,41 +79,57 @@ def open_cache(folder: Path) -> Cache | None:
     return Cache(folder=location(folder), rows=rows, bad_rows=bad_rows, made_now=False, **values)
 
 
+def write_manifest(folder: Path, cache: Cache) -> None:
+    """Marks a cache as finished, so that `open_cache` finds it."""
+    values = asdict(cache)
+    del values["folder"], values["made_now"]
+    # Only the subfolder's name is stored, so that the cache can be moved.
+    subfolder = Path(values.pop("rows")).name
+    write_json(folder / MANIFEST, values | {"rows": subfolder})
+
+
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
-    """Whether a pass has finished in `folder`; one that has but looked for bad rows counts where `streamed`."""
-    fetch(folder / MANIFEST)  # of a bucket, where another sweep may have made it meanwhile
+    """Tells whether a pass has finished in `folder`.
+
+    Args:
+        folder: The folder of the cache.
+        streamed: Whether a pass that only looked for bad rows is enough.
+    """
+    fetch(folder / MANIFEST)  # in a bucket, another sweep may have made the cache in the meantime
     cache = open_cache(folder)
     return cache is not None and (streamed or not cache.streamed)
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Waits until no other process, nor another thread of this one, writes to this cache."""
+    """Waits until no other process and no other thread writes to this cache, then keeps them out.
+
+    The operating system releases the lock when the process ends, however it ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         yield
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what passes that were cut short have left; for who holds the lock of a cache that is to be made.
+    """Removes the files of interrupted passes. The caller must hold the lock of the cache, which is to be made.
 
-    Of a bucket only this node's copies: another head, with a lock of its own, may be making the cache too (see
-    `remove_older_passes`).
+    If the cache lies in a bucket, only this node's copies are removed: a head node elsewhere, which has its own lock,
+    may be making the same cache (see `remove_older_passes`).
     """
     is_copy = is_bucket(location(folder))
     for path in folder.iterdir():
         if is_copy:
             forget(path)
-        elif path.is_dir() or _is_of_rows(path.name):
+        elif path.is_dir() or _has_rows(path.name):
             remove(path)
 
 
 def remove_older_passes(rows: Path) -> None:
-    """Removes from a bucket what passes that were cut short have left beside the rows of one that has ended.
+    """Removes from a bucket what interrupted passes left beside the rows of a finished pass.
 
-    That is what has got no file since that one wrote its first, by the bucket's clock: another head that makes the
-    same cache goes on, and finds at its end that it is there.
+    A pass counts as interrupted if it has written nothing since the finished pass wrote its first file, by the bucket's
+    clock. Another head node that is still making the same cache continues, and finds at its end that the cache exists.
     """
     if not is_bucket(location(rows)):
         return
@@ -129,23 +143,26 @@ def remove_older_passes(rows: Path) -> None:
 
 
 def num_leftover_bytes(folder: Path) -> int:
-    """Size of what passes that were cut short have left on this node for a cache that is not there."""
+    """Returns the size of what interrupted passes left on this node, for a cache that does not exist yet."""
     total = 0
-    with suppress(FileNotFoundError):  # another sweep may begin or end a pass meanwhile
+    with suppress(FileNotFoundError):  # another sweep may begin or end a pass in the meantime
         for path in folder.rglob("*"):
-            total += path.stat().st_size if _is_of_rows(path.name) else 0
+            total += path.stat().st_size if _has_rows(path.name) else 0
     return total
 
 
-def _is_of_rows(name: str) -> bool:
+def _has_rows(name: str) -> bool:
     return name.startswith(("rows-", ".rows-"))
 
 
 def fetched(cache: str) -> str:
-    """Returns the folder of a finished cache's rows on this node, with all of them in it.
+    """Brings the rows of a finished cache to this node, and returns the local folder that they are in.
+
+    Args:
+        cache: `Cache.rows`.
 
     Raises:
-        RaysweepError: the bucket that it lies in cannot be read.
+        RaysweepError: the cache lies in a bucket that cannot be read.
     """
     rows = local_path(cache)
     if is_bucket(cache):
@@ -155,12 +172,12 @@ def fetched(cache: str) -> str:
             kept = {name.partition("/")[0] for name in written(rows.parent)} if others else set()
             for other in others:
                 if other.name not in kept:
-                    forget(other)  # of a pass that was cut short
+                    forget(other)  # an interrupted pass wrote it
     return str(rows)
 
 
 def write_rows(folder: str, table: pa.Table) -> None:
-    """Writes one file of a cache, named after its first row, so that a retried task replaces its own file."""
+    """Writes one file of a cache. The name comes from the first row id, so a retried task replaces its own file."""
     if len(table):
         path = file_of_rows(folder, table["row_id"][0].as_py(), "parquet")
         with replacing(path) as temporary:
@@ -169,12 +186,15 @@ def write_rows(folder: str, table: pa.Table) -> None:
 
 
 def file_of_rows(folder: str, first: int, suffix: str) -> Path:
-    """The file of a cache that begins with the row id `first`."""
+    """Returns the path of the file that begins with the row id `first`."""
     return Path(folder) / f"rows-{first:012d}.{suffix}"
 
 
 def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """Yields (places in `row_ids`, rows of one file in that order) for every file that holds wanted rows.
+    """Reads the wanted rows, file by file.
+
+    Yields:
+        For every file with wanted rows: their positions in `row_ids`, and the rows in the same order.
 
     Raises:
         DataError: a wanted row is not in the cache, or a file is damaged.
@@ -196,7 +216,7 @@ def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Ite
 
 
 def missing_rows(folder: str, count: int) -> DataError:
-    """The error of a cache that lacks wanted rows."""
+    """Returns the error for a cache that lacks wanted rows."""
     return DataError(f"{folder}: {count} rows are missing; {_remedy(Path(folder))}")
 
 
@@ -219,29 +239,9 @@ def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
 
 @contextmanager
 def reading_file(path: Path) -> Iterator[None]:
-    """Turns what Arrow and the file system raise into a DataError that names the file of a cache."""
+    """Turns errors of Arrow and of the file system into a DataError that names the file of the cache."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: damaged ({reason}); {_remedy(path.parent)}") from error
-
-
-def forget_peak_memory() -> None:
-    """Lets `peak_memory_bytes` begin anew, where the system can do that (Linux: proc_pid_clear_refs(5)).
-
-    What is free is given back to the system first. Every trial runs in a thread of its own, for which glibc may keep an
-    arena of its own: after five trials of MobileNetV2, of 1.6 GB each, a worker held 4.7 GB.
-    """
-    with suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory_bytes() -> int:
-    """Returns the largest resident set that this process has had, since `forget_peak_memory`."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024  # Linux counts in KiB

@@ -1,4 +1,4 @@
-"""Encoded image bytes to upright RGB pixels, or a short reason why not."""
+"""From encoded image bytes to upright RGB pixels, or to a short reason why they cannot be decoded."""
 
 import io
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raysweep.errors import DataError
 
-# A closed list: among Pillow's other readers is EPS, which starts Ghostscript on whatever it is given.
+# Only these are accepted. Pillow has other readers, such as the one for EPS, which runs Ghostscript on its input.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 LFS_POINTER = b"version https://git-lfs"
 
@@ -18,7 +18,7 @@ def open_image(data: bytes) -> Image.Image:
     """Opens an image by its header; no pixels are decoded yet.
 
     Raises:
-        DataError: the bytes are empty, are no image, or announce more pixels than Pillow's bomb limit allows.
+        DataError: the bytes are empty, are no image, or declare more pixels than Pillow's decompression bomb limit.
     """
     if not data:
         raise DataError("empty (0 bytes)")
@@ -33,27 +33,30 @@ def open_image(data: bytes) -> Image.Image:
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decodes an image to RGB as a person would see it.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, and of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparent pixels are blended with white, 16-bit grey is scaled to 8 bits, and an
+    animation is represented by its first frame.
 
     Args:
         data: The encoded image.
-        min_side: Pixels that the shorter side must keep. A JPEG of twice that or more is then decoded at 1/2, 1/4 or
+        min_side: Pixels that the shorter side must keep. A JPEG with at least twice as many is decoded at 1/2, 1/4 or
             1/8 of its size, which is several times faster. None decodes at full size.
 
     Raises:
-        DataError: with a short reason, for anything that cannot be decoded whole.
+        DataError: the image cannot be decoded completely; the message is a short reason.
     """
     return decode_images(data, (min_side,))[min_side]
 
 
 def decode_images(data: bytes, min_sides: Collection[int | None]) -> dict[int | None, Image.Image]:
-    """Decodes an image for several values of `min_side` (see `decode_image`), by value.
+    """Decodes an image for several values of `min_side` (see `decode_image`).
 
-    Values for which draft mode chooses the same size share one decoding; its choice follows from the header.
+    Values for which draft mode chooses the same size share one decoding. The header determines that size.
+
+    Returns:
+        The image for each value of `min_side`.
 
     Raises:
-        DataError: with a short reason, for anything that cannot be decoded whole.
+        DataError: the image cannot be decoded completely; the message is a short reason.
     """
     drafts = {min_side: _draft(open_image(data), min_side) for min_side in set(min_sides)}
     sizes = {min_side: image.size for min_side, image in drafts.items()}
@@ -64,7 +67,7 @@ def decode_images(data: bytes, min_sides: Collection[int | None]) -> dict[int | 
 
 def _draft(image: Image.Image, min_side: int | None) -> Image.Image:
     if min_side is not None:
-        # Takes effect for JPEG only; the mode is passed as it is so that only the size is drafted.
+        # This has an effect on JPEG only. The mode is unchanged, so that draft mode reduces only the size.
         image.draft(image.mode, (min_side, min_side))
     return image
 
@@ -75,7 +78,7 @@ def _decode(image: Image.Image) -> Image.Image:
         return _to_rgb(_upright(image))
     except DataError:
         raise
-    # Pillow's readers raise whatever their parsing stumbled over: OSError, SyntaxError, struct.error, IndexError ...
+    # Pillow's readers raise many kinds of errors on damaged files: OSError, SyntaxError, struct.error, IndexError ...
     except Exception as error:
         raise DataError(_reason(error)) from error
 
@@ -83,7 +86,7 @@ def _decode(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block is no reason to lose an image whose pixels are whole
+    except Exception:  # the pixels can be used although the EXIF block is damaged
         return image
 
 
@@ -101,7 +104,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scales 0..65535 to 0..255; `convert` would clip at 255 and return white."""
+    """Scales 0..65535 to 0..255; `convert` would clip all values above 255 to white."""
     pixels = np.asarray(cast(Any, image)).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise DataError("32-bit integer pixels; save the image with 8 or 16 bits per channel")
@@ -110,7 +113,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"  # Pillow's own words hold a memory address
+        return "not an image in a known format"  # Pillow's own message contains a memory address
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"too many pixels: {error}"
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""FeatureCache: what a frozen encoder gives for every image, computed in one pass and kept as half floats."""
+"""FeatureCache: the features of every image from a frozen encoder, computed in one pass, stored as half floats."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raysweep.encoders import Encoder
+from raysweep.encoders.base import Encoder, EncoderSpec
 from raysweep.images.cache import list_sizes, only_writer, read_blocks
+from raysweep.images.disk_rows import DiskRows
 from raysweep.images.sources import ImageIndex
 from raysweep.paths import signature
-from raysweep.training.disk_rows import DiskRows
 
-# Images a forward pass: a GPU wants many; on CPUs few, whose activations stay in the cache. Measured on two cores, in
-# images/s: dinov2-small in fp32 17.6 in batches of 4, 11.6 of 32; MobileNetV2 104 of 4, 48 of 32, in bf16 118 of 8.
+# Images per forward pass. A GPU needs many. On a CPU few are faster, because their activations fit into its cache.
+# Measured on two cores, in images/s: dinov2-small in fp32 17.6 with batches of 4, 11.6 with 32; MobileNetV2 in fp32
+# 104 with batches of 4, 48 with 32, and in bf16 118 with 8.
 ENCODER_BATCH = {("cuda", "fp32"): 128, ("cuda", "bf16"): 128, ("cpu", "fp32"): 4, ("cpu", "bf16"): 8}
 STORED_DTYPE, HALF_BYTES = "float16", 2
-LARGEST = float(np.finfo(STORED_DTYPE).max)  # an outlier beyond it would become infinite, and every logit NaN
+LARGEST = float(np.finfo(STORED_DTYPE).max)  # a larger outlier would become infinite, and make every logit NaN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FeatureRequest:
-    """A feature cache to be had.
+    """A feature cache that a sweep needs.
 
     Attributes:
-        folder: named after `feature_signature`.
-        encoder: gives the architecture and preprocessing.
-        weights: object reference of its state dict as numpy arrays; read without a copy by all processes of a node.
-        precision: of the forward pass, `fp32` or `bf16`.
+        folder: Folder of the cache, named after `feature_signature`.
+        encoder: Architecture and preprocessing.
+        weights: Object reference of the encoder's state dict as numpy arrays. All processes of a node read it without
+            a copy.
+        precision: Precision of the forward pass, `fp32` or `bf16`.
     """
 
     folder: Path
-    encoder: Encoder
+    encoder: EncoderSpec
     weights: Any
     precision: str
 
 
-def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precision: str) -> str:
-    """Signature of everything that cached features depend on.
+def feature_signature(index: ImageIndex, spec: EncoderSpec, weights: str, precision: str) -> str:
+    """Returns the signature of everything that cached features depend on.
 
     Args:
-        index: whose row contents, in order, are meant.
-        encoder: its preprocessing, parts and architecture count.
-        weights: `encoders.weights_signature` of it.
-        precision: `fp32` or `bf16`, that of the forward pass.
+        index: The images. Row ids and contents count, in their order.
+        spec: The encoder. Its family, config, preprocessing and parts count.
+        weights: The encoder's `weights_signature`.
+        precision: Precision of the forward pass, `fp32` or `bf16`.
     """
-    spec = encoder.spec()
-    kept = {key: spec[key] for key in ("family", "config", "preprocessing", "parts")}
+    values = spec.to_dict()
+    kept = {key: values[key] for key in ("family", "config", "preprocessing", "parts")}
     return signature(["features", index.row_signature, kept, weights, precision, STORED_DTYPE])
 
 
@@ -61,8 +63,9 @@ def feature_signature(index: ImageIndex, encoder: Encoder, weights: str, precisi
 def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
     """Runs the encoder over uint8 pixels `(n, height, width, 3)`; returns each part, float32 `(n, num_features)`.
 
-    While a GPU works on one batch, the next is copied to pinned memory, from where its upload needs no waiting for;
-    what comes out stays there until the end. Where a batch does not fit into its memory, batches are halved.
+    While a GPU works on one batch, the next batch is copied to pinned memory, so that its upload is asynchronous. The
+    features stay on the GPU until the end. If a batch does not fit into the memory of the device, the batch size is
+    halved.
     """
     images, size = _as_tensor(pixels), ENCODER_BATCH[device.type, precision]
     parts = {part: [torch.empty((0, width), device=device)] for part, width in encoder.parts.items()}
@@ -81,7 +84,7 @@ def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision
 def _forward(
     encoder: Encoder, images: torch.Tensor, device: torch.device, precision: str
 ) -> dict[str, torch.Tensor] | None:
-    """Features of one batch, or None where several images at once do not fit into the device's memory."""
+    """Returns the features of one batch, or None if a batch of several images does not fit into the device's memory."""
     if device.type == "cuda":
         images = images.pin_memory()
     try:
@@ -97,7 +100,7 @@ def _forward(
 
 
 def feature_table(row_ids: np.ndarray, parts: Mapping[str, np.ndarray]) -> pa.Table:
-    """Rows of a feature cache: `row_id`, and a fixed-size list of half floats for each part."""
+    """Returns rows of a feature cache: `row_id`, and a fixed-size list of half floats for each part."""
     columns: dict[str, Any] = {"row_id": row_ids}
     for part, features in parts.items():
         flat = pa.array(np.clip(features, -LARGEST, LARGEST).astype(STORED_DTYPE).reshape(-1))
@@ -106,12 +109,12 @@ def feature_table(row_ids: np.ndarray, parts: Mapping[str, np.ndarray]) -> pa.Ta
 
 
 def load_arrays(encoder: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
-    """Loads a state dict of numpy arrays, which may be read-only views of the object store."""
+    """Loads a state dict of numpy arrays. They may be read-only views of Ray's object store."""
     encoder.load_state_dict({name: _as_tensor(np.asarray(array)) for name, array in arrays.items()})
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    """Wraps an array that is only read from, without the warning that it must not be written to."""
+    """Wraps an array that is only read, without torch's warning that it must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
@@ -123,11 +126,14 @@ def load_features(
     """Reads cached features: part -> float16 `(len(row_ids), num_features)`, in the order of `row_ids`.
 
     Args:
-        folder: the cache's.
-        row_ids: rows wanted.
-        parts: outputs of the encoder.
-        memory_bytes: where all parts together need more than this, each is laid out in a file of the cache, once for
-            these rows, and read from there as needed; None for no limit.
+        folder: Local folder of the cache's rows, from `cache.fetched`.
+        row_ids: The wanted rows.
+        parts: The wanted outputs of the encoder.
+        memory_bytes: If all parts together need more than this, each part is written to a file in the folder, once for
+            these rows, and is read from there when needed. None sets no limit.
+
+    Raises:
+        DataError: a wanted row is not in the cache, or a file is damaged.
     """
     widths = list_sizes(folder, parts)
     if memory_bytes is not None and len(row_ids) * sum(widths.values()) * HALF_BYTES > memory_bytes:
@@ -152,7 +158,7 @@ def _on_disk(folder: str, row_ids: np.ndarray, part: str, width: int) -> DiskRow
         for places, table in read_blocks(folder, row_ids, [part]):
             yield places, _half_floats(table, part, width)
 
-    with only_writer(Path(folder)):  # several workers want the same rows
+    with only_writer(Path(folder)):  # several workers may need the same rows
         if not path.exists():
             DiskRows.create(path, len(row_ids), width, blocks())
     return DiskRows.open(path, width)

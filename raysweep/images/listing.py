@@ -1,4 +1,4 @@
-"""What a source holds: folders of images, folders of Parquet files, single tables, and scikit-learn's digits."""
+"""The rows of a source: a folder of images, a folder of Parquet files, a single table, or scikit-learn's digits."""
 
 import io
 import os
@@ -13,18 +13,16 @@ from pyarrow import fs
 
 from raysweep.errors import DataError, did_you_mean
 from raysweep.filesystems import open_filesystem
-from raysweep.images.splits import (
-    SPLIT_NAMES,
-    count_of,
-)
+from raysweep.images.parquet import read_parquet_files
+from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.tables import (
     Listing,
     Row,
     absolute_source,
     join_source,
-    read_parquet_files,
     read_table,
     reading,
+    suffix_of,
 )
 
 if TYPE_CHECKING:
@@ -35,10 +33,10 @@ SKLEARN_SOURCES = ("sklearn://digits",)
 
 
 def list_source(data: "DataConfig") -> Listing:
-    """Lists the rows of a source; no image is opened.
+    """Lists the rows of a source. Opens no image.
 
     Raises:
-        DataError: there is no such source, or nothing in it that raysweep can read.
+        DataError: the source does not exist, or contains nothing that raysweep can read.
     """
     source = absolute_source(data.source)
     if source.startswith("sklearn://"):
@@ -49,11 +47,12 @@ def list_source(data: "DataConfig") -> Listing:
         if kind == fs.FileType.NotFound:
             raise DataError(f"data.source: {source}: no such file or folder")
         if kind != fs.FileType.Directory:
-            return read_table(source, data)
+            is_parquet = suffix_of(source) == ".parquet"
+            return read_parquet_files([(source, None)], data) if is_parquet else read_table(source, data)
         files = sorted(local_files(source) if "://" not in source else _remote_files(source))
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     tables = [file for file in files if file.lower().endswith(".parquet")]
-    # Repositories of Parquet files often hold a picture or two for their README.
+    # Repositories of Parquet files often contain one or two images for their README.
     if tables and (not images or any(_split_of_file(table)[0] for table in tables)):
         listing = _list_parquet_folder(source, tables, data)
         used = set(tables)
@@ -87,7 +86,7 @@ def _list_sklearn(source: str) -> Listing:
 
 
 def local_files(folder: str) -> list[str]:
-    """Paths relative to the folder, hidden ones left out; linked folders are followed, but not in circles."""
+    """Returns relative paths of the files in a folder, without hidden ones. Links are followed, but not in circles."""
 
     def walk(path: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(path)
@@ -98,7 +97,7 @@ def local_files(folder: str) -> list[str]:
                 if entry.is_dir():
                     if os.path.realpath(entry.path) not in (*above, real):
                         yield from walk(entry.path, (*above, real))
-                # A link to nothing is listed, and becomes a bad row; a pipe or socket would block whoever reads it.
+                # A broken link is listed, and becomes a bad row. A pipe or socket is not: reading it would block.
                 elif entry.is_file() or not os.path.exists(entry.path):
                     yield entry.path
 
@@ -107,7 +106,7 @@ def local_files(folder: str) -> list[str]:
 
 def _remote_files(source: str) -> list[str]:
     filesystem, base = open_filesystem(source)
-    # Cut by depth, since file systems differ in whether they repeat a leading slash.
+    # Paths are cut by depth, because only some file systems repeat a leading slash.
     depth = len(base.strip("/").split("/"))
     infos = filesystem.get_file_info(fs.FileSelector(base, recursive=True))
     parts = [info.path.strip("/").split("/")[depth:] for info in infos if info.is_file]
@@ -115,7 +114,7 @@ def _remote_files(source: str) -> list[str]:
 
 
 def _list_image_folder(source: str, images: list[str], files: list[str]) -> Listing:
-    """Tells `class/*.jpg` from `split/class/*.jpg` and takes labels and splits from the folders' names."""
+    """Distinguishes `class/*.jpg` from `split/class/*.jpg`, and takes labels and splits from the folders' names."""
     tables = [file for file in files if file.lower().endswith((".csv", ".tsv", ".jsonl"))]
     hint = f"; to use its table, set data.source to {join_source(source, tables[0])}" if tables else ""
     if not images:
@@ -125,7 +124,7 @@ def _list_image_folder(source: str, images: list[str], files: list[str]) -> List
         )
     parts = [image.split("/") for image in images]
     top = {names[0] for names in parts if len(names) > 1}
-    # Letters only: folders 0, 1, 2 are classes, whatever those numbers mean in a split column.
+    # Only names of letters are splits here. Folders 0, 1, 2 are classes, although a split column may use numbers.
     splits = {name for name in top if name.lower() in SPLIT_NAMES}
     split_levels = int(bool(splits) and (splits == top or any(len(names) > 2 for names in parts if names[0] in splits)))
     if split_levels and splits != top:
@@ -149,7 +148,7 @@ def _list_image_folder(source: str, images: list[str], files: list[str]) -> List
 
 
 def _printable(rows: list[Row]) -> list[Row]:
-    """Sets aside file names that are not UTF-8: no table can hold them."""
+    """Turns files whose names are not UTF-8 into bad rows, because Arrow tables cannot contain such names."""
     shown = [row.path.encode("utf-8", "backslashreplace").decode() for row in rows]
     return [
         row if row.path == path else Row(path, None, problem="file name is not UTF-8")
@@ -176,7 +175,7 @@ def _nested_folders(source: str, parts: list[list[str]], depth: int, top: set[st
 
 
 def _list_parquet_folder(source: str, files: list[str], data: "DataConfig") -> Listing:
-    """Takes splits from the files' names, as the Hugging Face hub lays them out."""
+    """Lists Parquet files with splits from their names, as datasets on the Hugging Face hub have them."""
     splits = {file: _split_of_file(file) for file in files}
     known = [file for file in files if splits[file][0]] or files
     configurations = sorted({splits[file][1] for file in known})
@@ -193,7 +192,7 @@ def _list_parquet_folder(source: str, files: list[str], data: "DataConfig") -> L
 
 
 def _split_of_file(file: str) -> tuple[str | None, str]:
-    """Split and configuration folder: `en/train-00000-of-00002.parquet`, `en/train/0000.parquet` -> train, en."""
+    """Returns split and configuration: train, en for `en/train-00000-of-00002.parquet` and `en/train/0000.parquet`."""
     folder, _, name = file.rpartition("/")
     above, _, last = folder.rpartition("/")
     match = re.match(r"[a-z]+", name.lower())
@@ -203,6 +202,6 @@ def _split_of_file(file: str) -> tuple[str | None, str]:
 
 
 def _kinds(files: Sequence[str]) -> str:
-    """The suffixes of files with their numbers, commonest first."""
+    """Returns the suffixes of files and how many files have each, the most common first."""
     kinds = Counter(os.path.splitext(file)[1].lower() or file.rpartition("/")[2] for file in files)
     return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))

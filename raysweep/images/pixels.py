@@ -1,4 +1,4 @@
-"""What becomes of an image's pixels, and PixelCache: images decoded and resized once, for the loops to crop from."""
+"""From images to pixels of one shape, and PixelCache: images decoded and resized once, for training to crop from."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images.cache import file_of_rows, missing_rows, reading_file
 from raysweep.images.decode import decode_images
+from raysweep.images.disk_rows import read_into, runs
 from raysweep.images.sources import ImageIndex, read_image_bytes
 from raysweep.paths import signature
 from raysweep.storage import publish, replacing
-from raysweep.training.disk_rows import read_into, runs
 
-PIXEL_FORMAT = "arrow"  # of the files; another name makes every pixel cache anew
+PIXEL_FORMAT = "arrow"  # format of the files; a new value makes every existing pixel cache invalid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PixelRequest:
-    """A pixel cache to be had.
+    """A pixel cache that a sweep needs.
 
     Attributes:
-        folder: named after `pixel_signature`.
-        preprocessing: the encoder's.
-        streamed: whether there is no room for pixels: rows that cannot be decoded are looked for all the same.
+        folder: Folder of the cache, named after `pixel_signature`.
+        preprocessing: The encoder's preprocessing.
+        streamed: Whether the disk has no room for pixels. The pass then only looks for rows that cannot be decoded.
     """
 
     folder: Path
@@ -40,13 +40,13 @@ class PixelRequest:
     streamed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Geometry:
-    """From decoded images to pixels of one shape. Caches whose geometries are equal share the pixels.
+    """How decoded images become pixels of one shape. Caches with equal geometries share the pixels.
 
     Attributes:
-        preprocessing: without colours, which come later.
-        for_training: whether what augmentation crops from is kept, or what the encoder sees.
+        preprocessing: The preprocessing, with neutral values for rescaling and normalisation, which happen later.
+        for_training: True for the larger image that augmentation crops from, False for what the encoder gets.
     """
 
     preprocessing: Preprocessing
@@ -65,7 +65,7 @@ class Geometry:
         return (*size, 3)
 
     def decode(self, images: dict[int | None, Any]) -> np.ndarray:
-        """Returns uint8 pixels of `shape` from what `decode_images` gave."""
+        """Returns uint8 pixels of `shape` from the result of `decode_images`."""
         image = images[self.preprocessing.min_side]
         if self.for_training:
             return self.preprocessing.resize_for_training(image)
@@ -75,16 +75,17 @@ class Geometry:
 def decode_rows(
     rows: pa.Table, image_column: str | None, geometries: Sequence[Geometry], num_threads: int
 ) -> tuple[list[str | None], dict[Geometry, np.ndarray]]:
-    """Reads and decodes rows of an `ImageIndex`, each image once per size that draft mode gives.
+    """Reads and decodes rows of an `ImageIndex`. Each image is decoded once for each size that draft mode gives.
 
     Args:
-        rows: with the columns `path`, `position` and `image`.
-        image_column: that of the index.
-        geometries: what is wanted of every image.
-        num_threads: threads that read and decode; Pillow releases the interpreter lock.
+        rows: A table with the columns `path`, `position` and `image`.
+        image_column: `ImageIndex.image_column`.
+        geometries: The geometries that every image is prepared for.
+        num_threads: Threads that read and decode. Pillow releases Python's global interpreter lock.
 
     Returns:
-        For every row None, or why it is bad; and for each geometry uint8 `(len(rows), *shape)`, zero where bad.
+        For every row None, or the reason why it is bad. For each geometry uint8 `(len(rows), *shape)`, where bad rows
+        are zero.
     """
     paths, positions, inline = (rows[name].to_pylist() for name in ("path", "position", "image"))
     in_tables = any(position >= 0 for position in positions)
@@ -94,7 +95,7 @@ def decode_rows(
 
     def decode_row(row: int) -> str | None:
         try:
-            # Files are read by the threads too, because one on a network takes as long as decoding it.
+            # The threads read files too: reading a file over a network takes as long as decoding it.
             content = contents[row] if in_tables else read_image_bytes([paths[row]], [-1], [inline[row]], None)[0]
             if isinstance(content, DataError):
                 raise content
@@ -112,22 +113,22 @@ def decode_rows(
 
 
 def pixel_signature(index: ImageIndex, preprocessing: Preprocessing) -> str:
-    """Signature of row contents and of the geometry; encoders that differ in mean and std alone share a cache."""
+    """Returns the signature of contents and geometry. Encoders that differ only in mean and std share a cache."""
     geometry = preprocessing.to_dict()
     kept = {key: geometry[key] for key in ("resize", "resize_size", "crop_size", "resample")}
     return signature(["pixels", PIXEL_FORMAT, index.row_signature, kept])
 
 
 def pixel_bytes(index: ImageIndex, preprocessing: Preprocessing) -> int:
-    """Size of the pixel cache of an index."""
+    """Returns the size of the pixel cache of an index."""
     return len(index.table) * math.prod(Geometry.of(preprocessing, for_training=True).shape)
 
 
 def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
-    """Writes one file of a pixel cache, whole or not at all, so that a retried task replaces its own file.
+    """Writes one file of a pixel cache, completely or not at all. A retried task replaces its own file.
 
     Args:
-        folder: the cache's.
+        folder: Local folder of the cache's rows.
         row_ids: int64 `(n,)`.
         pixels: uint8 `(n, height, width, 3)`.
     """
@@ -142,18 +143,18 @@ def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
     publish(path)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PixelFiles:
-    """Rows of a pixel cache, of which those asked for are read from its files: `PixelRows`.
+    """Rows of a pixel cache, read from its files when they are needed. It has the methods of `PixelRows`.
 
-    The copy that stays in memory is the system's own of the files, which all trials of a node share. As in `DiskRows`
-    they are neither mapped nor kept open.
+    Only the operating system keeps file contents in memory, once for all trials of a node. As in `DiskRows`, files are
+    neither memory-mapped nor kept open.
 
     Attributes:
-        paths: of the files.
-        offsets: int64, where in each the pixels begin, in bytes.
-        starts: int64, how many rows of other files come before each.
-        numbers: int64 `(num_rows,)`, places of the rows among those of all files.
+        paths: The files.
+        offsets: int64 `(num_files,)`, the position in each file where its pixels begin, in bytes.
+        starts: int64 `(num_files,)`, the number of rows in the files before each file.
+        numbers: int64 `(num_rows,)`, the position of each row among the rows of all files.
         shape: (height, width, 3).
     """
 
@@ -164,10 +165,10 @@ class PixelFiles:
     shape: tuple[int, int, int]
 
     def read(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """As `PixelRows.read`; each batch is read when it is due.
+        """Yields the pixels of each batch of row numbers, as `PixelRows.read` does; reads a batch when it is asked for.
 
         Raises:
-            DataError: a file has become shorter, or is gone.
+            DataError: a file has become shorter, or no longer exists.
         """
         return (self._read(rows.numpy()) for rows in batches)
 
@@ -194,12 +195,12 @@ def open_pixels(folder: str, row_ids: np.ndarray, shape: tuple[int, int, int]) -
     """Finds rows of a pixel cache in its files.
 
     Args:
-        folder: the cache's.
-        row_ids: of the rows wanted, int64 `(n,)`.
+        folder: Local folder of the cache's rows, from `cache.fetched`.
+        row_ids: int64 `(n,)`, the wanted rows.
         shape: (height, width, 3) of the pixels.
 
     Raises:
-        DataError: a wanted row is not in the cache, or a file is damaged or of another shape.
+        DataError: a wanted row is not in the cache, or a file is damaged or has pixels of another shape.
     """
     paths = tuple(sorted(Path(folder).glob("rows-*.arrow")))
     layouts = [_layout(path, math.prod(shape)) for path in paths]
@@ -216,7 +217,7 @@ def open_pixels(folder: str, row_ids: np.ndarray, shape: tuple[int, int, int]) -
 
 
 def _layout(path: Path, row_bytes: int) -> tuple[np.ndarray, int]:
-    """Row ids of a file, and where in it the pixels begin."""
+    """Returns the row ids of a file, and the position in the file where its pixels begin, in bytes."""
     with reading_file(path):
         whole = pa.memory_map(str(path)).read_buffer()
         rows = pa.ipc.open_file(whole).get_batch(0)

@@ -1,4 +1,4 @@
-"""Every kind of image source to one index of checked, hashed, labelled and split rows, and back to image bytes."""
+"""From any image source to one index of checked, hashed, labelled and split rows, and from its rows to image bytes."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -17,30 +17,26 @@ import pyarrow as pa
 from raysweep.errors import DataError
 from raysweep.images.decode import open_image
 from raysweep.images.listing import list_source
-from raysweep.images.splits import (
-    SPLITS,
-    describe_copies,
-    describe_thin_places,
-    settle_splits,
-)
-from raysweep.images.tables import (
-    Listing,
-    Row,
-    parquet_images,
-    read_file,
-    reading,
-)
+from raysweep.images.parquet import parquet_images
+from raysweep.images.splits import SPLITS, describe_copies, describe_few_images, settle_splits
+from raysweep.images.tables import Listing, Row, read_file, reading
 from raysweep.paths import signature
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
-ROWS_PER_JOB = 64
+ROWS_PER_CHUNK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used, for `quarantine.csv`."""
+    """A row that cannot be used, for `quarantine.csv`.
+
+    Attributes:
+        row_id: Position of the row in the sorted listing of its source.
+        source: Where the row was found, for people.
+        reason: Why the row cannot be used.
+    """
 
     row_id: int
     source: str
@@ -49,22 +45,22 @@ class BadRow:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """What a source holds, without the pixels.
+    """The images of a source, without their pixels.
 
     Attributes:
-        table: One line per good row: `row_id` int64 (place in the source's sorted listing, bad rows counted), `path`
-            string (absolute path or URI of the image, or of the Parquet file it is in), `position` int64 (row in that
-            file, -1 where the path is the image), `image` large_binary (encoded bytes of sources that are made up in
-            memory, else null), `label` int32 (index into `classes`), `split` string, `content_hash` string (SHA-256 of
-            the encoded bytes, hex).
-        classes: Class names, sorted; by value where all are whole numbers.
-        bad_rows: Rows left out, with the reason.
+        table: One line per good row: `row_id` int64 (position in the source's sorted listing, which includes bad rows),
+            `path` string (absolute path or URI of the image, or of the Parquet file that contains it), `position` int64
+            (row in that file, -1 where the path is the image), `image` large_binary (encoded bytes for sources that are
+            generated in memory, else null), `label` int32 (index into `classes`), `split` string, `content_hash` string
+            (SHA-256 of the encoded bytes, hex).
+        classes: Class names, sorted; by value if all are whole numbers.
+        bad_rows: Rows that were left out, with the reasons.
         warnings: What a user should know before trusting a score on this data.
-        num_rows_found: Good and bad rows.
-        fingerprint: Signature of contents, class names and splits of all good rows; the order and place of the files
-            do not count.
+        num_rows_found: Number of good and bad rows.
+        fingerprint: Signature of the contents, class names and splits of all good rows. It does not depend on the order
+            or the location of the files.
         image_column: Column of the images in Parquet files, None where there are none; for `read_image_bytes`.
-        derived_splits: Splits that the source did not have and that were taken from train.
+        derived_splits: Splits that the source did not have. Their rows were taken from train.
     """
 
     table: pa.Table
@@ -78,7 +74,7 @@ class ImageIndex:
 
     @cached_property
     def row_signature(self) -> str:
-        """Signature of row ids and contents in their order: what caches of all rows depend on."""
+        """Signature of row ids and contents in their order. Caches of all rows depend on it."""
         row_ids, contents = hashlib.sha256(), hashlib.sha256()
         for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=2**16):
             row_ids.update(batch["row_id"].to_numpy().tobytes())
@@ -92,15 +88,15 @@ class ImageIndex:
 
 
 def load_index(data: "DataConfig", seed: int) -> ImageIndex:
-    """Lists a source, reads every image once to hash it and to look at its header, and settles labels and splits.
+    """Lists a source, reads every image once to hash it and to check its header, and determines labels and splits.
 
     Raises:
-        DataError: the data as a whole cannot be used: no images, a missing column, fewer than two classes, no training
-            images, or a larger share of bad rows than `data.max_bad_fraction`.
+        DataError: the data cannot be used: there are no images, a column is missing, there are fewer than two classes
+            or no training images, or the share of bad rows exceeds `data.max_bad_fraction`.
     """
     listing = list_source(data)
     outcomes = _hash_images(listing)
-    good, bad_rows = _sort_out(listing.rows, outcomes, data)
+    good, bad_rows = _separate(listing.rows, outcomes, data)
     rows = [listing.rows[row_id] for row_id in good]
     names, label_warnings = _label_names(rows)
     classes = _sort_classes(set(names))
@@ -115,7 +111,7 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
     shots = max((shots for shots in data.shots if isinstance(shots, int)), default=0)
     warnings = [*listing.warnings, *label_warnings]
     warnings += describe_copies([row.source for row in rows], names, splits, hashes)
-    warnings += describe_thin_places(labels, splits, classes, shots)
+    warnings += describe_few_images(labels, splits, classes, shots)
     columns = {
         "row_id": pa.array(good, pa.int64()),
         "path": pa.array([row.path for row in rows], pa.string()),
@@ -140,11 +136,12 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
 def read_image_bytes(
     paths: Sequence[str], positions: Sequence[int], inline: Sequence[bytes | None], image_column: str | None
 ) -> list[bytes | DataError]:
-    """Reads the encoded images of rows of an `ImageIndex`, on any machine that reaches the paths.
+    """Reads the encoded images of rows of an `ImageIndex`, on any machine that can read the paths.
+
+    A row that cannot be read does not affect the others. Each Parquet row group with a wanted row is read once.
 
     Returns:
-        One entry per row, in order: the bytes, or why they cannot be had. A row that fails never fails the others. Each
-        Parquet row group that holds a wanted row is read once.
+        For each row, in order: the encoded image, or the reason why it cannot be read.
     """
     images: list[bytes | DataError] = [DataError("not read")] * len(paths)
     for row, image in _stream_images(paths, positions, inline, image_column):
@@ -173,7 +170,7 @@ def _stream_images(
             for position, content in parquet_images(table, image_column, list(waiting)):
                 for row in waiting.pop(position):
                     yield row, content
-        except Exception as error:  # a damaged row group must not take the readable ones with it
+        except Exception as error:  # rows of other row groups may have been read already
             reason = f"the Parquet file cannot be read: {' '.join(str(error).split())}"[:200]
         for rows in waiting.values():
             for row in rows:
@@ -181,17 +178,18 @@ def _stream_images(
 
 
 def _hash_images(listing: Listing) -> list[str | DataError]:
-    """Content hash of each row, or why it is bad; the bytes are not kept."""
-    unread = DataError("not read")  # one for all, since an exception takes more room than a row
+    """Returns for each row its content hash, or the reason why it is bad. The bytes are not kept."""
+    unread = DataError("not read")  # one object for all rows, because an exception needs more memory than a row
     outcomes: list[str | DataError] = [DataError(row.problem) if row.problem else unread for row in listing.rows]
     files: list[int] = []
     tables: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(listing.rows):
         if row.problem is None:
             (files if row.position < 0 else tables[row.path]).append(number)
-    jobs = [files[start : start + ROWS_PER_JOB] for start in range(0, len(files), ROWS_PER_JOB)] + list(tables.values())
+    chunks = [files[start : start + ROWS_PER_CHUNK] for start in range(0, len(files), ROWS_PER_CHUNK)]
+    chunks += tables.values()
 
-    def hash_job(numbers: list[int]) -> None:
+    def hash_rows(numbers: list[int]) -> None:
         rows = [listing.rows[number] for number in numbers]
         columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
         for offset, image in _stream_images(*columns, listing.image_column):
@@ -199,8 +197,7 @@ def _hash_images(listing: Listing) -> list[str | DataError]:
 
     remote = any("://" in row.path for row in listing.rows[:1])
     with ThreadPoolExecutor(32 if remote else min(16, 2 * (os.cpu_count() or 1))) as pool:
-        for _ in pool.map(hash_job, jobs):
-            pass
+        list(pool.map(hash_rows, chunks))
     return outcomes
 
 
@@ -214,10 +211,14 @@ def _hash_image(image: bytes | DataError) -> str | DataError:
     return hashlib.sha256(image).hexdigest()
 
 
-def _sort_out(
+def _separate(
     rows: list[Row], outcomes: list[str | DataError], data: "DataConfig"
 ) -> tuple[dict[int, str], tuple[BadRow, ...]]:
-    """Content hash by row id of the good rows, and the bad ones, if they are few enough to go on."""
+    """Returns the content hash of each good row, by row id, and the bad rows.
+
+    Raises:
+        DataError: there are no good rows, or too many bad ones.
+    """
     good: dict[int, str] = {}
     bad: list[BadRow] = []
     for row_id, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
@@ -238,8 +239,8 @@ def _sort_out(
 
 
 def _label_names(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """Class name of each row, and warnings about labels that had to be tidied."""
-    values = Counter((type(row.label), row.label) if _plain(row.label) else _refuse(row) for row in rows)
+    """Returns the class name of each row, and warnings about labels that were changed or look wrong."""
+    values = Counter((type(row.label), row.label) if _is_class(row.label) else _raise_bad_label(row) for row in rows)
     names = {key: _class_name(key[1]) for key in values}
     warnings = []
     if len({issubclass(kind, str) for kind, _ in values}) > 1:
@@ -256,16 +257,16 @@ def _label_names(rows: list[Row]) -> tuple[list[str], list[str]]:
     return [names[type(row.label), row.label] for row in rows], warnings
 
 
-def _plain(label: Any) -> bool:
+def _is_class(label: Any) -> bool:
     return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
 
 
-def _refuse(row: Row) -> tuple[type, Any]:
+def _raise_bad_label(row: Row) -> NoReturn:
     raise DataError(f"{row.path}: label {row.label!r}; accepted: text or whole numbers, one label per image")
 
 
 def _class_name(label: Any) -> str:
-    # macOS writes decomposed accents into file names; composed, they equal what a keyboard or a table gives.
+    # File names on macOS have decomposed accents. Composed, they equal the same names in a table.
     return unicodedata.normalize("NFC", str(int(label) if isinstance(label, float) else label).strip())
 
 

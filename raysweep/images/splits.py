@@ -1,4 +1,4 @@
-"""Which rows train, which choose, and which judge: split names, stratified splits and few-shot subsets."""
+"""The splits train, validation and test: their names, stratified splits, and few-shot subsets."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -25,20 +25,20 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-FEW_IMAGES = 30  # below this, one image moves a split's accuracy by more than three points
+FEW_IMAGES = 30  # with fewer, one image changes a split's accuracy by more than three points
 
 
 def normalize_split(value: object) -> Split:
     """Returns the split that a name (`"val"`, `"Training"`) or a number (0, 1, 2, as Ludwig has them) stands for.
 
     Raises:
-        DataError: the value names no split.
+        DataError: the value is not the name or number of a split.
     """
     text = str(value).strip().lower()
     if text in SPLIT_NAMES:
         return SPLIT_NAMES[text]
     for number, split in enumerate(SPLITS):
-        # "1.0" is what a column of integers becomes in a table that once had gaps.
+        # Integers become "1.0" in a table whose column once had missing values.
         if text in (str(number), f"{number}.0"):
             return split
     accepted = "accepted: train, validation (val, valid, dev, eval), test, or 0, 1, 2"
@@ -49,19 +49,19 @@ def normalize_split(value: object) -> Split:
 def stratified_split(
     labels: npt.NDArray[np.integer], groups: Sequence[str], fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Chooses about `fraction` of each class, never parting the rows of one group.
+    """Takes about `fraction` of the rows of each class, and keeps the rows of each group together.
 
-    Depends on the groups' names and the seed only, not on the order of the rows, so that the split stays the same when
-    a folder is listed differently or moved.
+    The result depends only on the groups' names and the seed, not on the order of the rows, so that the split stays the
+    same when a folder is moved or listed in another order.
 
     Args:
         labels: Class index of each row, `(rows,)`.
-        groups: Group of each row, such as its content hash: copies of one image must not meet themselves across splits.
+        groups: Group of each row, such as its content hash: copies of one image must not be in different splits.
         fraction: Share of each class's rows to take, in [0, 1).
-        seed: Chooses among the possible splits.
+        seed: Determines which of the possible splits is made.
 
     Returns:
-        Mask `(rows,)` of the rows taken. A class with two groups or more gives at least one and keeps at least one.
+        Mask `(rows,)` of the taken rows. Of a class with at least two groups, at least one is taken and one is left.
     """
     assert 0 <= fraction < 1
     assert len(labels) == len(groups)
@@ -80,34 +80,34 @@ def stratified_split(
 
 
 def _commonest(labels: npt.NDArray[np.integer]) -> int:
-    """The label that most rows have, the smallest of equals: a group counts for one class."""
+    """Returns the label that most rows have, or the smallest such label. It is the class of a whole group."""
     counts = Counter(int(label) for label in labels)
     return min(counts, key=lambda label: (-counts[label], label))
 
 
 def _choose(groups: list[str], members: dict[str, list[int]], fraction: float, seed: int) -> list[str]:
-    """Takes groups in an order drawn by the seed, as long as they fit into the share that is due."""
+    """Takes groups in a random order that the seed determines, as long as they fit into the wanted share."""
     if len(groups) < 2:
         return []
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
     room = max(1, round(fraction * sum(len(members[group]) for group in groups)))
     chosen: list[str] = []
-    for group in order[:-1]:  # the last one stays, whatever its size
+    for group in order[:-1]:  # the last one is never taken
         if len(members[group]) <= room:
             chosen.append(group)
             room -= len(members[group])
-    # Where every group is larger than the share, the smallest is the least wrong.
+    # If every group is larger than the share, the smallest comes closest to it.
     return chosen or [min(order, key=lambda group: len(members[group]))]
 
 
 def few_shot(labels: npt.NDArray[np.integer], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Chooses `shots` rows of each class (all of a class that has fewer).
+    """Chooses `shots` rows of each class, or all rows of a class that has fewer.
 
-    Nested: for one seed the rows of 5 shots are among those of 10, as in CLIP's and ELEVATER's few-shot protocols, so
-    that a curve over shots shows the effect of more images and not of other images.
+    The choices are nested: with the same seed, the rows for 5 shots are among those for 10, as in the few-shot
+    protocols of CLIP and ELEVATER. A curve over shots thus shows the effect of more images, not of different images.
 
     Returns:
-        Ascending row indices into `labels`.
+        int64 `(rows,)`, ascending indices into `labels`.
     """
     assert shots >= 1
     chosen = []
@@ -124,20 +124,21 @@ def settle_splits(
     fractions: Mapping[str, float],
     seed: int,
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Names each row's split, and takes from train those of `fractions` that the source does not have.
+    """Determines the split of each row. Splits of `fractions` that the source does not have are taken from train.
 
     Args:
-        given: The source's own value for each row; None counts as train.
+        given: The value in the source for each row; None counts as train.
         labels: Class index of each row.
         hashes: Content hash of each row; copies of an image stay in one split.
-        fractions: Share of the original train rows for each split that may be missing, in the order of taking.
-        seed: Chooses the rows taken.
+        fractions: For each split that may be missing, its share of the original train rows. Splits are taken in this
+            order.
+        seed: Determines which rows are taken.
 
     Returns:
         The split of each row, and the names of the splits that were taken from train.
 
     Raises:
-        DataError: a value names no split, or there is nothing to train on or to rank trials on.
+        DataError: a value is not the name of a split, or a split has no images.
     """
     known: dict[Any, str] = {None: "train"}
     for value in set(given) - {None}:
@@ -166,7 +167,7 @@ def settle_splits(
 def describe_copies(
     where: Sequence[str], names: Sequence[str], splits: Sequence[str], hashes: Sequence[str]
 ) -> list[str]:
-    """Returns warnings about images that stand in several splits or under several class names, each with an example."""
+    """Returns warnings about images that are in several splits or have several class names, each with an example."""
     by_hash: dict[str, list[int]] = defaultdict(list)
     for row, content in enumerate(hashes):
         by_hash[content].append(row)
@@ -184,12 +185,12 @@ def describe_copies(
     return warnings
 
 
-def describe_thin_places(
+def describe_few_images(
     labels: npt.NDArray[np.int32], splits: Sequence[str], classes: Sequence[str], shots: int
 ) -> list[str]:
-    """Returns warnings about splits and classes with too few images to learn or judge from, or to draw `shots`.
+    """Returns warnings about splits and classes with too few images to train, to evaluate, or to draw `shots`.
 
-    No split is empty: `settle_splits` refuses that.
+    No split may be empty: `settle_splits` raises an error for that.
     """
     warnings = []
     members = {split: labels[np.array(splits) == split] for split in SPLITS}

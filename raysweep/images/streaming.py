@@ -1,4 +1,4 @@
-"""Pixels that are cached nowhere: every epoch decodes its images anew, a little ahead of the training loop."""
+"""Pixels without a cache: every epoch decodes its images again, shortly before the training loop needs them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,53 @@ import pyarrow as pa
 import torch
 
 from raysweep.errors import DataError
-from raysweep.images.passes import WHOLE_BLOCKS, fixed_lists, lists
+from raysweep.images.blocks import WHOLE_BLOCKS, dataset_of_blocks, rows_of, tensor_column, tensors
+from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.pixels import Geometry, decode_rows
 
-DECODING_CPUS = 1  # that training runs must leave free
-BLOCK_ROWS, BLOCK_BYTES = 64, 2**24  # that a task decodes, at the most
-READ_AHEAD_BYTES = 2**28  # of pixels that wait for a training worker, or half of the object store if that is less
+DECODING_CPUS = 1  # training runs must leave these free
+BLOCK_ROWS, BLOCK_BYTES = 64, 2**24  # the most that one task decodes
+READ_AHEAD_BYTES = 2**28  # pixels that wait for one training worker, or half of the object store if that is less
 
 
-@dataclass(frozen=True, eq=False)
-class StreamedPixels:
-    """Rows of an index whose pixels are decoded whenever they are asked for: `PixelRows`, inside of Ray.
+@dataclass(frozen=True, slots=True)
+class StreamJob:
+    """What every decoding task of one reading is told.
 
     Attributes:
-        stream: from `passes.put_index`.
-        row_ids: int64 `(num_rows,)`, of the rows.
-        geometry: of the pixels.
+        index: The images.
+        row_ids: Object reference of the row ids to decode, int64, in their order.
+        geometry: Shape and preparation of the pixels.
     """
 
-    stream: dict[str, Any]
+    index: IndexReference
+    row_ids: Any
+    geometry: Geometry
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StreamedPixels:
+    """Rows of an index that are decoded each time they are read. It has the methods of `PixelRows`, and needs Ray.
+
+    Attributes:
+        index: The images, from `passes.put_index`.
+        row_ids: int64 `(num_rows,)`, the rows.
+        geometry: Shape and preparation of the pixels.
+    """
+
+    index: IndexReference
     row_ids: np.ndarray
     geometry: Geometry
 
     def read(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """As `PixelRows.read`; Ray Data decodes the rows of later batches while earlier ones are worked on.
+        """Yields the pixels of each batch of row numbers, as `PixelRows.read` does.
+
+        While the caller works on a batch, Ray Data decodes the rows of later ones.
 
         Raises:
             DataError: an image can no longer be decoded.
         """
-        # Rows that stand twice in a batch, as those that are mixed with others do, are decoded once.
+        # A row may occur twice in a batch, for example when images are mixed. It is decoded once.
         distinct = [np.unique(rows.numpy(), return_inverse=True) for rows in batches]
         order = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in distinct)])
         decoded = rebatch(self._decode(order), [len(rows) for rows, _ in distinct], self.geometry.shape)
@@ -49,17 +67,15 @@ class StreamedPixels:
             yield pixels[torch.from_numpy(places)]
 
     def _decode(self, order: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields the pixels of rows in their order, in blocks uint8 `(n, height, width, 3)`."""
-        import ray.data
+        """Yields the pixels of rows in the given order, in blocks uint8 `(n, height, width, 3)`."""
+        import ray
         from ray.data import ExecutionResources
 
-        job = self.stream | {"row_ids": ray.put(self.row_ids[order]), "geometry": self.geometry}
+        job = StreamJob(self.index, ray.put(self.row_ids[order]), self.geometry)
         size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // math.prod(self.geometry.shape)))
-        blocks = [{"start": start, "size": size} for start in range(0, len(order), size)]
-        dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
-        # A task gives one block only: one that waited for its second to be taken would keep its CPU, for which another
-        # worker of the same step may wait in turn.
-        dataset = dataset.map_batches(partial(_decode_block, job=job), **WHOLE_BLOCKS)
+        # A task returns only one block. If it returned two, it would keep its CPU until the second was taken, and
+        # another worker of the same training step may need that CPU.
+        dataset = dataset_of_blocks(len(order), size).map_batches(partial(_decode_block, job=job), **WHOLE_BLOCKS)
         dataset.context.enable_progress_bars = False
         dataset.context.execution_options.preserve_order = True
         dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=READ_AHEAD_BYTES)
@@ -67,29 +83,27 @@ class StreamedPixels:
             errors = block["error"].drop_null()
             if len(errors):
                 raise DataError(f"{errors[0].as_py()}; it could be decoded when the sweep began")
-            yield lists(block, "pixels", self.geometry.shape)
+            yield tensors(block, "pixels")
 
 
-def _decode_block(block: pa.Table, job: dict[str, Any]) -> pa.Table:
+def _decode_block(block: pa.Table, job: StreamJob) -> pa.Table:
     """Decodes a block of rows.
 
     Returns:
-        For every row `error`, null where there is none, and `pixels`.
+        A table with the columns `error`, null for good rows, and `pixels`.
     """
     import ray
 
-    table, start = ray.get(job["rows"]), block["start"][0].as_py()
-    row_ids = ray.get(job["row_ids"])[start : start + block["size"][0].as_py()]
-    # Row ids ascend, since they are places in the source's listing.
+    table, row_ids = ray.get(job.index.rows), ray.get(job.row_ids)[rows_of(block)]
+    # Row ids ascend, because they are positions in the listing of the source.
     rows = table.take(np.searchsorted(table["row_id"].to_numpy(), row_ids))
-    geometry = job["geometry"]
-    errors, pixels = decode_rows(rows, job["image_column"], [geometry], num_threads=1)
-    told = [error and f"{path}: {error}" for error, path in zip(errors, rows["path"].to_pylist(), strict=True)]
-    return pa.table({"error": pa.array(told, pa.string()), "pixels": fixed_lists(pixels[geometry])})
+    errors, pixels = decode_rows(rows, job.index.image_column, [job.geometry], num_threads=1)
+    messages = [error and f"{path}: {error}" for error, path in zip(errors, rows["path"].to_pylist(), strict=True)]
+    return pa.table({"error": pa.array(messages, pa.string()), "pixels": tensor_column(pixels[job.geometry])})
 
 
 def rebatch(blocks: Iterator[np.ndarray], sizes: Sequence[int], shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    """Cuts blocks of rows anew, into tensors uint8 `(size, *shape)` of the sizes given."""
+    """Joins and splits blocks of rows into tensors uint8 `(size, *shape)` of the given sizes."""
     block = np.empty((0, *shape), np.uint8)
     for size in sizes:
         batch, done = torch.empty((size, *shape), dtype=torch.uint8), 0

@@ -1,4 +1,4 @@
-"""Tables of images in CSV, TSV, JSON Lines and Parquet: rows as listed, before an image is opened."""
+"""Rows and columns of tables of images, tables in CSV, TSV and JSON Lines, and paths of sources. Opens no image."""
 
 import csv
 import io
@@ -8,14 +8,10 @@ import posixpath
 import re
 import urllib.parse
 import urllib.request
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import pyarrow.parquet as pq
-from pyarrow import types
 
 from raysweep.errors import DataError, did_you_mean
 from raysweep.filesystems import open_filesystem, split_uri
@@ -23,7 +19,7 @@ from raysweep.filesystems import open_filesystem, split_uri
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
-# In order of preference where a table has several of them: the first holds pixels, the later ones often only names.
+# In order of preference, for tables with several of them: the first contain images, the last often only names.
 # fmt: off
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", "image_file_path", "file_name",
                  "filename", "file")
@@ -31,14 +27,19 @@ IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", 
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
-BUFFER_BYTES = 8 << 20
 
 
 class Row(NamedTuple):
     """One image as its source lists it.
 
-    `path` is absolute: the image, or the Parquet file of which it is row `position`. `label` and `split` are the
-    source's own values. A row with a `problem` is bad before it is read, and `path` then says where it stands.
+    Attributes:
+        path: Absolute path or URI of the image, or of the Parquet file that contains it. For a row with a problem, the
+            place where the row was found.
+        label: The value in the source.
+        split: The value in the source; None where it has none.
+        position: Number of the row in the Parquet file; -1 where `path` is the image itself.
+        inline: The encoded image, for sources that are generated in memory.
+        problem: The reason why the row is bad, if that is known before the image is read.
     """
 
     path: str
@@ -50,13 +51,27 @@ class Row(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Where the row stands, for people."""
+        """Where the row was found, for messages."""
         return self.path if self.position < 0 else f"{self.path} row {self.position}"
+
+
+class Columns(NamedTuple):
+    """Names of the columns of a table; `split` is None where it has no such column."""
+
+    image: str
+    label: str
+    split: str | None
 
 
 @dataclass
 class Listing:
-    """All rows of a source, and the Parquet column that holds the images where there is one."""
+    """All rows of a source.
+
+    Attributes:
+        rows: The rows, good and bad.
+        image_column: Column of the images in Parquet files; None where there are none.
+        warnings: What a user should know about the source.
+    """
 
     rows: list[Row]
     image_column: str | None = None
@@ -64,10 +79,10 @@ class Listing:
 
 
 def absolute_source(source: str) -> str:
-    """Returns a local source as an absolute path, a remote one without a closing slash.
+    """Returns a local source as an absolute path, and a remote one without a slash at its end.
 
     Raises:
-        DataError: the URI carries credentials.
+        DataError: the URI contains credentials.
     """
     if source.startswith("file://"):
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
@@ -78,7 +93,7 @@ def absolute_source(source: str) -> str:
 
 
 def join_source(folder: str, relative: str) -> str:
-    """Returns the absolute path or URI of a file that a table or listing under `folder` names."""
+    """Returns the absolute path or URI of a file whose name a table or listing in `folder` gives."""
     if "://" in relative or os.path.isabs(relative):
         return absolute_source(relative)
     if "://" not in folder:
@@ -88,7 +103,7 @@ def join_source(folder: str, relative: str) -> str:
 
 
 def parent_source(source: str) -> str:
-    """Returns the folder that a path or URI lies in."""
+    """Returns the folder that contains a path or URI."""
     if "://" not in source:
         return os.path.dirname(source)
     scheme, path, query = split_uri(source)
@@ -97,7 +112,7 @@ def parent_source(source: str) -> str:
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Turns whatever a file system, Arrow or the network raises into a DataError that names the source."""
+    """Turns errors of file systems, of Arrow and of the network into a DataError that names the source."""
     try:
         yield
     except DataError as error:
@@ -113,7 +128,7 @@ def read_file(path: str) -> bytes:
     """Reads one file, local or remote.
 
     Raises:
-        DataError: with a short reason that leaves the path out.
+        DataError: the file cannot be read; the message is a short reason without the path.
     """
     try:
         if "://" not in path:
@@ -131,15 +146,18 @@ def read_file(path: str) -> bytes:
         raise DataError(f"cannot be read: {reason}"[:200]) from error
 
 
+def suffix_of(source: str) -> str:
+    """Returns the suffix of a path or URI, in lower case."""
+    return posixpath.splitext(split_uri(source)[1] if "://" in source else source)[1].lower()
+
+
 def read_table(source: str, data: "DataConfig") -> Listing:
-    """Lists the rows of a .csv, .tsv, .jsonl or .parquet file.
+    """Lists the rows of a .csv, .tsv or .jsonl file. A bad line becomes a row with a problem.
 
     Raises:
-        DataError: the table or one of its columns cannot be found or read. A single bad line is a row with a problem.
+        DataError: the table or one of its columns cannot be found or read.
     """
-    suffix = posixpath.splitext(split_uri(source)[1] if "://" in source else source)[1].lower()
-    if suffix == ".parquet":
-        return read_parquet_files([(source, None)], data)
+    suffix = suffix_of(source)
     if suffix not in TABLE_SUFFIXES:
         raise DataError(f"{source}: not a table of images; accepted: {', '.join(TABLE_SUFFIXES)}, or a folder")
     with reading(source):
@@ -147,16 +165,16 @@ def read_table(source: str, data: "DataConfig") -> Listing:
         columns, lines = _json_lines(text) if suffix == ".jsonl" else _delimited(text, DELIMITERS[suffix])
     if not columns:
         raise DataError(f"{source}: the table is empty")
-    names = _find_columns(columns, data, source)
+    names = find_columns(columns, data, source)
     return Listing([_text_row(line, record, names, source) for line, record in lines])
 
 
-Lines = list[tuple[int, dict[str, Any] | str]]  # line number, and the record or what is wrong with it
+Lines = list[tuple[int, dict[str, Any] | str]]  # line number, and the record or the reason why there is none
 
 
 def _decode_text(content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")  # Excel puts a byte order mark before the first column's name
+        return content.decode("utf-8-sig")  # Excel writes a byte order mark before the first column's name
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text (byte {error.start}); save the table as UTF-8") from error
 
@@ -178,7 +196,7 @@ def _delimited(text: str, delimiter: str) -> tuple[list[str], Lines]:
 def _json_lines(text: str) -> tuple[list[str], Lines]:
     lines: Lines = []
     columns: dict[str, None] = {}
-    # Not splitlines(): JSON strings may hold U+2028, which it takes for the end of a line.
+    # Not splitlines(), which would split at U+2028, a character that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -193,21 +211,21 @@ def _json_lines(text: str) -> tuple[list[str], Lines]:
     return list(columns), lines
 
 
-def _text_row(line: int, record: dict[str, Any] | str, names: tuple[str, str, str | None], source: str) -> Row:
+def _text_row(line: int, record: dict[str, Any] | str, names: Columns, source: str) -> Row:
     where = f"{source} line {line}"
     if isinstance(record, str):
         return Row(where, None, problem=record)
-    image, label, split = names
-    path = record.get(image)
+    path = record.get(names.image)
     path = path.get("path") if isinstance(path, dict) else path
     if not isinstance(path, str) or not path.strip():
         return Row(where, None, problem="no image path")
     path = join_source(parent_source(source), path.strip())
-    return _checked(Row(path, record.get(label), record.get(split) if split else None), split is not None)
+    split = record.get(names.split) if names.split else None
+    return with_problem(Row(path, record.get(names.label), split), names.split is not None)
 
 
-def _checked(row: Row, has_split: bool) -> Row:
-    """Marks a row that lacks its label or split."""
+def with_problem(row: Row, has_split: bool) -> Row:
+    """Returns the row with its problem, if it lacks a label, or a split in a source that has splits."""
     if row.label is None or (isinstance(row.label, str) and not row.label.strip()) or row.label != row.label:
         return row._replace(problem="no label")
     if has_split and (row.split is None or str(row.split).strip() in ("", "nan")):
@@ -215,16 +233,20 @@ def _checked(row: Row, has_split: bool) -> Row:
     return row
 
 
-def _find_columns(columns: Sequence[str], data: "DataConfig", source: str) -> tuple[str, str, str | None]:
-    """The columns of image, label and, where there is one, split."""
+def find_columns(columns: Sequence[str], data: "DataConfig", source: str) -> Columns:
+    """Finds the columns of the image, the label and, if there is one, the split.
+
+    Raises:
+        DataError: a configured column is missing, or none has a usual name.
+    """
     image = _find_column(columns, data.image, IMAGE_COLUMNS, "image", source)
     label = _find_column([name for name in columns if name != image], data.label, LABEL_COLUMNS, "label", source)
     if data.split in columns:
-        return image, label, data.split
-    # "split" is the default, so its absence means no more than that the data comes unsplit.
+        return Columns(image, label, data.split)
+    # "split" is the default. If there is no such column, the data has no splits, which is not an error.
     if data.split not in (None, "split"):
         _find_column(columns, data.split, (), "split", source)
-    return image, label, None
+    return Columns(image, label, None)
 
 
 def _find_column(columns: Sequence[str], named: str | None, usual: Sequence[str], role: str, source: str) -> str:
@@ -241,104 +263,3 @@ def _find_column(columns: Sequence[str], named: str | None, usual: Sequence[str]
     if not found:
         raise DataError(f"{source}: no column for the {role}; looked for {', '.join(usual)}; set data.{role}; {listed}")
     return found[0]
-
-
-def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfig") -> Listing:
-    """Lists the rows of Parquet files, each given with its split or None; images stay unread.
-
-    Raises:
-        DataError: a file or column cannot be read, or the image column holds neither paths nor bytes.
-    """
-    listing = Listing([])
-    for source, split in files:
-        with reading(source):
-            column = _read_parquet_file(source, split, data, listing.rows)
-        if listing.image_column not in (None, column):
-            raise DataError(f"{source}: images in column '{column}', in other files in '{listing.image_column}'")
-        listing.image_column = column
-    return listing
-
-
-def _read_parquet_file(source: str, split: str | None, data: "DataConfig", rows: list[Row]) -> str | None:
-    """Appends the file's rows; returns its image column unless that holds mere paths."""
-    filesystem, inner = open_filesystem(source)
-    with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened) as file:
-        schema = file.schema_arrow
-        image, label, split_column = _find_columns(schema.names, data, source)
-        holds_paths = _holds_paths(schema.field(image).type, image, source)
-        columns = [name for name in (label, split_column, image if holds_paths else None) if name]
-        table = file.read(columns=columns)
-    labels = table.column(label).to_pylist()
-    splits = table.column(split_column).to_pylist() if split_column else [split] * len(labels)
-    paths = table.column(image).to_pylist() if holds_paths else []
-    names = _class_names(schema.metadata, label)
-    for position, (value, row_split) in enumerate(zip(labels, splits, strict=True)):
-        row = Row(source, value, row_split, position)
-        if holds_paths:
-            row = row._replace(path=f"{source} row {position}", position=-1)
-            if not paths[position]:
-                rows.append(row._replace(problem="no image path"))
-                continue
-            row = row._replace(path=join_source(parent_source(source), paths[position].strip()))
-        if names is not None and isinstance(value, int):
-            # The hub writes -1 where a label is withheld.
-            row = row._replace(label=names[value] if 0 <= value < len(names) else None)
-        rows.append(_checked(row, split_column is not None))
-    return None if holds_paths else image
-
-
-def _holds_paths(kind: Any, image: str, source: str) -> bool:
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_string(value) or types.is_large_string(value):
-        return True
-    is_bytes = types.is_binary(value) or types.is_large_binary(value)
-    if is_bytes or (types.is_struct(value) and value.get_field_index("bytes") >= 0):
-        return False
-    raise DataError(f"{source}: column '{image}' is {kind}; accepted: paths, bytes, or structs of {{bytes, path}}")
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
-    """Class names that Hugging Face's datasets library keeps in a Parquet file's schema."""
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) else None
-
-
-def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterator[tuple[int, bytes | DataError]]:
-    """Reads images out of a Parquet file, each row group that holds one of them once, a few dozen rows at a time.
-
-    Yields:
-        Position and image bytes, or the reason why there are none, for each distinct position, ascending.
-    """
-    wanted = sorted(set(positions))
-    filesystem, inner = open_filesystem(source)
-    options = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
-    with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened, **options) as file:
-        start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            due = wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
-            # One row group may be gigabytes (pandas writes a single one), so it is read in small batches.
-            batches = file.iter_batches(64, row_groups=[group], columns=[column]) if due else ()
-            for batch in batches:
-                cells = batch.column(0)
-                for position in due[bisect_left(due, start) : bisect_left(due, start + len(cells))]:
-                    yield position, _cell_bytes(cells[position - start].as_py(), source)
-                start += len(cells)
-                if start > due[-1]:
-                    break
-            start = stop
-
-
-def _cell_bytes(value: Any, source: str) -> bytes | DataError:
-    if isinstance(value, dict):
-        path = value.get("path")
-        value = value.get("bytes")
-        if value is None and path:
-            try:
-                return read_file(join_source(parent_source(source), path))
-            except DataError as error:
-                return error
-    return value if isinstance(value, bytes) else DataError("no image in this row")

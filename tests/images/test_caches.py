@@ -17,11 +17,13 @@ from PIL import Image
 
 from raysweep import storage
 from raysweep.cluster.session import ray_session
-from raysweep.encoders import build_encoder, weights_signature
+from raysweep.encoders.base import weights_signature
+from raysweep.encoders.build import build_encoder
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images import decode, passes
 from raysweep.images import features as features_module
 from raysweep.images import pixels as pixels_module
+from raysweep.images.blocks import list_blocks
 from raysweep.images.cache import only_writer, open_cache, write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
@@ -34,6 +36,7 @@ from raysweep.images.pixels import (
     pixel_signature,
     write_pixels,
 )
+from raysweep.images.receipts import Tally, build_receipts
 from raysweep.images.sources import ImageIndex
 
 NUM_ROWS, ROWS_PER_BLOCK = 25, 8  # three blocks, and one of a single row
@@ -114,7 +117,7 @@ def feature_request(folder, encoder):
     import ray
 
     weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
-    return FeatureRequest(folder, encoder, weights, "fp32")
+    return FeatureRequest(folder, encoder.spec, weights, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,9 @@ def shared_pass(ray_cluster, tmp_path_factory, index, encoder, other_encoder):
         PixelRequest(folder / "pixels", encoder.preprocessing),
         feature_request(folder / "others", other_encoder),
     ]
-    return build_caches(requests, index, num_gpus=0, on_progress=lambda *numbers: told.append(numbers)), told
+    return build_caches(
+        requests, index, num_gpus=0, num_threads=2, on_progress=lambda *numbers: told.append(numbers)
+    ), told
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +350,7 @@ def test_one_pass_makes_all_caches_and_tells_of_each_image_once(shared_pass):
 def test_a_shared_pass_gives_the_bits_of_separate_ones(shared_pass, tmp_path, index, good_ids, encoder, other_encoder):
     for cache, encoder_alone in zip(shared_pass[0][::2], (encoder, other_encoder), strict=True):
         request = feature_request(tmp_path / str(encoder_alone.preprocessing.crop_size), encoder_alone)
-        (alone,) = build_caches([request], index, num_gpus=0)
+        (alone,) = build_caches([request], index, num_gpus=0, num_threads=2)
         expected, found = (load_features(folder, good_ids, ["cls", "mean"]) for folder in (alone.rows, cache.rows))
         for part, values in expected.items():
             assert torch.equal(found[part], values)
@@ -361,7 +366,7 @@ def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
         feature_request(tmp_path / "features", encoder),
     ]
     told = []
-    caches = build_caches(requests, index, num_gpus=1, on_progress=lambda *numbers: told.append(numbers))
+    caches = build_caches(requests, index, num_gpus=1, num_threads=2, on_progress=lambda *numbers: told.append(numbers))
     assert told[-1] == (NUM_ROWS, NUM_ROWS)
     assert all(cache.bad_rows == pixels.bad_rows and cache.seconds > 0 for cache in caches)
     for cache, expected in zip(caches[1:], (shared_pass[0][2], shared_pass[0][0]), strict=True):
@@ -378,13 +383,17 @@ def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
 
     caches = shared_pass[0]
     requests = [
-        FeatureRequest(Path(caches[0].folder), encoder, None, "fp32"),
+        FeatureRequest(Path(caches[0].folder), encoder.spec, None, "fp32"),
         PixelRequest(Path(caches[1].folder), encoder.preprocessing),
     ]
-    again = build_caches(requests, index, num_gpus=0, on_progress=never)
+    again = build_caches(requests, index, num_gpus=0, num_threads=2, on_progress=never)
     assert again == [replace(cache, made_now=False) for cache in caches[:2]]
     requests.insert(1, PixelRequest(tmp_path, encoder.preprocessing))
-    assert [cache.made_now for cache in build_caches(requests, index, num_gpus=0)] == [False, True, False]
+    assert [cache.made_now for cache in build_caches(requests, index, num_gpus=0, num_threads=2)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.ray
@@ -396,7 +405,7 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
     for name in ("rows-000000000007.parquet", "another-pass/rows-1.f16", "another-pass/.rows-000000001002.arrow.abc"):
         (tmp_path / name).touch()
     assert open_cache(tmp_path) is None
-    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
+    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, num_threads=2)
     assert cache.made_now
     found = load_pixels(cache.rows, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
@@ -408,11 +417,11 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
 
 def receipts(row_ids, seconds, errors=None, memory=1):
     errors = pa.array(errors or [None] * len(row_ids), pa.string())
-    return pa.table(passes._receipts(np.array(row_ids), errors, np.array(seconds), memory))
+    return build_receipts(np.array(row_ids), errors, np.array(seconds), memory)
 
 
 def test_the_shares_of_all_caches_add_up_to_the_wall_time():
-    tally = passes._Tally(num_caches=2)
+    tally = Tally(num_caches=2)
     tally.add(receipts([1, 2, 3], seconds=[4.0, 1.0, 5.0], errors=[None, "broken", None]))
     tally.add(receipts([4], seconds=[2.0, 1.0, 7.0], memory=10**15))
     # 2 of 20 seconds for the first alone, 12 for the second, 3 each of decoding.
@@ -427,7 +436,7 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 
     monkeypatch.setattr(passes, "_dataset", lambda *_arguments: Lossy())
     with pytest.raises(DataError, match="saw 2 of 3 images"):
-        build_caches([PixelRequest(tmp_path, encoder.preprocessing)], make_index([b""] * 3), num_gpus=0)
+        build_caches([PixelRequest(tmp_path, encoder.preprocessing)], make_index([b""] * 3), num_gpus=0, num_threads=2)
     assert open_cache(tmp_path) is None
 
 
@@ -437,7 +446,7 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 @pytest.mark.ray
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
-    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0)
+    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, num_threads=2)
     ids, file = index.table["row_id"].to_numpy(), min(Path(cache.rows).glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete "):
@@ -473,7 +482,9 @@ def test_a_second_sweep_waits_for_the_pass_of_the_first(tmp_path, monkeypatch, e
     monkeypatch.setattr(passes, "_make_pass", never)
     found = []
     requests = [PixelRequest(tmp_path, encoder.preprocessing)]
-    second = threading.Thread(target=lambda: found.extend(build_caches(requests, make_index([]), num_gpus=0)))
+    second = threading.Thread(
+        target=lambda: found.extend(build_caches(requests, make_index([]), num_gpus=0, num_threads=2))
+    )
     with only_writer(tmp_path):
         second.start()
         second.join(0.2)
@@ -497,7 +508,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
 
     def sweep(order):
         requests = [PixelRequest(folder, encoder.preprocessing) for folder in order]
-        caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0)
+        caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0, num_threads=2)
         assert [cache.rows for cache in caches] == [str(folder / "a-pass") for folder in (*order, order[0])]
 
     threads = [threading.Thread(target=sweep, args=(order,)) for order in (folders, folders[::-1])]
@@ -515,7 +526,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
 def test_blocks_hold_every_row_once_and_are_neither_few_nor_huge(monkeypatch):
     monkeypatch.setattr(passes, "ROWS_PER_BLOCK", 64)
     for num_rows, num_blocks in {1: 1, 5: 5, 100: 9, 1000: 16, 10**6: 2000}.items():
-        blocks = passes._blocks(num_rows)
+        blocks = list_blocks(num_rows, passes._block_size(num_rows))
         assert len(blocks) == num_blocks
         assert [block["start"] for block in blocks] == list(range(0, num_rows, blocks[0]["size"]))
         assert len({block["size"] for block in blocks}) == 1
@@ -644,11 +655,11 @@ def test_what_a_task_of_a_pass_raises_is_told_in_its_own_words(ray_cluster):
 
     for function, compute in ((fail, None), (Fails, ray.data.ActorPoolStrategy(size=1))):
         dataset = ray.data.from_items([{"start": 0}]).map_batches(function, compute=compute)
-        with pytest.raises(RaysweepError) as error, passes._reasons():
+        with pytest.raises(RaysweepError) as error, passes._raising_own_errors():
             dataset.materialize()
         assert str(error.value) == "s3://bucket/x: the storage cannot be used"
         assert type(error.value) is RaysweepError
-    with pytest.raises(ray.exceptions.RayTaskError), passes._reasons():
+    with pytest.raises(ray.exceptions.RayTaskError), passes._raising_own_errors():
         ray.data.from_items([{"start": 0}]).map_batches(lambda batch: 1 / 0).materialize()
 
 
@@ -656,7 +667,7 @@ def test_what_a_task_of_a_pass_raises_is_told_in_its_own_words(ray_cluster):
 
 
 def signed(index, encoder, precision="fp32"):
-    return feature_signature(index, encoder, weights_signature(encoder), precision)
+    return feature_signature(index, encoder.spec, weights_signature(encoder), precision)
 
 
 def test_the_feature_signature_follows_what_features_depend_on(encoder, images):
@@ -667,12 +678,10 @@ def test_the_feature_signature_follows_what_features_depend_on(encoder, images):
         signed(make_index(images[:3], hashes=["0", "1", "changed"]), encoder),
         signed(make_index(images[:3], first_id=7), encoder),
         signed(index, encoder, "bf16"),
-        feature_signature(index, encoder, "other weights", "fp32"),
+        feature_signature(index, encoder.spec, "other weights", "fp32"),
     ]
-    preprocessing = encoder.preprocessing
-    encoder.preprocessing = replace(preprocessing, std=(0.5,) * 3)
-    signatures.append(signed(index, encoder))
-    encoder.preprocessing = preprocessing
+    other = replace(encoder.spec, preprocessing=replace(encoder.preprocessing, std=(0.5,) * 3))
+    signatures.append(feature_signature(index, other, weights_signature(encoder), "fp32"))
     assert len(set(signatures)) == len(signatures)
     assert signed(index, encoder) == signatures[0]
 

@@ -4,7 +4,7 @@ import pytest
 from raysweep.errors import DataError
 from raysweep.images.splits import (
     describe_copies,
-    describe_thin_places,
+    describe_few_images,
     few_shot,
     normalize_split,
     settle_splits,
@@ -154,7 +154,7 @@ def test_copies_within_one_split_and_class_are_no_trouble():
 def test_thin_places_are_pointed_out():
     labels = np.array([0] * 40 + [1] * 3 + [0] * 50 + [0] * 4 + [2], np.int32)
     splits = ["train"] * 43 + ["validation"] * 50 + ["test"] * 5
-    warnings = "\n".join(describe_thin_places(labels, splits, ["a", "b", "c"], 0))
+    warnings = "\n".join(describe_few_images(labels, splits, ["a", "b", "c"], 0))
     assert "1 class without train images: c" in warnings
     assert "2 classes without validation images: b, c" in warnings
     assert "only 5 test images: each is 20.0% of accuracy" in warnings
@@ -163,7 +163,7 @@ def test_thin_places_are_pointed_out():
 def test_shots_beyond_what_a_class_has_are_pointed_out():
     labels = np.repeat([0, 1, 0, 1, 0, 1], [40, 3, 20, 20, 20, 20]).astype(np.int32)
     splits = ["train"] * 43 + ["validation"] * 40 + ["test"] * 40
-    assert describe_thin_places(labels, splits, ["a", "b"], 3) == []
-    assert describe_thin_places(labels, splits, ["a", "b"], 5) == [
+    assert describe_few_images(labels, splits, ["a", "b"], 3) == []
+    assert describe_few_images(labels, splits, ["a", "b"], 5) == [
         "data.shots asks for 5 images per class; b has 3 to train on"
     ]

@@ -70,7 +70,9 @@ def row_ids(index):
 @pytest.fixture(scope="module")
 def files(ray_cluster, tmp_path_factory, index, row_ids):
     """The same rows from a cache."""
-    (cache,) = build_caches([PixelRequest(tmp_path_factory.mktemp("cache"), PREPROCESSING)], index, num_gpus=0)
+    (cache,) = build_caches(
+        [PixelRequest(tmp_path_factory.mktemp("cache"), PREPROCESSING)], index, num_gpus=0, num_threads=2
+    )
     return open_pixels(cache.rows, row_ids, GEOMETRY.shape)
 
 
@@ -121,7 +123,7 @@ def test_rows_are_decoded_ahead_but_not_without_bound(streamed, index, folder, t
         return decode(block, job)
 
     monkeypatch.setattr(streaming, "_decode_block", counting)
-    rows = StreamedPixels(streamed.stream, np.tile(streamed.row_ids, 2)[:50], large)
+    rows = StreamedPixels(streamed.index, np.tile(streamed.row_ids, 2)[:50], large)
     reading = rows.read(torch.arange(50).split(1))
     next(reading)
     ahead, before = 0, -1
@@ -146,7 +148,7 @@ def test_an_image_that_was_lost_meanwhile_is_named(ray_cluster, index):
 @pytest.mark.ray
 def test_without_room_a_pass_looks_for_bad_rows_and_with_room_again_it_makes_the_cache(files, tmp_path, index, row_ids):
     for streamed, made_now in ((True, True), (True, False), (False, True), (True, False)):
-        (cache,) = build_caches([PixelRequest(tmp_path, PREPROCESSING, streamed)], index, num_gpus=0)
+        (cache,) = build_caches([PixelRequest(tmp_path, PREPROCESSING, streamed)], index, num_gpus=0, num_threads=2)
         assert cache.made_now is made_now
         assert [row.row_id for row in cache.bad_rows] == [121]
         assert cache.num_rows == NUM_ROWS - 1

@@ -1,4 +1,4 @@
-"""Features that exceed a worker's memory: half floats in a flat file, read where a tensor would be indexed."""
+"""Features that do not fit into a worker's memory: half floats in a flat file, read by row numbers as from a tensor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ DTYPE = np.dtype("<f2")
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DiskRows:
-    """A matrix of half floats in a file, row after row; indexing gives the rows as a tensor on `device`.
+    """A matrix of half floats in a file, row by row. Indexing returns rows as a tensor on `device`.
 
-    Rows are read, not mapped: the pages of a memory map count as the process's own memory, and Ray ends workers that
-    hold too much. The file is opened for each reading (microseconds), so that an instance can be pickled, forked and
-    read by several threads at once.
+    The file is read, not memory-mapped: mapped pages count as memory of the process, and Ray ends workers that use too
+    much. Every read opens the file (microseconds), so that an instance can be pickled, forked, and used by several
+    threads at once.
+
+    Attributes:
+        path: The file.
+        shape: (num_rows, num_features).
+        device: The device of the tensors that indexing returns.
     """
 
     path: Path
@@ -35,17 +40,17 @@ class DiskRows:
     def create(
         cls, path: Path, num_rows: int, num_features: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]
     ) -> DiskRows:
-        """Writes a file whole or not at all.
+        """Writes a file, completely or not at all.
 
         Args:
-            path: the file; one that is there is replaced.
-            num_rows: rows of the matrix.
-            num_features: columns of the matrix.
-            blocks: `(places, rows)`: int64 `(n,)`, and float16 `(n, num_features)` which belong there. Together they
-                hold every place once.
+            path: The file; an existing one is replaced.
+            num_rows: Rows of the matrix.
+            num_features: Columns of the matrix.
+            blocks: Pairs of row numbers, int64 `(n,)`, and the values of these rows, float16 `(n, num_features)`.
+                Together the blocks contain every row once.
 
         Raises:
-            DataError: the blocks do not hold every row.
+            DataError: the blocks do not contain every row.
         """
         missing = np.ones(num_rows, dtype=bool)
         with replacing(path) as temporary:
@@ -63,7 +68,7 @@ class DiskRows:
         """Opens a file that `create` wrote.
 
         Raises:
-            DataError: there is no such file, or its size is not that of whole rows.
+            DataError: the file does not exist, or its size is not a multiple of the size of a row.
         """
         if not path.is_file():
             raise DataError(f"{path}: no such file of features")
@@ -75,19 +80,20 @@ class DiskRows:
         return cls(path, (size // row_bytes, num_features))
 
     def to(self, device: torch.device | str) -> DiskRows:
-        """Returns the same rows, to be read to a device."""
+        """Returns the same rows, which indexing will read to `device`."""
         return DiskRows(self.path, self.shape, torch.device(device))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Reads rows by their int64 numbers: float16 `(*rows.shape, num_features)`.
+        """Reads rows by their numbers, an int64 tensor; returns float16 `(*rows.shape, num_features)`.
 
         Raises:
             DataError: the file has become shorter.
+            IndexError: a number is negative or too large.
         """
-        # In the file's order, each row once; then as they were asked for.
+        # Each row is read once, in the order of the file. Then the rows are put into the order of the argument.
         numbers, places = np.unique(rows.cpu().numpy().ravel(), return_inverse=True)
         if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(self):
             raise IndexError(f"rows {numbers[0]} to {numbers[-1]} of {len(self)}")
@@ -100,7 +106,7 @@ class DiskRows:
         return found.view(*rows.shape, self.shape[1]).to(self.device)
 
     def _fill(self, values: np.ndarray, numbers: np.ndarray, descriptor: int) -> None:
-        """Reads the rows of ascending numbers, each run of consecutive ones at once."""
+        """Reads rows with ascending numbers. Consecutive rows are read at once."""
         row_bytes = self.shape[1] * DTYPE.itemsize
         whole, offsets = values.reshape(-1).data.cast("B"), (numbers * row_bytes).tolist()
         for start, stop in runs(numbers):
@@ -109,7 +115,7 @@ class DiskRows:
 
 
 def runs(*numbers: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of the stretches in which each of some arrays, all `(n,)`, counts up one by one."""
+    """Returns (start, stop) of each longest stretch in which all arrays, each `(n,)`, increase by one at every step."""
     if len(numbers[0]) == 0:
         return []
     is_break = np.any([np.diff(array) != 1 for array in numbers], axis=0)
@@ -118,7 +124,7 @@ def runs(*numbers: np.ndarray) -> list[tuple[int, int]]:
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> bool:
-    """Fills a buffer of bytes with what a file has from `offset` on; returns whether that was enough."""
+    """Fills a buffer with bytes of a file, from `offset` on; returns False if the file ends too early."""
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
         if count == 0:

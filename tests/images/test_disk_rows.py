@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raysweep.errors import DataError
-from raysweep.training import disk_rows
-from raysweep.training.disk_rows import DiskRows
+from raysweep.images import disk_rows
+from raysweep.images.disk_rows import DiskRows
 
 MATRIX = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float16)
 

@@ -1,0 +1,48 @@
+"""Blocks of rows in Ray Data: which rows a task works on, and how arrays travel in table columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import ray.data
+
+# Options of `map_batches` for functions from an Arrow table to an Arrow table, one block at a time.
+WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+
+
+def list_blocks(num_rows: int, size: int) -> list[dict[str, int]]:
+    """Splits rows into blocks of `size` rows, the last of which may have fewer."""
+    return [{"start": start, "size": size} for start in range(0, num_rows, size)]
+
+
+def dataset_of_blocks(num_rows: int, size: int) -> ray.data.Dataset:
+    """Returns a Ray Dataset with one item for each block; nothing runs yet.
+
+    An item only says where its rows are in a table, which all processes of a node share. If the items were tables, Ray
+    would start a task for each of them to learn its schema.
+    """
+    import ray.data
+
+    blocks = list_blocks(num_rows, size)
+    return ray.data.from_items(blocks, override_num_blocks=len(blocks))
+
+
+def rows_of(block: pa.Table) -> slice:
+    """Returns the rows that a task works on, from the item that Ray Data gave it."""
+    start = block["start"][0].as_py()
+    return slice(start, start + block["size"][0].as_py())
+
+
+def tensor_column(values: np.ndarray) -> pa.FixedShapeTensorArray:
+    """Wraps an array `(n, ...)` as a column of n tensors, without a copy; n must be at least 1."""
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+
+
+def tensors(table: pa.Table, column: str) -> np.ndarray:
+    """Returns a column that `tensor_column` made as an array `(n, ...)`."""
+    values: np.ndarray = table[column].combine_chunks().to_numpy_ndarray()
+    return values

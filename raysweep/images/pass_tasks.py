@@ -1,0 +1,156 @@
+"""What a pass runs inside Ray's tasks and actors: decode blocks of images, encode them, write the files of caches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from raysweep.encoders.base import Encoder, EncoderSpec
+from raysweep.encoders.build import encoder_from_spec
+from raysweep.images.blocks import rows_of, tensor_column, tensors
+from raysweep.images.cache import write_rows
+from raysweep.images.features import encode, feature_table, load_arrays
+from raysweep.images.pixels import Geometry, decode_rows, write_pixels
+from raysweep.images.receipts import build_receipts, seconds_of
+from raysweep.storage import local_path
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReference:
+    """An `ImageIndex` in Ray's object store: what workers need to decode its rows. `passes.put_index` makes it.
+
+    Attributes:
+        rows: Object reference of a table with the columns `row_id`, `path`, `position` and `image`.
+        image_column: Column of the images in Parquet files; None where there are none.
+    """
+
+    rows: Any
+    image_column: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassTarget:
+    """One cache that a pass makes.
+
+    Attributes:
+        folder: Location of the subfolder that this pass writes the cache's rows to.
+        geometry: Shape and preparation of the pixels.
+        streamed: Whether no pixels are written; images are decoded only to find bad rows.
+        encoder: The encoder of a feature cache; None for a pixel cache.
+        weights: Object reference of the encoder's state dict as numpy arrays; None for a pixel cache.
+        precision: Precision of the forward pass, `fp32` or `bf16`.
+    """
+
+    folder: str
+    geometry: Geometry
+    streamed: bool = False
+    encoder: EncoderSpec | None = None
+    weights: Any = None
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class PassJob:
+    """What every task and actor of one pass is told.
+
+    Attributes:
+        key: A unique name of the pass.
+        index: The images.
+        targets: The caches that the pass makes.
+        num_threads: CPU threads that decode and encode where one process has a node to itself.
+    """
+
+    key: str
+    index: IndexReference
+    targets: tuple[PassTarget, ...]
+    num_threads: int
+
+    @property
+    def encoded_geometries(self) -> list[Geometry]:
+        """The geometries of the pixels that encoders read, each once."""
+        return list(dict.fromkeys(target.geometry for target in self.targets if target.encoder is not None))
+
+
+def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Table:
+    """Decodes a block of the index and writes its rows of the pixel caches.
+
+    Returns:
+        The receipts of the rows, and the columns `pixels_0`, `pixels_1` ... for `job.encoded_geometries`.
+    """
+    import ray
+
+    rows, targets = ray.get(job.index.rows)[rows_of(block)], job.targets
+    seconds = np.zeros(1 + len(targets))
+    started = time.perf_counter()
+    geometries = list(dict.fromkeys(target.geometry for target in targets))
+    errors, pixels = decode_rows(rows, job.index.image_column, geometries, num_threads)
+    seconds[0] = time.perf_counter() - started
+    row_ids, good = rows["row_id"].to_numpy(), np.array([error is None for error in errors])
+    for number, target in enumerate(targets):
+        if target.encoder is None and not target.streamed:
+            started, images = time.perf_counter(), pixels[target.geometry]
+            write_pixels(str(local_path(target.folder)), row_ids[good], images if good.all() else images[good])
+            seconds[1 + number] = time.perf_counter() - started
+    decoded = build_receipts(row_ids, pa.array(errors, pa.string()), seconds)
+    for number, geometry in enumerate(job.encoded_geometries):
+        decoded = decoded.append_column(f"pixels_{number}", tensor_column(pixels[geometry]))
+    return decoded
+
+
+class EncoderActor:
+    """All encoders of a pass on one device. A call turns decoded blocks into files of features."""
+
+    def __init__(self, job: PassJob) -> None:
+        import ray
+
+        self.job = job
+        self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(job.num_threads)
+        self.encoders: dict[int, Encoder] = {}  # by the number of the target
+        for number, target in enumerate(job.targets):
+            if target.encoder is not None:
+                encoder = encoder_from_spec(target.encoder)
+                load_arrays(encoder, ray.get(target.weights))
+                self.encoders[number] = encoder.to(self.device).requires_grad_(False)
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        """Takes what `decode_block` returned, writes one file for each feature cache, and returns the receipts."""
+        good = decoded["error"].is_null().to_numpy()
+        row_ids, geometries = decoded["row_id"].to_numpy(), self.job.encoded_geometries
+        seconds = seconds_of(decoded)
+        for number, encoder in self.encoders.items():
+            started, target = time.perf_counter(), self.job.targets[number]
+            pixels = tensors(decoded, f"pixels_{geometries.index(target.geometry)}")
+            features = encode(encoder, pixels if good.all() else pixels[good], self.device, target.precision)
+            write_rows(str(local_path(target.folder)), feature_table(row_ids[good], features))
+            seconds[1 + number] = time.perf_counter() - started
+        gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        memory = pc.max(decoded["memory"]).as_py()
+        return build_receipts(row_ids, decoded["error"], seconds, memory, gpu_memory)
+
+
+class DecoderEncoderActor(EncoderActor):
+    """Decodes and encodes in one process, with all CPUs of a node. A call turns blocks of the index into features."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Takes a block of the index, writes one file for each cache, and returns the receipts."""
+        return super().__call__(decode_block(block, self.job, self.job.num_threads))
+
+
+# The encoders of the pass that this process works for, by the key of the pass: tasks leave them to the next task.
+_encoders: dict[str, DecoderEncoderActor] = {}
+
+
+def decode_and_encode_block(block: pa.Table, job: PassJob) -> pa.Table:
+    """Does what a `DecoderEncoderActor` does, as a task; tasks that follow in the same process reuse the encoders."""
+    if job.key not in _encoders:
+        _encoders.clear()
+        _encoders[job.key] = DecoderEncoderActor(job)
+    return _encoders[job.key](block)

@@ -1,0 +1,81 @@
+"""Receipts: what the tasks of a pass report for every row, and what the receipts add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysweep.images.blocks import tensor_column, tensors
+from raysweep.images.memory import peak_memory_bytes
+
+
+def build_receipts(
+    row_ids: np.ndarray, errors: pa.Array, seconds: np.ndarray, memory: int = 0, gpu_memory: int = 0
+) -> pa.Table:
+    """Returns the receipts of the rows of one block.
+
+    Args:
+        row_ids: int64 `(n,)`, with at least one row.
+        errors: For each row the reason why it is bad, or null.
+        seconds: float64 `(1 + num_caches,)`, time spent on the block: for decoding, then for each cache. Each row gets
+            an equal part.
+        memory: Largest resident set size of the processes that worked on the block before this one, in bytes.
+        gpu_memory: Most GPU memory that this process had allocated, in bytes.
+    """
+    num_rows = len(row_ids)
+    return pa.table(
+        {
+            "row_id": row_ids,
+            "error": errors,
+            "seconds": tensor_column(np.tile(seconds / num_rows, (num_rows, 1))),
+            "memory": np.full(num_rows, max(memory, peak_memory_bytes())),
+            "gpu_memory": np.full(num_rows, gpu_memory),
+        }
+    )
+
+
+def seconds_of(receipts: pa.Table) -> np.ndarray:
+    """Returns the sum of the seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache."""
+    total: np.ndarray = tensors(receipts, "seconds").sum(axis=0)
+    return total
+
+
+@dataclass
+class Tally:
+    """The sum of the receipts of a pass.
+
+    Attributes:
+        num_caches: Number of caches that the pass makes.
+        num_rows: Number of receipts so far.
+        memory: Largest resident set size of any process, in bytes.
+        gpu_memory: Most GPU memory that any process had allocated, in bytes.
+        errors: The reason for each bad row, by row id.
+        seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache.
+    """
+
+    num_caches: int
+    num_rows: int = 0
+    memory: int = 0
+    gpu_memory: int = 0
+    errors: dict[int, str] = field(default_factory=dict)
+    seconds: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seconds = np.zeros(1 + self.num_caches)
+
+    def add(self, receipts: pa.Table) -> None:
+        """Adds the receipts of one block."""
+        self.num_rows += len(receipts)
+        self.memory = max(self.memory, pc.max(receipts["memory"]).as_py())
+        self.gpu_memory = max(self.gpu_memory, pc.max(receipts["gpu_memory"]).as_py())
+        self.seconds += seconds_of(receipts)
+        bad = receipts.filter(receipts["error"].is_valid())
+        self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
+
+    def shares(self, wall_seconds: float) -> list[float]:
+        """Splits the wall time of the pass among its caches; each cache takes an equal part of the decoding."""
+        cost = self.seconds[1:] + self.seconds[0] / self.num_caches
+        return [float(share) for share in wall_seconds * cost / cost.sum()]
