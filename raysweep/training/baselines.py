@@ -7,18 +7,23 @@ Neither is trained step by step: neighbours are looked up, and one eigendecompos
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raysweep.encoders.head import NORMALIZATIONS, Head
-from raysweep.training.metrics import MetricSums
+from raysweep.encoders.families import NORMALIZATIONS
+from raysweep.encoders.head import Head
+from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.population import FeatureSet, Subsets
+from raysweep.training.ranking import Ranking
 from raysweep.training.ridge import STRENGTHS, RidgePath, fit_ridge_path
+
+if TYPE_CHECKING:
+    from raysweep.experiment.studies import Baseline
 
 NEIGHBOURS = (10, 20)
 VOTE_TEMPERATURE = 0.07
@@ -32,12 +37,15 @@ MAX_CHOICE_ROWS = 16_384
 class BaselineResult:
     """A baseline with the setting that was best on validation.
 
-    `validation` holds `val/loss`, `val/accuracy` and `val/macro_f1`, means over the subsets; `test_logits` one float32
-    `(num_test, num_classes)` per subset, log-probabilities of `knn`; `heads` one per subset, none of `knn`;
-    `num_settings` how many were compared. All on the CPU.
+    Attributes:
+        setting: the best one.
+        validation: metrics of the validation split, means over the subsets.
+        test_logits: one float32 `(num_test, num_classes)` per subset, log-probabilities of `knn`; on the CPU.
+        heads: one per subset, on the CPU; none of `knn`.
+        seconds: wall time.
+        num_settings: how many were compared.
     """
 
-    name: str
     setting: dict[str, Any]
     validation: dict[str, float]
     test_logits: list[Tensor]
@@ -51,11 +59,10 @@ def run_knn(
     validation: FeatureSet,
     test: FeatureSet,
     *,
-    sources: dict[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[str, ...]],
     num_classes: int,
     subsets: Subsets | None,
-    metric: str,
-    direction: str,
+    ranking: Ranking,
 ) -> BaselineResult:
     """Classifies by the nearest train rows: cosine similarity, votes of weight exp(similarity / 0.07).
 
@@ -68,8 +75,7 @@ def run_knn(
         sources: feature source -> the cached parts it concatenates.
         num_classes: number of classes.
         subsets: few-shot draws, which share one setting; None for all rows.
-        metric: `val/accuracy`, `val/macro_f1` or `val/loss`, by its mean over the subsets.
-        direction: `maximize` or `minimize`.
+        ranking: how settings are ranked, by means over the subsets.
     """
     started = time.perf_counter()
     train_rows, validation_rows = _rows(train, validation, subsets)
@@ -84,7 +90,7 @@ def run_knn(
             votes = [_votes(*near, count, num_classes) for near in nearest]
             labels = [validation.labels[seen] for seen in validation_rows]
             metrics = _mean([_metrics(*each) for each in zip(votes, labels, strict=True)])
-            rank = _rank(metrics, metric, direction, "val/loss")
+            rank = ranking.key(metrics)
             if best is None or rank > best[0]:
                 best = rank, count, source, metrics
     assert best is not None, "an encoder has at least one feature source"
@@ -92,7 +98,7 @@ def run_knn(
     nearest = [_neighbours(train, own, test, _all_rows(test), sources[source], count) for own in train_rows]
     logits = [_votes(*near, count, num_classes).cpu() for near in nearest]
     setting = {"k": count, "features": source}
-    return BaselineResult("knn", setting, metrics, logits, (), time.perf_counter() - started, num_settings)
+    return BaselineResult(setting, metrics, logits, (), time.perf_counter() - started, num_settings)
 
 
 def run_ridge(
@@ -100,11 +106,10 @@ def run_ridge(
     validation: FeatureSet,
     test: FeatureSet,
     *,
-    sources: dict[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[str, ...]],
     num_classes: int,
     subsets: Subsets | None,
-    metric: str,
-    direction: str,
+    ranking: Ranking,
 ) -> BaselineResult:
     """Regresses one-hot targets on features with an intercept; source, normalisation, strength chosen on validation.
 
@@ -118,9 +123,7 @@ def run_ridge(
         sources: feature source -> the cached parts it concatenates.
         num_classes: number of classes.
         subsets: few-shot draws, which share one setting; None for all rows.
-        metric: `val/accuracy`, `val/macro_f1` or `val/loss`, by its mean over the subsets; the lower squared error
-            decides between equals.
-        direction: `maximize` or `minimize`.
+        ranking: how settings are ranked, by means over the subsets; the lower squared error decides between equals.
     """
     started = time.perf_counter()
     train_rows, validation_rows = _rows(train, validation, subsets)
@@ -128,9 +131,11 @@ def run_ridge(
     combinations = [(source, normalize) for source in sources for normalize in NORMALIZATIONS]
     for source, normalize in combinations:
         paths = [fit_ridge_path(train, own, sources[source], normalize, num_classes) for own in train_rows]
-        tables = [path.metrics(validation, seen, metric) for path, seen in zip(paths, validation_rows, strict=True)]
+        tables = [
+            path.metrics(validation, seen, ranking.metric) for path, seen in zip(paths, validation_rows, strict=True)
+        ]
         for strength, *per_subset in zip(STRENGTHS, *tables, strict=True):
-            rank = _rank(_mean(per_subset), metric, direction, "squared_error")
+            rank = ranking.key(_mean(per_subset), "squared_error")
             if best is None or rank > best[0]:
                 best = rank, {"strength": strength, "features": source, "normalize": normalize}, paths
     assert best is not None, "an encoder has at least one feature source"
@@ -144,7 +149,28 @@ def run_ridge(
     logits = [_apply(head, test, parts, _all_rows(test)).cpu() for head in heads]
     num_settings, seconds = len(combinations) * len(STRENGTHS), time.perf_counter() - started
     on_cpu = tuple(head.cpu() for head in heads)
-    return BaselineResult("ridge", setting, _mean(metrics), logits, on_cpu, seconds, num_settings)
+    return BaselineResult(setting, _mean(metrics), logits, on_cpu, seconds, num_settings)
+
+
+class RunBaseline(Protocol):
+    """A function that chooses a baseline's setting on validation and classifies the test rows; see `run_knn`."""
+
+    def __call__(
+        self,
+        train: FeatureSet,
+        validation: FeatureSet,
+        test: FeatureSet,
+        *,
+        sources: Mapping[str, tuple[str, ...]],
+        num_classes: int,
+        subsets: Subsets | None,
+        ranking: Ranking,
+    ) -> BaselineResult:
+        """Returns the baseline with its best setting."""
+        ...
+
+
+BASELINES: Mapping[Baseline, RunBaseline] = {"knn": run_knn, "ridge": run_ridge}
 
 
 def _rows(train: FeatureSet, validation: FeatureSet, subsets: Subsets | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -166,16 +192,11 @@ def _mean(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
 
 
-def _rank(metrics: dict[str, float], metric: str, direction: str, between_equals: str) -> tuple[float, float]:
-    return (metrics[metric] if direction == "maximize" else -metrics[metric]), -metrics[between_equals]
-
-
 def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     sums = MetricSums(1, logits.shape[1], logits.device)
     for chunk, own in zip(logits.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         sums.add(chunk[:, None], own)
-    computed = sums.compute()
-    return {f"val/{name}": float(computed[name][0]) for name in ("loss", "accuracy", "macro_f1")}
+    return validation_metrics(sums.compute())
 
 
 def _neighbours(

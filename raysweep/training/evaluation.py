@@ -1,14 +1,15 @@
-"""What the test split says of a study's chosen trial: metrics, intervals, and comparisons between studies."""
+"""What the test split says of a classifier: metrics, intervals, and comparisons between two classifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from raysweep.experiment.metrics import METRICS
 from raysweep.training.metrics import MetricSums, confusion_matrix
 
 NUM_RESAMPLES = 10_000
@@ -17,19 +18,40 @@ CONFIDENCE = 0.95
 DIGITS = 9
 
 
-def evaluate_test(logits: np.ndarray | Sequence[np.ndarray], labels: np.ndarray, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class TestMetrics:
+    """Metrics of one model, or of one model per few-shot seed, on the test rows.
+
+    Attributes:
+        values: every metric of `METRICS`, means over the few-shot seeds.
+        num_rows: test rows.
+        num_seeds: models; 1 where all images train.
+        accuracy_low: lower end of the accuracy's 95 % interval: over rows for one model, over seeds for several.
+        accuracy_high: upper end of that interval.
+        accuracies: one per seed.
+        confusion_matrix: counts, row the true class, column the predicted one, summed over the seeds.
+        correct: per row the share of the models that are right: 0 or 1 of one model.
+    """
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    values: Mapping[str, float]
+    num_rows: int
+    num_seeds: int
+    accuracy_low: float
+    accuracy_high: float
+    accuracies: tuple[float, ...]
+    confusion_matrix: tuple[tuple[int, ...], ...]
+    correct: tuple[float, ...]
+
+
+def evaluate_test(logits: np.ndarray | Sequence[np.ndarray], labels: np.ndarray, seed: int) -> TestMetrics:
     """Metrics of a study's model, or of its models by few-shot seed, on the test rows.
 
     Args:
         logits: `(num_test, num_classes)`, or one such array per few-shot seed.
         labels: `(num_test,)`.
         seed: of the bootstrap.
-
-    Returns:
-        `accuracy`, `macro_f1`, `loss`, means over the few-shot seeds; `accuracy_low`, `accuracy_high`, the accuracy's
-        95 % interval: over the rows for one model, over the seeds for several; `accuracies`, one per seed; `num_seeds`;
-        `num_rows`; `confusion_matrix` as lists, row the true class, summed over the seeds; `correct`, per row a bool,
-        of several models the share that got it right.
     """
     targets = torch.from_numpy(labels).long()
     models = [logits] if isinstance(logits, np.ndarray) else list(logits)
@@ -43,16 +65,16 @@ def evaluate_test(logits: np.ndarray | Sequence[np.ndarray], labels: np.ndarray,
     accuracies = hits.mean(0)
     low, high = bootstrap_interval(hits[:, 0], seed) if np.ptp(accuracies) == 0 else seeds_interval(accuracies)
     matrix = confusion_matrix(predicted.flatten(), targets.repeat_interleave(num_seeds), num_classes)
-    return {
-        **{name: float(metrics[name].mean()) for name in ("loss", "accuracy", "macro_f1")},
-        "num_rows": len(labels),
-        "num_seeds": num_seeds,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "accuracies": accuracies.tolist(),
-        "confusion_matrix": matrix.tolist(),
-        "correct": (hits[:, 0] if num_seeds == 1 else hits.mean(1)).tolist(),
-    }
+    return TestMetrics(
+        values={name: float(metrics[name].mean()) for name in METRICS},
+        num_rows=len(labels),
+        num_seeds=num_seeds,
+        accuracy_low=low,
+        accuracy_high=high,
+        accuracies=tuple(accuracies.tolist()),
+        confusion_matrix=tuple(map(tuple, matrix.tolist())),
+        correct=tuple(hits.mean(1).tolist()),
+    )
 
 
 def bootstrap_interval(correct: np.ndarray, seed: int) -> tuple[float, float]:

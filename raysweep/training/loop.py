@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +32,10 @@ from raysweep.training.distributed import (
     sum_over_workers,
     world_size,
 )
-from raysweep.training.metrics import MetricSums
+from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.optimizer import average_weights, build_optimizer, warmup_cosine
 from raysweep.training.pixel_rows import PixelSet, read_ahead
+from raysweep.training.ranking import Ranking
 
 EVALUATION_ROWS = 128
 # Rows at once where a worker is not told how many: a GPU takes its whole share of a batch. On CPUs the activations of
@@ -42,21 +43,30 @@ EVALUATION_ROWS = 128
 CPU_MICRO_BATCH = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoopOptions:
     """What all trials of a study share.
 
-    `batch_size` is global; `micro_batch_size` is the rows that a worker trains on at once, None for what suits the
-    device. `augmentation` holds the fields of `augment.Augmentation`, or is None. `precision` is `fp32` or `bf16`.
+    Attributes:
+        batch_size: rows a step, of all workers together.
+        seed: decides the shuffle, the augmentation and dropout.
+        ranking: how epochs are ranked.
+        patience: epochs without a better one before training ends.
+        precision: `fp32` or `bf16`.
+        augmentation: of the training images; None for centre crops.
+        warmup_fraction: share of the steps in which the learning rate rises.
+        gradient_clip: largest norm of the gradient.
+        label_smoothing: share of a label that is given to all classes alike.
+        ema_decay: of a moving average of the weights; None for no average.
+        micro_batch_size: rows that a worker trains on at once; None for what suits the device.
     """
 
     batch_size: int
     seed: int
-    metric: str
-    direction: str
+    ranking: Ranking
     patience: int
     precision: str = "fp32"
-    augmentation: dict[str, Any] | None = None
+    augmentation: Augmentation | None = None
     warmup_fraction: float = 0.05
     gradient_clip: float = 1.0
     label_smoothing: float = 0.0
@@ -83,7 +93,7 @@ def train_classifier(
     parallel: nn.Module,
     train: PixelSet,
     validation: PixelSet,
-    setting: dict[str, Any],
+    setting: Mapping[str, Any],
     options: LoopOptions,
     folder: Path,
     on_epoch: Callable[[dict[str, float]], None] = lambda _metrics: None,
@@ -104,9 +114,9 @@ def train_classifier(
         on_epoch: called on every rank with the epoch's metrics.
     """
     num_epochs, num_rows, device = int(setting["epochs"]), len(train.labels), device_of(model)
-    augmentation = None
-    if options.augmentation is not None:
-        augmentation = Augmentation(**options.augmentation).scaled(float(setting.get("augmentation_strength", 1.0)))
+    augmentation = options.augmentation
+    if augmentation is not None:
+        augmentation = augmentation.scaled(float(setting.get("augmentation_strength", 1.0)))
     num_at_once = rows_at_once(options, device)
     num_steps = num_epochs * math.ceil(num_rows / options.batch_size)
     optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay)
@@ -147,7 +157,7 @@ def train_classifier(
         if options.micro_batch_size is not None:
             metrics["train/micro_batch_size"] = options.micro_batch_size
         result.history.append(metrics)
-        if _improves(metrics, result.best, options):
+        if result.best is None or options.ranking.key(metrics) > options.ranking.key(result.best):
             result.best_epoch = epoch
         if rank() == 0:
             _save(model, average, optimizer, setting, result, folder)
@@ -188,14 +198,14 @@ def _unsynchronised(parallel: nn.Module) -> AbstractContextManager[None]:
 
 
 def evaluate_classifier(model: Classifier, validation: PixelSet, options: LoopOptions) -> dict[str, float]:
-    """Returns `val/loss`, `val/accuracy`, `val/macro_f1`; every row is evaluated by exactly one worker."""
+    """Returns every metric of the validation split; every row is evaluated by exactly one worker."""
     sums = MetricSums(1, model.head.weight.shape[0], device_of(model))
     rows = own_rows(torch.arange(len(validation.labels)))
     for chunk, logits in predict_rows(model, validation, rows, options):
         sums.add(logits[:, None], validation.labels[chunk].to(logits.device))
-    metrics = {name: float(values[0]) for name, values in sums.compute().items()}
-    assert metrics["num_rows"] == len(validation.labels), "evaluation must count every row once"
-    return {f"val/{name}": metrics[name] for name in ("loss", "accuracy", "macro_f1")}
+    computed = sums.compute()
+    assert int(computed["num_rows"]) == len(validation.labels), "evaluation must count every row once"
+    return validation_metrics(computed)
 
 
 def predict_rows(
@@ -242,22 +252,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _improves(metrics: dict[str, float], best: dict[str, float] | None, options: LoopOptions) -> bool:
-    return best is None or ranking_key(metrics, options) > ranking_key(best, options)
-
-
-def ranking_key(metrics: dict[str, float], options: LoopOptions) -> tuple[float, float]:
-    """Larger is better: the study's metric, then the lower validation loss among equals."""
-    value, loss = metrics[options.metric], metrics["val/loss"]
-    sign = 1 if options.direction == "maximize" else -1
-    return (sign * value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf)
-
-
 def _save(
     model: Classifier,
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
-    setting: dict[str, Any],
+    setting: Mapping[str, Any],
     result: LoopResult,
     folder: Path,
 ) -> None:
@@ -266,7 +265,7 @@ def _save(
         save_checkpoint(result.checkpoint, weights, {"epoch": result.best_epoch, "metrics": result.best})
     averages = {f"average.{name}": tensor for name, tensor in average.state_dict().items()} if average else {}
     tensors = model.state_dict() | averages | optimizer_tensors(optimizer)
-    state = {"setting": setting, "history": result.history, "best_epoch": result.best_epoch}
+    state = {"setting": dict(setting), "history": result.history, "best_epoch": result.best_epoch}
     save_checkpoint(folder / "last.safetensors", tensors, state)
 
 
@@ -274,7 +273,7 @@ def _restore(
     model: Classifier,
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
-    setting: dict[str, Any],
+    setting: Mapping[str, Any],
     folder: Path,
 ) -> LoopResult:
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raysweep.experiment.metrics import METRICS, validation_key
 from raysweep.training.distributed import sum_over_workers
 
 
@@ -42,7 +45,7 @@ class MetricSums:
         return torch.split(sums, [1, 1, *[self.num_classes] * 3], dim=1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns `loss`, `accuracy`, `macro_f1` and `num_rows`, each `(num_heads,)` float64, over all workers.
+        """Returns every metric of `METRICS` and `num_rows`, each `(num_heads,)` float64, over all workers.
 
         Macro F1 is the mean over the classes that occur among labels or predictions, as scikit-learn has it. Of a
         head whose loss is not finite, accuracy and macro F1 are NaN: the class that argmax picks among NaNs is no
@@ -59,6 +62,11 @@ class MetricSums:
             "macro_f1": valid * (f1 * occurs).sum(1) / occurs.sum(1),
             "num_rows": num_rows[:, 0],
         }
+
+
+def validation_metrics(computed: Mapping[str, Tensor], head: int = 0) -> dict[str, float]:
+    """Returns what `MetricSums.compute` gave for one head, under the keys of the validation split."""
+    return {validation_key(name): float(computed[name][head]) for name in METRICS}
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

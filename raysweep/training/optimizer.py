@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from raysweep.encoders.head import Classifier
 LEARNED_INPUTS = ("position", "pos_embed", "_token", "head.probe", "class_embedding")
 
 
-def build_optimizer(model: Classifier, setting: dict[str, Any]) -> torch.optim.AdamW:
+def build_optimizer(model: Classifier, setting: Mapping[str, Any]) -> torch.optim.AdamW:
     """AdamW whose groups' `peak_lr` decays by `layer_decay` for every block below the head.
 
     Norms, biases, position embeddings and learned tokens take no weight decay. Frozen parameters are left out.

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from raysweep.encoders.head import Head, normalize_features
-from raysweep.training.disk_rows import DiskRows
+from raysweep.encoders.head import Head, normalize_features, standard_scale
+from raysweep.experiment.metrics import METRICS, validation_key
 from raysweep.training.distributed import own_rows, seeded_generator, sum_over_workers
 from raysweep.training.metrics import MetricSums
 
@@ -28,7 +28,6 @@ EPSILON = 1e-8
 # Probabilities below 1e-16 count as that. It is nothing beside EPSILON, whereas the denormal numbers that gradients and
 # their squares become in heads that separate their classes make products and AdamW ten times slower and more.
 LEAST_LOG_PROBABILITY = -36.0
-VALIDATION_METRICS = ("loss", "accuracy", "macro_f1")
 STATISTICS_ROWS = 1024
 # Inputs normalised once instead of once per epoch, for all stacks together: little beside what a worker holds anyway
 # (Python, torch and Ray), and enough for the few thousand rows where epochs are so short that it counts.
@@ -39,11 +38,24 @@ BLOCK_BYTES = 8 * 2**20
 LOGITS_BYTES = 64 * 2**20
 
 
+class FeatureRows(Protocol):
+    """A matrix of features `(num_rows, num_features)`: a tensor, or a file that is read where a tensor is indexed."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Rows and features."""
+        ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """Returns rows by their int64 numbers: `(*rows.shape, num_features)`."""
+        ...
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """Cached features of one split: `parts[name]` is `(num_rows, num_features)`, labels `(num_rows,)` int64."""
 
-    parts: dict[str, Tensor | DiskRows]
+    parts: Mapping[str, FeatureRows]
     labels: Tensor
 
     def source(self, parts: Sequence[str], rows: Tensor) -> Tensor:
@@ -63,14 +75,12 @@ class Subsets:
 class HeadResult:
     """One setting's trained heads, one per subset.
 
-    `history` has one dict of metrics per epoch, each the mean over the subsets; `finals` one dict per subset, the
-    validation metrics of its last epoch.
+    `history` has one dict of metrics per epoch, each the mean over the subsets.
     """
 
-    setting: dict[str, Any]
+    setting: Mapping[str, Any]
     heads: tuple[Head, ...] = ()
     history: list[dict[str, float]] = field(default_factory=list)
-    finals: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def head(self) -> Head:
@@ -81,14 +91,13 @@ class HeadResult:
 def train_population(
     train: FeatureSet,
     validation: FeatureSet,
-    settings: Sequence[dict[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
     *,
-    sources: dict[str, tuple[str, ...]],
+    sources: Mapping[str, tuple[str, ...]],
     num_classes: int,
     batch_size: int,
     seed: int,
     subsets: Subsets | None = None,
-    on_epoch: Callable[[int, int], None] = lambda _epoch, _num_epochs: None,
 ) -> list[HeadResult]:
     """Trains one linear head per setting and subset, all together.
 
@@ -101,7 +110,6 @@ def train_population(
         batch_size: global batch size, over all workers.
         seed: decides the order of the rows, the same for every head and any number of workers.
         subsets: rows that each setting is trained and evaluated on, once per subset; None for all rows, once.
-        on_epoch: called with (epochs done, epochs in all).
 
     Returns:
         One result per setting, in the order of `settings`.
@@ -118,7 +126,6 @@ def train_population(
         batches = torch.randperm(num_rows, generator=seeded_generator(seed, epoch)).split(batch_size)
         _train_epoch(active, train_rows, batches)
         _finish_epoch(active, num_rows, validation_rows, started)
-        on_epoch(epoch + 1, num_epochs)
     results = {index: result for stack in stacks for index, result in stack.results.items()}
     return [results[index] for index in range(len(settings))]
 
@@ -126,12 +133,12 @@ def train_population(
 def _build_stacks(
     train: FeatureSet,
     subsets: Tensor,
-    settings: Sequence[dict[str, Any]],
-    sources: dict[str, tuple[str, ...]],
+    settings: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, tuple[str, ...]],
     num_classes: int,
     steps_per_epoch: int,
 ) -> list[_Stack]:
-    groups: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
     for index, setting in enumerate(settings):
         groups.setdefault((setting["features"], setting["normalize"]), []).append((index, setting))
     return [
@@ -167,7 +174,7 @@ def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Ro
     losses = torch.cat([stack.loss_sums() for stack in stacks], dim=-1)
     table = {
         "train/loss": sum_over_workers(losses) / num_train_rows,
-        **{f"val/{name}": torch.stack([one[name] for one in computed]) for name in VALIDATION_METRICS},
+        **{validation_key(name): torch.stack([one[name] for one in computed]) for name in METRICS},
     }
     values = torch.stack(list(table.values()), dim=-1).transpose(0, 1).tolist()
     # The same for every head: they share what is read, and a GPU is waited for only here.
@@ -211,7 +218,7 @@ class _Stack:
         self,
         train: FeatureSet,
         subsets: Tensor,
-        members: list[tuple[int, dict[str, Any]]],
+        members: list[tuple[int, Mapping[str, Any]]],
         parts: tuple[str, ...],
         normalize: str,
         num_classes: int,
@@ -338,9 +345,6 @@ class _Stack:
             mean = {name: statistics.fmean(one[name] for one in subset_metrics) for name in subset_metrics[0]}
             result.history.append({**mean, "time/epoch_s": seconds})
             if len(result.history) == self.epochs[position]:
-                result.finals = [
-                    {f"val/{name}": one[f"val/{name}"] for name in VALIDATION_METRICS} for one in subset_metrics
-                ]
                 result.heads = tuple(self._head(position, subset) for subset in range(len(subset_metrics)))
 
     def _head(self, position: int, subset: int) -> Head:
@@ -360,7 +364,7 @@ class _Stack:
 def feature_statistics(train: FeatureSet, parts: Sequence[str], subsets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each `(num_subsets, num_features)`, of subsets of the train rows.
 
-    A feature that is constant gets a scale of 1.
+    A constant feature gets a scale of 1.
     """
     num_rows = subsets.shape[1]
     total = squares = torch.zeros((), dtype=torch.float64, device=train.labels.device)
@@ -368,7 +372,5 @@ def feature_statistics(train: FeatureSet, parts: Sequence[str], subsets: Tensor)
         features = train.source(parts, rows).double()
         total, squares = total + features.sum(1), squares + features.square().sum(1)
     mean = total / num_rows
-    scale = (squares / num_rows - mean.square()).clamp(min=0).sqrt()
-    # Relative to the mean: squares that cancel leave a constant feature a scale of about 1e-8 of it.
-    varies = scale > 1e-6 * mean.abs().clamp(min=1)
-    return mean.float(), torch.where(varies, scale, 1.0).float()
+    deviation = (squares / num_rows - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), standard_scale(mean, deviation).float()

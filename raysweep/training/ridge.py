@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raysweep.encoders.head import Head, normalize_features
+from raysweep.encoders.head import Head, normalize_features, standard_scale
 from raysweep.training.metrics import MetricSums
 from raysweep.training.population import FeatureSet
 
@@ -61,8 +61,7 @@ def _fit_inputs(train: FeatureSet, rows: Tensor, parts: tuple[str, ...], normali
     inputs = _Inputs(parts, "none" if normalize == "standardize" else normalize, zero, one, zero.double())
     mean, deviation = inputs.moments(train, rows)
     if normalize == "standardize":
-        # Relative to the mean: squares that cancel leave a constant feature a deviation of about 1e-8 of it.
-        scale = torch.where(deviation > 1e-6 * mean.abs().clamp(min=1), deviation, 1.0).float()
+        scale = standard_scale(mean, deviation).float()
         inputs = replace(inputs, normalize=normalize, mean=mean.float(), scale=scale)
         mean, _ = inputs.moments(train, rows)
     return replace(inputs, center=mean)
