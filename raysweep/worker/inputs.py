@@ -1,73 +1,67 @@
-"""What a worker trains on and with: features, pixels and the model, as a group's job describes them."""
+"""What a worker trains on and with: features, pixels and the model, as the job describes them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
-from raysweep.encoders import encoder_from_spec
+from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
-from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import TrialError
-from raysweep.images.cache import fetched, forget_peak_memory
+from raysweep.images.cache import fetched
+from raysweep.images.disk_rows import DiskRows
 from raysweep.images.features import load_arrays, load_features
+from raysweep.images.memory import forget_peak_memory
 from raysweep.images.pixels import Geometry, open_pixels
+from raysweep.images.splits import Split
 from raysweep.images.streaming import StreamedPixels
 from raysweep.storage import local_path
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets
+from raysweep.worker.job import Job, StudySpec
 
 RESIDENT_SHARE = 0.3  # of a worker's GPU memory, for the pixels of all splits
 RESIDENT_ROWS = 256  # that are copied to it at once
 
-# What the last job loaded: actors are reused from one Population to the next, and the data is the same.
-_loaded: dict[str, Any] = {}
+Loaded = TypeVar("Loaded")
+
+# What the last job loaded: the process is used again for the next Population, and the data is the same.
+_loaded: dict[str, object] = {}
 
 
-def widest(job: dict[str, Any]) -> int:
-    """Features of the widest source."""
-    widths: dict[str, int] = job["encoder"]["parts"]
-    return max(sum(widths[part] for part in parts) for parts in sources_of(job).values())
-
-
-def sources_of(job: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The encoder's feature sources, each with the parts that it concatenates."""
-    return {source: tuple(parts) for source, parts in job["encoder"]["sources"].items()}
-
-
-def subsets_of(study: dict[str, Any], device: torch.device) -> Subsets | None:
+def subsets_of(study: StudySpec, device: torch.device) -> Subsets | None:
     """A study's few-shot draws on a device; None where it takes all rows."""
-    places = study["subsets"]
-    return (
-        Subsets(*(torch.from_numpy(places[split]).to(device) for split in ("train", "validation"))) if places else None
-    )
+    draws = study.draws
+    if draws is None:
+        return None
+    return Subsets(torch.from_numpy(draws.train).to(device), torch.from_numpy(draws.validation).to(device))
 
 
-def build_classifier(job: dict[str, Any]) -> Classifier:
-    """Builds the model that every trial of a fine_tune or from_scratch study starts from."""
+def build_classifier(job: Job) -> Classifier:
+    """Builds the model that every trial of a study which trains on pixels starts from."""
     import ray
 
-    encoder = encoder_from_spec(job["encoder"])
-    load_arrays(encoder, ray.get(job["weights"]))
-    if job["head"] is not None:
-        (head, *_), source = load_heads(local_path(job["head"]))
+    encoder = encoder_from_spec(job.encoder)
+    load_arrays(encoder, ray.get(job.weights))
+    if job.head is not None:
+        (head, *_), source = load_heads(local_path(job.head))
     else:
-        source = job["source"]
-        head = Head(encoder.num_features(source), job["num_classes"])
+        source = job.encoder.default_source
+        head = Head(encoder.num_features(source), job.num_classes)
     return Classifier(encoder, head, source)
 
 
-def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: dict[str, Any]) -> None:
+def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: Mapping[str, Any]) -> None:
     """Writes a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read."""
     tensors = {f"head.{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
-    save_checkpoint(path, tensors, metadata | {"head": heads[0].spec(), "num_heads": len(heads), "source": source})
+    save_checkpoint(path, tensors, {**metadata, "head": heads[0].spec(), "num_heads": len(heads), "source": source})
 
 
 def load_heads(path: Path) -> tuple[list[Head], str]:
@@ -88,44 +82,43 @@ def load_heads(path: Path) -> tuple[list[Head], str]:
 
 
 def forget_peaks(device: torch.device) -> None:
-    """Begins to measure memory anew: this process may have worked for other studies, or run out of memory."""
+    """Starts a new measurement of memory: this process may have worked for other studies, or run out of memory."""
     forget_peak_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def feature_set(job: dict[str, Any], split: str, device: torch.device) -> FeatureSet:
+def feature_set(job: Job, split: Split, device: torch.device) -> FeatureSet:
     """Cached features and labels of a split, on a device."""
-    row_ids, labels = job["rows"][split]
-    num_rows = sum(len(ids) for ids, _ in job["rows"].values())
-    budget = job["memory_bytes"] * len(row_ids) // num_rows  # of what all splits together may take
+    rows = job.rows[split]
+    budget = int(job.resources.feature_memory_gb * 1e9) * len(rows) // job.num_rows  # all splits share the memory
 
-    def load() -> dict[str, Any]:
-        return load_features(fetched(job["cache"]), row_ids, list(job["encoder"]["parts"]), budget)
+    def load() -> dict[str, torch.Tensor | DiskRows]:
+        return load_features(fetched(job.cache), rows.ids, list(job.encoder.parts), budget)
 
-    parts = _load_once(f"{job['data_key']}/{split}", load)
-    return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(labels).to(device))
+    parts = _load_once(f"{job.data_key}/{split}", load)
+    return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(rows.labels).to(device))
 
 
-def pixel_set(job: dict[str, Any], split: str, device: torch.device) -> PixelSet:
+def pixel_set(job: Job, split: Split, device: torch.device) -> PixelSet:
     """Pixels and labels of a split: on a GPU with room for all splits of the job there, else where they are read."""
-    row_ids, labels = job["rows"][split]
-    load = partial(_load_pixels, job, row_ids, device)
-    return PixelSet(_load_once(f"{job['data_key']}/{split}", load), torch.from_numpy(labels))
+    rows = job.rows[split]
+    load = partial(_load_pixels, job, rows.ids, device)
+    return PixelSet(_load_once(f"{job.data_key}/{split}", load), torch.from_numpy(rows.labels))
 
 
-def _load_pixels(job: dict[str, Any], row_ids: np.ndarray, device: torch.device) -> PixelRows:
-    shape = (*job["shape"], 3)
-    if job["stream"] is None:
-        pixels: PixelRows = open_pixels(fetched(job["cache"]), row_ids, shape)
+def _load_pixels(job: Job, row_ids: np.ndarray, device: torch.device) -> PixelRows:
+    geometry = Geometry.of(job.encoder.preprocessing, for_training=True)
+    pixels: PixelRows
+    if job.index is None:
+        pixels = open_pixels(fetched(job.cache), row_ids, geometry.shape)
     else:
-        preprocessing = Preprocessing.from_dict(job["encoder"]["preprocessing"])
-        pixels = StreamedPixels(job["stream"], row_ids, Geometry.of(preprocessing, for_training=True))
-    num_bytes = math.prod(shape) * sum(len(ids) for ids, _ in job["rows"].values())
-    if device.type != "cuda" or not fits_on_device(num_bytes, total_memory_of(device), job["gpus_per_worker"]):
+        pixels = StreamedPixels(job.index, row_ids, geometry)
+    num_bytes, share = math.prod(geometry.shape) * job.num_rows, job.resources.gpus_per_worker
+    if device.type != "cuda" or not fits_on_device(num_bytes, total_memory_of(device), share):
         return pixels
-    resident = torch.empty((len(row_ids), *shape), dtype=torch.uint8, device=device)
+    resident = torch.empty((len(row_ids), *geometry.shape), dtype=torch.uint8, device=device)
     batches = torch.arange(len(row_ids)).split(RESIDENT_ROWS)
     for part, read in zip(resident.split(RESIDENT_ROWS), pixels.read(batches), strict=True):
         part.copy_(read)
@@ -142,10 +135,10 @@ def fits_on_device(num_bytes: int, total_memory: int, gpus_per_worker: float) ->
     return num_bytes <= RESIDENT_SHARE * total_memory * min(1.0, gpus_per_worker)
 
 
-def _load_once(key: str, load: Callable[[], Any]) -> Any:
+def _load_once(key: str, load: Callable[[], Loaded]) -> Loaded:
     study = key.rpartition("/")[0]
     for other in [known for known in _loaded if known.rpartition("/")[0] != study]:
         del _loaded[other]
     if key not in _loaded:
         _loaded[key] = load()
-    return _loaded[key]
+    return cast(Loaded, _loaded[key])
