@@ -7,80 +7,112 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raysweep.experiment.space import Setting
 from raysweep.paths import write_atomically, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = (
-    "study",
-    "encoder",
-    "mode",
-    "shots",
-    "num_seeds",
-    "num_trials",
-    "best_params",
-    "val_accuracy",
-    "test_accuracy",
-    "test_accuracy_low",
-    "test_accuracy_high",
-    "test_macro_f1",
-    "num_test",
-    "encoder_passes",
-    "train_seconds",
-    "study_seconds",
-    "peak_memory_bytes",
-    "peak_gpu_memory_bytes",
-    "images_per_second",
-    "mlflow_run_id",
-    "model_path",
-    "tied_with_best",
-)
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the leaderboard; the fields are its columns.
+
+    Attributes:
+        study: name of the study or baseline.
+        encoder: name of the encoder.
+        mode: of the study, or the baseline's name.
+        shots: training images a class, or `all`.
+        num_seeds: few-shot draws that the figures are means over.
+        num_trials: settings that were tried.
+        best_params: the setting that was best on validation.
+        val_accuracy: accuracy of the best setting on validation.
+        test_accuracy: its accuracy on test.
+        test_accuracy_low: lower end of the 95 % interval of the test accuracy.
+        test_accuracy_high: upper end of that interval.
+        test_macro_f1: macro F1 on test.
+        num_test: images of the test split.
+        encoder_passes: how often the encoder ran over the images; for features in this invocation: 1, or 0.
+        train_seconds: what the model cost from images to weights: the pass that made its cache, and its training.
+        study_seconds: wall time of all work for the study, trials side by side added up.
+        peak_memory_bytes: largest resident set of a process that worked for it.
+        peak_gpu_memory_bytes: most GPU memory that tensors took in such a process.
+        images_per_second: speed of the encoder pass, or of the training loop.
+        mlflow_run_id: its MLflow run.
+        model_path: location of the exported model; None where there is none.
+        tied_with_best: whether the test split cannot tell it from the best row.
+    """
+
+    study: str
+    encoder: str
+    mode: str
+    shots: int | str
+    num_seeds: int
+    num_trials: int
+    best_params: Setting
+    val_accuracy: float
+    test_accuracy: float
+    test_accuracy_low: float
+    test_accuracy_high: float
+    test_macro_f1: float
+    num_test: int
+    encoder_passes: int
+    train_seconds: float
+    study_seconds: float
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int
+    images_per_second: float
+    mlflow_run_id: str | None
+    model_path: str | None
+    tied_with_best: bool = False
 
 
-def rank_rows(rows: Sequence[dict[str, Any]], correct: Sequence[Sequence[float]], seed: int) -> list[dict[str, Any]]:
+def rank_rows(rows: Sequence[Row], correct: Sequence[Sequence[float]], seed: int) -> list[Row]:
     """Sorts rows by test accuracy, then cost, and marks those that the test split cannot tell from the best.
 
-    The best is that of the same number of shots: more images win without saying anything of the encoder.
+    Each row is compared with the best of the same number of shots: more training images win whatever the encoder.
 
     Args:
-        rows: a row per study and baseline, without `tied_with_best`.
-        correct: per row, how right its model was on each test row: a bool, or the share of few-shot seeds.
+        rows: a row per study and baseline.
+        correct: per row, how right its model was on each test row: 0 or 1, or the share of few-shot seeds.
         seed: of the paired bootstrap.
     """
     from raysweep.training.evaluation import differs  # imports torch, which a dry run has no time for
 
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i]["test_accuracy"], rows[i]["train_seconds"]))
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index].test_accuracy, rows[index].train_seconds))
     best: dict[int | str, np.ndarray] = {}
     ranked = []
     for index in order:
         own = np.array(correct[index], float)
-        first = best.setdefault(rows[index]["shots"], own)
-        ranked.append(rows[index] | {"tied_with_best": len(own) == len(first) and not differs(first, own, seed)})
+        first = best.setdefault(rows[index].shots, own)
+        is_tied = len(own) == len(first) and not differs(first, own, seed)
+        ranked.append(replace(rows[index], tied_with_best=is_tied))
     return ranked
 
 
-def write_leaderboard(rows: Sequence[dict[str, Any]], json_path: Path, csv_path: Path) -> None:
+def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> None:
     """Writes the rows as a JSON list and as a CSV table with `best_params` as JSON."""
-    write_json(json_path, [{column: row[column] for column in COLUMNS} for row in rows])
+    records = [asdict(row) for row in rows]
+    write_json(json_path, records)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, [column.name for column in fields(Row)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "best_params": json.dumps(row["best_params"])} for row in rows)
+    writer.writerows({**record, "best_params": json.dumps(record["best_params"])} for record in records)
     write_atomically(csv_path, text.getvalue())
 
 
-def render_leaderboard(rows: Sequence[dict[str, Any]]) -> Table:
+def render_leaderboard(rows: Sequence[Row]) -> Table:
     """Returns the table for the terminal: encoder, mode, accuracy with interval, what it cost; a section per shots."""
     from rich import box
     from rich.table import Table
 
-    on_gpu, sections = any(row["peak_gpu_memory_bytes"] for row in rows), _by_shots(rows)
+    on_gpu, sections = any(row.peak_gpu_memory_bytes for row in rows), _by_shots(rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.title, table.title_justify = "Leaderboard (test split)\n", "left"
     for name in ("", "encoder", "mode"):
@@ -92,42 +124,42 @@ def render_leaderboard(rows: Sequence[dict[str, Any]]) -> Table:
     for section in sections:
         table.add_section()
         if len(sections) > 1:
-            table.add_row("", _describe_shots(section[0]["shots"]), style="bold")
+            table.add_row("", _describe_shots(section[0].shots), style="bold")
         for place, row in enumerate(section, start=1):
-            mark = "=" if row["tied_with_best"] and place > 1 else str(place)
-            table.add_row(mark, row["encoder"], row["mode"], *_figures(row, on_gpu))
+            mark = "=" if row.tied_with_best and place > 1 else str(place)
+            table.add_row(mark, row.encoder, row.mode, *_figures(row, on_gpu))
     table.caption, table.caption_justify = "\n".join(["", *_legend(rows)]), "left"
     return table
 
 
-def _by_shots(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _by_shots(rows: Sequence[Row]) -> list[list[Row]]:
     """Groups ranked rows by their number of shots, all images first, then from many to few."""
-    found = sorted({row["shots"] for row in rows}, key=lambda shots: -math.inf if shots == "all" else -shots)
-    return [[row for row in rows if row["shots"] == shots] for shots in found]
+    found = sorted({row.shots for row in rows}, key=lambda shots: -math.inf if shots == "all" else -int(shots))
+    return [[row for row in rows if row.shots == shots] for shots in found]
 
 
 def _describe_shots(shots: int | str) -> str:
     return "all images" if shots == "all" else f"{shots} shot{'s' * (shots != 1)}"
 
 
-def _figures(row: dict[str, Any], on_gpu: bool) -> list[str]:
-    interval = f"{row['test_accuracy']:.3f} [{row['test_accuracy_low']:.3f}, {row['test_accuracy_high']:.3f}]"
-    memory = row["peak_gpu_memory_bytes"] if on_gpu else row["peak_memory_bytes"]
-    settings, seconds = str(row["num_trials"]), describe_seconds(row["train_seconds"])
+def _figures(row: Row, on_gpu: bool) -> list[str]:
+    interval = f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}]"
+    memory = row.peak_gpu_memory_bytes if on_gpu else row.peak_memory_bytes
+    settings, seconds = str(row.num_trials), describe_seconds(row.train_seconds)
     return [interval.replace("[", r"\["), settings, seconds, f"{memory / 1e9:.1f} GB"]
 
 
-def _legend(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _legend(rows: Sequence[Row]) -> list[str]:
     lines = []
-    if any(row["tied_with_best"] for section in _by_shots(rows) for row in section[1:]):
+    if any(row.tied_with_best for section in _by_shots(rows) for row in section[1:]):
         lines.append("= the test split cannot tell it from the first (paired bootstrap, 95 %)")
-    num_seeds = max((row["num_seeds"] for row in rows), default=1)
+    num_seeds = max((row.num_seeds for row in rows), default=1)
     if num_seeds > 1:
         lines.append(f"few shots: mean of {num_seeds} draws of the training images, interval over the draws")
     return lines
 
 
-def describe_setting(setting: dict[str, Any]) -> str:
+def describe_setting(setting: Setting) -> str:
     """Returns a setting in a few words: `lr 0.003, 15 epochs, cls`, `k 10, cls`, `strength 0.3, cls, standardize`."""
     words = {
         "learning_rate": "lr {:.2g}",

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from raysweep.encoders import encoder_from_spec
+from raysweep.encoders.base import EncoderSpec
+from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.decode import decode_image
@@ -46,7 +47,7 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         description = {
             "format": FORMAT,
             "labels": list(classes),
-            "encoder": classifier.encoder.spec(),
+            "encoder": classifier.encoder.spec.to_dict(),
             "head": classifier.head.spec(),
             "features": classifier.source,
             "about": about,
@@ -104,7 +105,9 @@ def load_model(folder: Path) -> Model:
         tensors = load_file(folder / WEIGHTS)
         _check_format(description)
         head = Head(**description["head"])
-        classifier = Classifier(encoder_from_spec(description["encoder"]), head, description["features"])
+        classifier = Classifier(
+            encoder_from_spec(EncoderSpec.from_dict(description["encoder"])), head, description["features"]
+        )
         classifier.load_state_dict(tensors)
         labels = tuple(description["labels"])
         if len(labels) != len(head.bias):

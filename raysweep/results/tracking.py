@@ -6,29 +6,28 @@ so that a resumed sweep goes on in the runs it had.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock
+
 from raysweep.errors import RaysweepError
+from raysweep.results.environment import ROOT_TAG, package_version
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 METRICS_PER_BATCH = 1_000  # the server's limit
 MAX_TAG_LENGTH = 5_000  # likewise
-ROOT, MODEL_URI = "raysweep.root", "raysweep.model_uri"
+MODEL_URI = "raysweep.model_uri"
 # Without the kind, the UI opens on its pages for language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
@@ -51,8 +50,8 @@ class LoggedTrial:
     first_epoch: int = 0
 
 
-class Tracker:
-    """Writes one sweep to MLflow.
+def open_tracker(uri: str, experiment: str) -> Tracker:
+    """Opens an MLflow store.
 
     Args:
         uri: MLflow tracking URI.
@@ -61,45 +60,56 @@ class Tracker:
     Raises:
         RaysweepError: there is no such store, or it cannot be reached.
     """
+    # MLflow sets its own logger's level when it is imported.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # For every run it would print where a server shows it.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
 
-    def __init__(self, uri: str, experiment: str) -> None:
-        # MLflow sets its own logger's level when it is imported.
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        # Of every run it would print where a server shows it.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        import mlflow
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # The model flavours take the URI from here alone.
+    mlflow.set_tracking_uri(uri)
+    # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
+    try:
+        _check_postgresql_answers(uri)
+        with _one_try(), _only_opener(uri):
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            client.get_experiment_by_name(experiment)
+        return Tracker(client, _experiment_id(client, experiment))
+    except Exception as error:
+        raise RaysweepError(f"tracking.uri: '{uri}' cannot be used as an MLflow store ({error})") from error
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        # The model flavours know no other way of being told.
-        mlflow.set_tracking_uri(uri)
-        self.uri = uri
-        # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    """Returns the id of an experiment, which is created or restored where needed."""
+    from mlflow import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
         try:
-            _knock(uri)
-            with _impatient(), _alone(uri):
-                self.client = mlflow.MlflowClient(tracking_uri=uri)
-                self.client.get_experiment_by_name(experiment)
-            found = self.client.get_experiment_by_name(experiment)
-            self.experiment_id = found.experiment_id if found else self._create_experiment(experiment)
-            if found is not None and found.lifecycle_stage == "deleted":
-                self.client.restore_experiment(found.experiment_id)
-        except Exception as error:
-            raise RaysweepError(f"tracking.uri: '{uri}' cannot be used as an MLflow store ({error})") from error
-        self._children: dict[str, dict[str, Run]] = {}
-        self._open: set[str] = set()
-
-    def _create_experiment(self, name: str) -> str:
-        """Returns the new experiment's id, or that of another sweep's which was quicker."""
-        from mlflow import MlflowException
-
-        try:
-            return str(self.client.create_experiment(name, tags=EXPERIMENT_TAGS))
-        except MlflowException:
-            found = self.client.get_experiment_by_name(name)
+            return str(client.create_experiment(name, tags=EXPERIMENT_TAGS))
+        except MlflowException:  # another sweep was quicker
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-            return str(found.experiment_id)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+class Tracker:
+    """Writes one sweep to MLflow; made by `open_tracker`.
+
+    Args:
+        client: of the store.
+        experiment_id: of the MLflow experiment.
+    """
+
+    def __init__(self, client: MlflowClient, experiment_id: str) -> None:
+        self.client, self.experiment_id = client, experiment_id
+        self._children: dict[str, dict[str, Run]] = {}
+        self._open: set[str] = set()
 
     def start_run(
         self, key: str, name: str, level: str, parent: str | None = None, tags: Mapping[str, str] | None = None
@@ -221,7 +231,9 @@ class Tracker:
             loader_module="raysweep.results.model",
             data_path=str(folder),
             signature=signature,
-            pip_requirements=[f"{name}=={_version(name)}" for name in ("raysweep", "torch", "transformers", "pillow")],
+            pip_requirements=[
+                f"{name}=={package_version(name)}" for name in ("raysweep", "torch", "transformers", "pillow")
+            ],
         )
         return str(info.model_uri)
 
@@ -243,7 +255,7 @@ class Tracker:
     def fail_abandoned(self, root: str) -> None:
         """Ends what killed invocations left running of every sweep kept in `root`, which the caller has locked."""
         for run in self._runs_under(None).values():
-            if run.data.tags.get(ROOT) != root:
+            if run.data.tags.get(ROOT_TAG) != root:
                 continue
             run_id = run.info.run_id
             if run_id in self._open or run.info.status == "RUNNING":
@@ -265,7 +277,7 @@ class Tracker:
         """Ends every run that is still open as FAILED; called on the way out of a sweep, however it went."""
         from mlflow import MlflowException
 
-        with _impatient(), suppress(MlflowException):  # a store that is gone must not hide why the sweep ends
+        with _one_try(), suppress(MlflowException):  # a store that is gone must not hide why the sweep ends
             for run_id in list(self._open):
                 self.finish(run_id, "FAILED")
 
@@ -281,8 +293,8 @@ def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Met
     ]
 
 
-def _knock(uri: str) -> None:
-    """Asks a PostgreSQL server whether it is there: MLflow would ask ten times, over minutes."""
+def _check_postgresql_answers(uri: str) -> None:
+    """Connects once to a PostgreSQL server, and raises where it does not answer: MLflow would try for minutes."""
     scheme, _, rest = uri.partition("://")
     if scheme.partition("+")[0] == "postgresql":
         import psycopg
@@ -291,8 +303,8 @@ def _knock(uri: str) -> None:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """Lets MLflow's HTTP client try once: by default it goes on for minutes before it says that there is no server."""
+def _one_try() -> Iterator[None]:
+    """Makes MLflow's HTTP client try once: by default it tries for minutes before it says that there is no server."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
     os.environ[name] = before or "0"
@@ -321,35 +333,13 @@ def reported_as_ours(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _only_opener(uri: str) -> Iterator[None]:
     """Lets one process at a time make or migrate a SQLite store's schema: two at once leave it broken for good."""
     if not uri.startswith("sqlite:///"):
         yield
         return
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    if not path.parent.is_dir():  # FileLock would make it, wherever a mistyped URI points
+        raise FileNotFoundError(f"no such folder: '{path.parent}'")
+    with FileLock(path.with_name(f".{path.name}.lock")):
         yield
-
-
-def environment_tags(root: str) -> dict[str, str]:
-    """Where a sweep keeps its results, versions of what they depend on, and the working directory's git commit."""
-    tags = {ROOT: root, **{f"version.{name}": _version(name) for name in PACKAGES}}
-    tags["version.python"] = platform.python_version()
-    commit = _git_commit()
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
-def _git_commit() -> str:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit in it
-        return ""
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
