@@ -14,6 +14,7 @@ from raysweep.errors import RaysweepError
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import Experiment
+    from raysweep.results.leaderboard import Row
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(experiment: Experiment) -> int:
+    from raysweep.cluster.resources import local_resources
     from raysweep.cluster.session import RaySession, joins_cluster
     from raysweep.images.sources import load_index
     from raysweep.sweep.plan import cluster_lines, plan_lines
-    from raysweep.cluster.resources import local_resources
 
     if joins_cluster():
         from raysweep.sweep.sweep import check_outlives_job
@@ -103,12 +104,12 @@ def _run(experiment: Experiment, verbose: bool) -> int:
     return 1 if result.failures else 0
 
 
-def _next_steps(experiment: Experiment, rows: Sequence[dict[str, object]]) -> list[str]:
+def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     from raysweep.paths import SweepPaths
     from raysweep.storage import location
 
     paths = SweepPaths(experiment.storage, experiment.name)
-    models = [_shown(str(row["model_path"])) for row in rows if row["model_path"]]
+    models = [_shown(row.model_path) for row in rows if row.model_path]
     uri = experiment.tracking.uri
     return [
         "",

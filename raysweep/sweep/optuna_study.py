@@ -1,4 +1,4 @@
-"""The search for one encoder and mode: an Optuna study that Ray Tune works through, Population by Population.
+"""One study as Optuna keeps it: which settings come next, what became of each trial, and which one is the best.
 
 The only importer of optuna. The study in its journal is the truth: every trial told is there, a resumed sweep opens
 it again and goes on, and Tune is started afresh for what is left of the budget.
@@ -6,160 +6,113 @@ it again and goes on, and Tune is started afresh for what is left of the budget.
 
 from __future__ import annotations
 
-import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from raysweep.errors import ConfigError, TrialError, did_you_mean
-from raysweep.experiment.config import SearchBlock
+from raysweep.errors import ConfigError, TrialError
+from raysweep.experiment.search_blocks import SearchBlock
 from raysweep.experiment.space import (
     Choices,
     Dimension,
     FloatRange,
     Scheduler,
-    Setting,
     fit_to_space,
     grid,
     num_grid_points,
-    recommended,
 )
+from raysweep.training.ranking import Ranking
+from raysweep.worker.job import TrialResult, field_values
 
 if TYPE_CHECKING:
     import optuna
-
-MAX_POPULATION = 64
-MIN_POPULATION = 8
-POPULATIONS_PER_STUDY = 4
 
 SECONDS_TO_CONNECT = 10
 SCHEMA_LOCK = 0x7261797377656570  # "raysweep"
 RUNG = "completed_rung_"  # where Optuna's asha notes, in a trial's system attributes, what it has compared
 STOPPED = "stopped"  # user attribute of a trial that its scheduler wants stopped
 MEDIAN_NEEDS = 4  # trials that ran to their end, before others are compared with them
+RESULT = "record"  # user attribute of a trial that is over: its TrialResult
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """One finished trial. `final` holds the metrics it is ranked by; `error` says why there are none.
-
-    A scheduler ended one that is `pruned`: `history` is what it reported, and it has no checkpoint.
-    """
-
-    number: int
-    setting: Setting
-    final: dict[str, float]
-    history: list[dict[str, float]]
-    checkpoint: str | None
-    details: dict[str, float]
-    error: str | None = None
-    pruned: bool = False
-
-
-def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
-    """The search space of a study: the block's, with `features` narrowed to what the encoder has.
-
-    Raises:
-        ConfigError: none of the feature sources asked for is one of the encoder's.
-    """
-    space = dict(block.space)
-    if block.mode != "linear_probe":
-        return space
-    if "features" not in space:
-        # A grid tries just the default source, so that its size is what the experiment file says.
-        space["features"] = Choices(choices=tuple(sources[:1] if block.sampler == "grid" else sources))
-        return space
-    wanted = space["features"]
-    assert isinstance(wanted, Choices)
-    offered = tuple(source for source in wanted.choices if source in sources)
-    if not offered:
-        asked, hint = ", ".join(map(str, wanted.choices)), did_you_mean(str(wanted.choices[0]), sources)
-        raise ConfigError(f"search.linear_probe.space.features: {encoder_name} has no {asked}; {hint}")
-    return space | {"features": Choices(choices=offered)}
-
-
-def population_size(block: SearchBlock) -> int:
-    """How many trials train together: for `auto`, enough rounds that later ones learn from earlier ones."""
-    if block.mode != "linear_probe":
-        return 1
-    if block.population != "auto":
-        return min(block.population, block.num_trials)
-    wanted = math.ceil(block.num_trials / POPULATIONS_PER_STUDY)
-    return min(max(wanted, MIN_POPULATION), MAX_POPULATION, block.num_trials)
-
-
-class Search:
-    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
+def open_optuna_study(
+    store: Path | str, name: str, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking, seed: int
+) -> OptunaStudy:
+    """Opens or creates a study, and makes it ready to be asked: interrupted trials are to be run again.
 
     Args:
         store: what `open_store` takes; holds the studies of all invocations.
         name: of the study; made unique by the signature of all that its results depend on.
         block: sampler, scheduler and budget.
         space: from `study_space`.
-        metric: key among a trial's final metrics that is optimised.
-        direction: `maximize` or `minimize`.
+        ranking: how trials are ranked.
         seed: of the sampler.
+
+    Raises:
+        ConfigError: the store cannot be used.
+    """
+    import optuna
+
+    if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
+        block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        opened = optuna.create_study(
+            storage=open_store(store),
+            study_name=name,
+            direction=ranking.direction,
+            sampler=_sampler(block.sampler, seed),
+            pruner=_pruner(block.scheduler),
+            load_if_exists=True,
+        )
+    past = opened.get_trials(deepcopy=False)
+    # A resumed sampler must not draw again what it drew before.
+    opened.sampler = _sampler(block.sampler, seed + len(past))
+    study = OptunaStudy(opened, block, space, ranking)
+    study.enqueue_first(past)
+    study.continue_interrupted()
+    return study
+
+
+class OptunaStudy:
+    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
+
+    Made by `open_optuna_study`; its arguments are the same.
     """
 
     def __init__(
-        self,
-        store: Path | str,
-        name: str,
-        block: SearchBlock,
-        space: Mapping[str, Dimension],
-        metric: str,
-        direction: Literal["maximize", "minimize"],
-        seed: int,
+        self, study: optuna.Study, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking
     ) -> None:
-        import optuna
-
-        if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
-            block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
-        self.block, self.space, self.metric, self.direction = block, dict(space), metric, direction
+        self.study, self.block, self.space, self.ranking = study, block, dict(space), ranking
         self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.optuna_study = optuna.create_study(
-                storage=open_store(store),
-                study_name=name,
-                direction=direction,
-                sampler=_sampler(block.sampler, seed),
-                pruner=_pruner(block.scheduler),
-                load_if_exists=True,
-            )
-        past = self.optuna_study.get_trials(deepcopy=False)
-        # A resumed sampler must not draw again what it drew before.
-        self.optuna_study.sampler = _sampler(block.sampler, seed + len(past))
-        self._enqueue_first(past)
-        self._continue_interrupted()
 
-    def _enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
+    def enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
         """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
-        failed = {record.number for record in self.records if record.error is not None}
+        failed = {result.number for result in self.results if result.error is not None}
         known = [t.system_attrs.get("fixed_params", t.params) for t in past if t.number not in failed]
         if self.block.sampler == "grid":
             first = grid(self.space)[: self.block.num_trials]
         else:
-            first = [fit_to_space(setting, self.space) for setting in recommended(self.block.mode)]
+            first = [fit_to_space(setting, self.space) for setting in self.block.mode.recommendations]
         seen = {_key(setting) for setting in known}
         for setting in first:
             if _key(setting) not in seen:
                 seen.add(_key(setting))
-                self.optuna_study.enqueue_trial(setting)
+                self.study.enqueue_trial(setting)
 
-    def _continue_interrupted(self) -> None:
+    def continue_interrupted(self) -> None:
+        """Ends trials that an earlier invocation left running, and enqueues each again with what it has reported."""
         from optuna.trial import TrialState
 
-        for trial in self.optuna_study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if "record" in trial.user_attrs:  # it was over; what was cut short is telling so
-                self._tell(trial.number, TrialRecord(**trial.user_attrs["record"]))
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if RESULT in trial.user_attrs:  # it was over, but the sweep ended before Optuna was told
+                self._tell(trial.number, read_result(trial.user_attrs[RESULT]))
                 continue
-            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
-            self.optuna_study.add_trial(self._continuation(trial))
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.study.add_trial(self._continuation(trial))
 
     def _continuation(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
         """What `enqueue_trial` would add, and with it what has been reported: no epoch is judged twice."""
@@ -178,19 +131,19 @@ class Search:
 
     def folder_number(self, number: int) -> int:
         """The trial in whose folder this one works: itself, or the interrupted one that it continues."""
-        trial = self.optuna_study.get_trials(deepcopy=False)[number]
+        trial = self.study.get_trials(deepcopy=False)[number]
         return int(trial.user_attrs.get("continues", number))
 
     @property
-    def records(self) -> list[TrialRecord]:
+    def results(self) -> list[TrialResult]:
         """Every trial that came to an end, failed ones included, interrupted ones not."""
-        trials = self.optuna_study.get_trials(deepcopy=False)
-        return [TrialRecord(**trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+        trials = self.study.get_trials(deepcopy=False)
+        return [read_result(trial.user_attrs[RESULT]) for trial in trials if RESULT in trial.user_attrs]
 
     @property
     def num_done(self) -> int:
         """Trials that came to an end without an error."""
-        return sum(record.error is None for record in self.records)
+        return sum(result.error is None for result in self.results)
 
     @property
     def num_remaining(self) -> int:
@@ -207,7 +160,7 @@ class Search:
     @property
     def seconds_spent(self) -> float:
         """Wall time in which trials of this study ran, over all invocations; trials side by side count once."""
-        trials = self.optuna_study.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
         spans = sorted(
             (t.datetime_start, t.datetime_complete) for t in trials if t.datetime_start and t.datetime_complete
         )
@@ -219,77 +172,86 @@ class Search:
 
     def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
         """Draws settings for a Population."""
-        return [self.optuna_study.ask(self.distributions) for _ in range(num_trials)]
+        return [self.study.ask(self.distributions) for _ in range(num_trials)]
 
-    def should_stop(self, trial: optuna.trial.Trial, history: Sequence[dict[str, float]]) -> bool:
+    def should_stop(self, trial: optuna.trial.Trial, history: Sequence[Mapping[str, float]]) -> bool:
         """Reports a trial's last epoch to the scheduler; returns whether it stops the trial.
 
         What is compared is the best epoch so far, since that is what a trial is ranked by in the end.
         """
         if self.block.scheduler == "none":
             return False
-        step, reported = len(history), self.optuna_study.get_trials(deepcopy=False)[trial.number].last_step
+        step, reported = len(history), self.study.get_trials(deepcopy=False)[trial.number].last_step
         if reported is not None and step <= reported:  # a trial that goes on passes its earlier epochs on again
             return step == reported and STOPPED in trial.user_attrs
-        trial.report(max(history, key=self._rank)[self.metric], step)
+        trial.report(max(history, key=self.ranking.key)[self.ranking.metric], step)
         stops = step < trial.params["epochs"] and trial.should_prune()
         if stops:
             trial.set_user_attr(STOPPED, True)  # a sweep that is killed before it can tell so does not train it on
         return stops
 
-    def stopped_record(self, trial: optuna.trial.Trial, history: list[dict[str, float]]) -> TrialRecord:
-        """What is known of a trial that was stopped after an epoch."""
-        best = max(range(len(history)), key=lambda epoch: self._rank(history[epoch]))
-        details = {
-            "best_epoch": best,
-            "train_seconds": sum(epoch["time/epoch_s"] for epoch in history),
-            "images_per_second": statistics.median(epoch["train/images_per_second"] for epoch in history),
-        }
-        return TrialRecord(trial.number, dict(trial.params), history[best], history, None, details, pruned=True)
+    def stopped_result(
+        self, trial: optuna.trial.Trial, study: str, history: Sequence[Mapping[str, float]]
+    ) -> TrialResult:
+        """Returns what is known of a trial that was stopped after an epoch."""
+        best = max(range(len(history)), key=lambda epoch: self.ranking.key(history[epoch]))
+        return TrialResult(
+            study=study,
+            number=trial.number,
+            setting=dict(trial.params),
+            history=tuple(history),
+            final=history[best],
+            best_epoch=best,
+            train_seconds=sum(epoch["time/epoch_s"] for epoch in history),
+            images_per_second=statistics.median(epoch["train/images_per_second"] for epoch in history),
+            pruned=True,
+        )
 
-    def tell(self, trial: optuna.trial.Trial, record: TrialRecord) -> None:
+    def tell(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
         """Records a trial's end; one without a finite value failed, and is never left running."""
-        trial.set_user_attr("record", vars(record))
-        self._tell(trial.number, record)
+        trial.set_user_attr(RESULT, field_values(result))
+        self._tell(trial.number, result)
 
-    def _tell(self, number: int, record: TrialRecord) -> None:
+    def _tell(self, number: int, result: TrialResult) -> None:
         from optuna.trial import TrialState
 
-        if record.pruned:
-            self.optuna_study.tell(number, state=TrialState.PRUNED)  # with the last value reported
-        elif self._is_usable(record):
-            self.optuna_study.tell(number, record.final[self.metric])
+        if result.pruned:
+            self.study.tell(number, state=TrialState.PRUNED)  # with the last value reported
+        elif self.is_usable(result):
+            self.study.tell(number, result.final[self.ranking.metric])
         else:
-            self.optuna_study.tell(number, state=TrialState.FAIL)
+            self.study.tell(number, state=TrialState.FAIL)
 
-    def _is_usable(self, record: TrialRecord) -> bool:
-        return record.error is None and math.isfinite(record.final.get(self.metric, math.nan))
+    def is_usable(self, result: TrialResult) -> bool:
+        """Whether a trial has a value to be ranked by."""
+        return result.error is None and self.ranking.is_usable(result.final)
 
-    def best(self) -> TrialRecord:
-        """The trial with the best value; among equals the one with the lowest validation loss, then the first.
+    def best(self) -> TrialResult:
+        """Returns the trial with the best value; among equals the one with the lowest validation loss, then the first.
 
-        Trials that were stopped early are not chosen: there are no weights of theirs.
+        Trials that were stopped early are not chosen, since their weights are not kept.
 
         Raises:
             TrialError: no trial ran to its end without an error.
         """
-        records = self.records
-        usable = [record for record in records if self._is_usable(record) and not record.pruned]
+        results = self.results
+        usable = [result for result in results if self.is_usable(result) and not result.pruned]
         if not usable:
-            why = "; ".join(sorted({self._why_not(record) for record in records})[:3]) or "none was run"
-            raise TrialError(f"{self.optuna_study.study_name}: no trial succeeded; {why}")
-        return max(usable, key=lambda record: (self._rank(record.final), -record.number))
+            why = "; ".join(sorted({self._why_not(result) for result in results})[:3]) or "none was run"
+            raise TrialError(f"{self.study.study_name}: no trial succeeded; {why}")
+        return max(usable, key=lambda result: (self.ranking.key(result.final), -result.number))
 
-    def _why_not(self, record: TrialRecord) -> str:
-        if record.pruned:
+    def _why_not(self, result: TrialResult) -> str:
+        if result.pruned:
             return f"{self.block.scheduler} stopped some early"
-        return record.error or f"{self.metric} was not a finite number"
+        return result.error or f"{self.ranking.metric} was not a finite number"
 
-    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        """Larger is better: the metric, then the lower validation loss, as the training loop ranks epochs."""
-        sign = 1 if self.direction == "maximize" else -1
-        value, loss = sign * metrics[self.metric], -metrics["val/loss"]
-        return value if math.isfinite(value) else -math.inf, loss if math.isfinite(loss) else -math.inf
+
+def read_result(values: Mapping[str, Any]) -> TrialResult:
+    """Reads a result out of Optuna's journal; that of version 0.1 has no study and keeps the costs under `details`."""
+    found = {"study": "", **values, **values.get("details", {}), "history": tuple(values["history"])}
+    found.pop("details", None)
+    return TrialResult(**found)
 
 
 def open_store(store: Path | str) -> optuna.storages.BaseStorage:
@@ -356,18 +318,3 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
     if isinstance(dimension, FloatRange):
         return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
     return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def make_record(number: int, setting: Setting, result: dict[str, Any] | None, error: str) -> TrialRecord:
-    """Turns what `worker.train_worker` returned for a trial, or why it returned nothing, into a record."""
-    if result is None:
-        return TrialRecord(number, setting, {}, [], None, {}, error)
-    details = ("best_epoch", "train_seconds", "images_per_second", "peak_memory_bytes", "peak_gpu_memory_bytes")
-    return TrialRecord(
-        number,
-        setting,
-        result["final"],
-        result["history"],
-        result["checkpoint"],
-        {key: result[key] for key in details},
-    )

@@ -1,210 +1,246 @@
-"""The end of a study: what its choice got on test, the exported model, the row, and what MLflow is told."""
+"""What a study or a baseline leaves: its row of the leaderboard, its exported model, and its figures in MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raysweep.sweep.state import SweepContext
+from pydantic import TypeAdapter
+
 from raysweep.encoders.head import Classifier
-from raysweep.experiment.config import StudyConfig
+from raysweep.experiment.metrics import METRICS
+from raysweep.experiment.space import Setting
+from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
-from raysweep.worker.inputs import build_classifier, load_heads
-from raysweep.paths import read_json
-from raysweep.results.leaderboard import describe_setting
+from raysweep.paths import read_json, write_json
+from raysweep.results.leaderboard import Row, describe_setting
 from raysweep.results.model import export_model
-from raysweep.sweep.optuna_study import TrialRecord
+from raysweep.results.tracking import Tracker
 from raysweep.storage import fetch, fetch_folder, local_path, location
+from raysweep.sweep.state import SweepState
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
+from raysweep.training.evaluation import TestMetrics
+from raysweep.worker.inputs import build_classifier, load_heads
+from raysweep.worker.job import BaselineFit, Job, TestResult, TrialResult
 
 
-def finalize_search(
-    sweep: SweepContext,
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished study or baseline leaves.
+
+    Attributes:
+        row: of the leaderboard; its `mlflow_run_id` and `study_seconds` are filled in at the end.
+        validation: metrics of the validation split of what was chosen.
+        test: metrics of the test split of what was chosen.
+        checkpoint: location of its weights; None where it has none.
+        best_trial: number of the trial that was chosen; None for a baseline.
+        num_records: trials that there were; None for a baseline.
+        model_uri: MLflow's URI of the exported model; None where there is none.
+    """
+
+    row: Row
+    validation: Mapping[str, float]
+    test: TestMetrics
+    checkpoint: str | None
+    best_trial: int | None = None
+    num_records: int | None = None
+    model_uri: str | None = None
+
+
+def write_outcome(path: Path, outcome: Outcome) -> None:
+    """Writes an outcome as JSON."""
+    write_json(path, asdict(outcome))
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """Reads what `write_outcome` wrote; None where there is no such file."""
+    if not path.exists():
+        return None
+    values = read_json(path)
+    test = values["test"]
+    if "values" not in test:  # of version 0.1, which kept the metrics side by side with the rest
+        test |= {"values": {name: test[name] for name in METRICS}, "correct": values["correct"]}
+    return TypeAdapter(Outcome).validate_python(values)
+
+
+def study_outcome(
+    state: SweepState,
     config: StudyConfig,
-    records: Sequence[TrialRecord],
-    best: TrialRecord,
     *,
-    job: dict[str, Any],
-    cache: Cache,
     key: str,
-    tested: dict[str, Any],
-) -> dict[str, Any]:
+    job: Job,
+    cache: Cache,
+    results: Sequence[TrialResult],
+    best: TrialResult,
+    tested: TestResult,
+) -> Outcome:
     """Exports the model of a study's chosen trial and makes its row.
 
     Args:
-        sweep: what the studies share.
+        state: what the studies share.
         config: the study.
-        records: its trials.
-        best: the chosen one.
+        key: its signature.
         job: what its trials shared.
         cache: what they trained on.
-        key: the study's signature.
-        tested: of the chosen trial, from `worker.run_test`.
-
-    Returns:
-        `row` of the leaderboard, its `mlflow_run_id` and `study_seconds` still open; `test` metrics; `correct`, per
-        test row; `val_metric`, what the trial was chosen by; `validation`, its metrics; `num_records`, the trials there
-        were; `best_trial`; `checkpoint`.
+        results: of its trials.
+        best: the chosen one.
+        tested: of the chosen one.
     """
-    assert best.checkpoint is not None
+    assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
+    assert tested.metrics is not None
     checkpoint = local_path(best.checkpoint)
-    if config.mode == "linear_probe":
-        classifier = probe_classifier(sweep, config, checkpoint)
+    if config.reads_features:
+        classifier = _probe_classifier(state, config, checkpoint)
     else:
         classifier = build_classifier(job)
         classifier.load_state_dict(load_checkpoint(checkpoint)[0])
-    about = {"study": config.name, "key": key, "trial": best.number, "setting": best.setting}
-    export(sweep, config, classifier, about | {"test_accuracy": tested["test"]["accuracies"][0]})
-    if config.mode == "linear_probe" and config.encoder.saved_weights_in_checkpoint:
-        add_encoder_weights(checkpoint, classifier)
-    succeeded = [record for record in records if record.error is None]
-    is_probe = config.mode == "linear_probe"
-    # Of trials that were stopped early nobody has measured the memory.
-    peak = max(int(record.details.get("peak_memory_bytes", 0)) for record in succeeded)
-    gpu_peak = max(int(record.details.get("peak_gpu_memory_bytes", 0)) for record in succeeded)
-    row = make_row(sweep, config, tested, setting=best.setting, validation=best.final) | {
-        "num_trials": len(succeeded),
-        "encoder_passes": int(cache.made_now) if is_probe else sum(len(record.history) for record in succeeded),
-        "train_seconds": best.details["train_seconds"] + cache.seconds,
-        "peak_memory_bytes": max(cache.peak_memory_bytes, peak),
-        "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, gpu_peak, tested["peak_gpu_memory_bytes"]),
-        "images_per_second": cache.num_rows / cache.seconds if is_probe else best.details["images_per_second"],
-        "model_path": location(sweep.paths.model(config.name)),
-    }
-    return make_outcome(sweep, row, tested, best.final) | {
-        "num_records": len(records),
-        "best_trial": best.number,
-        "checkpoint": best.checkpoint,
-    }
+    _export(state, config, classifier, key, best.setting, tested.metrics, {"trial": best.number})
+    if config.reads_features and config.encoder.saved_weights_in_checkpoint:
+        _add_encoder_weights(checkpoint, classifier)
+    succeeded = [result for result in results if result.error is None]
+    row = _row(state, config, cache, best.setting, best.final, tested)
+    row = replace(
+        row,
+        num_trials=len(succeeded),
+        train_seconds=best.train_seconds + cache.seconds,
+        # Nobody has measured the memory of trials that were stopped early.
+        peak_memory_bytes=max(cache.peak_memory_bytes, *(result.peak_memory_bytes for result in succeeded)),
+        peak_gpu_memory_bytes=max(row.peak_gpu_memory_bytes, *(result.peak_gpu_memory_bytes for result in succeeded)),
+        model_path=location(state.paths.model(config.name)),
+    )
+    if not config.reads_features:
+        num_epochs = sum(len(result.history) for result in succeeded)
+        row = replace(row, encoder_passes=num_epochs, images_per_second=best.images_per_second)
+    return Outcome(
+        row=row,
+        validation=_of_validation(best.final),
+        test=tested.metrics,
+        checkpoint=best.checkpoint,
+        best_trial=best.number,
+        num_records=len(results),
+    )
 
 
-def finalize_baseline(
-    sweep: SweepContext, config: StudyConfig, cache: Cache, tested: dict[str, Any], key: str
-) -> dict[str, Any]:
-    """Makes the row of a baseline, and exports its model where it is a head on the encoder; as `finalize_search`."""
-    checkpoint, setting = tested["checkpoint"], tested["setting"]
-    if checkpoint is not None:
-        about = {"study": config.name, "key": key, "setting": setting}
-        about["test_accuracy"] = tested["test"]["accuracies"][0]  # of the draw that is exported
-        export(sweep, config, probe_classifier(sweep, config, local_path(checkpoint)), about)
-    row = make_row(sweep, config, tested, setting=setting, validation=tested["validation"]) | {
-        "num_trials": tested["num_settings"],
-        "encoder_passes": int(cache.made_now),
-        "train_seconds": tested["seconds"] + cache.seconds,
-        "peak_memory_bytes": max(cache.peak_memory_bytes, tested["peak_memory_bytes"]),
-        "peak_gpu_memory_bytes": max(cache.peak_gpu_memory_bytes, tested["peak_gpu_memory_bytes"]),
-        "images_per_second": cache.num_rows / cache.seconds,
-        "model_path": location(sweep.paths.model(config.name)) if checkpoint else None,
-    }
-    return make_outcome(sweep, row, tested, tested["validation"]) | {"best_trial": None, "checkpoint": checkpoint}
+def baseline_outcome(
+    state: SweepState, config: RowConfig, *, key: str, cache: Cache, fit: BaselineFit, tested: TestResult
+) -> Outcome:
+    """Makes the row of a baseline, and exports its model where it is a head on the encoder."""
+    assert tested.metrics is not None
+    if fit.checkpoint is not None:
+        classifier = _probe_classifier(state, config, local_path(fit.checkpoint))
+        _export(state, config, classifier, key, fit.setting, tested.metrics, {})
+    row = replace(
+        _row(state, config, cache, fit.setting, fit.validation, tested),
+        num_trials=fit.num_settings,
+        train_seconds=fit.seconds + cache.seconds,
+        peak_memory_bytes=max(cache.peak_memory_bytes, fit.peak_memory_bytes),
+        model_path=location(state.paths.model(config.name)) if fit.checkpoint else None,
+    )
+    return Outcome(row=row, validation=_of_validation(fit.validation), test=tested.metrics, checkpoint=fit.checkpoint)
 
 
-def make_row(
-    sweep: SweepContext,
-    config: StudyConfig,
-    tested: dict[str, Any],
-    *,
-    setting: dict[str, Any],
-    validation: dict[str, float],
-) -> dict[str, Any]:
-    """Returns what all rows of the leaderboard have in common, and says the result.
-
-    `train_seconds` is what the chosen model cost from images to weights: the pass that made its cache, and its
-    training. `encoder_passes` counts the passes over the images: of features the one that was made now, or none.
-    """
-    test = tested["test"]
-    interval = f"{test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}]"
-    sweep.progress.say(f"{config.name}: test accuracy {interval} with {describe_setting(setting)}")
-    return {
-        "study": config.name,
-        "encoder": config.encoder_name,
-        "mode": config.mode,
-        "shots": config.shots,
-        "num_seeds": test["num_seeds"],
-        "best_params": setting,
-        "val_accuracy": validation["val/accuracy"],
-        "test_accuracy": test["accuracy"],
-        "test_accuracy_low": test["accuracy_low"],
-        "test_accuracy_high": test["accuracy_high"],
-        "test_macro_f1": test["macro_f1"],
-        "num_test": test["num_rows"],
-        "study_seconds": 0.0,
-        "mlflow_run_id": None,
-    }
-
-
-def make_outcome(
-    sweep: SweepContext, row: dict[str, Any], tested: dict[str, Any], validation: dict[str, float]
-) -> dict[str, Any]:
-    """Returns what every study leaves behind, ready for JSON."""
-    test = dict(tested["test"])
-    return {
-        "row": row,
-        "val_metric": validation[sweep.experiment.metric],
-        "validation": {name: value for name, value in validation.items() if name.startswith("val/")},
-        "correct": test.pop("correct"),
-        "test": test,
-        "model_uri": None,
-    }
+def _row(
+    state: SweepState,
+    config: RowConfig,
+    cache: Cache,
+    setting: Setting,
+    validation: Mapping[str, float],
+    tested: TestResult,
+) -> Row:
+    """Returns what rows have in common, and says the result; costs are those of the cache alone."""
+    test = tested.metrics
+    assert test is not None
+    accuracy = test.values["accuracy"]
+    interval = f"{accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}]"
+    state.progress.say(f"{config.name}: test accuracy {interval} with {describe_setting(setting)}")
+    return Row(
+        study=config.name,
+        encoder=config.encoder_name,
+        mode=config.kind,
+        shots=config.shots,
+        num_seeds=test.num_seeds,
+        num_trials=0,
+        best_params=setting,
+        val_accuracy=validation["val/accuracy"],
+        test_accuracy=accuracy,
+        test_accuracy_low=test.accuracy_low,
+        test_accuracy_high=test.accuracy_high,
+        test_macro_f1=test.values["macro_f1"],
+        num_test=test.num_rows,
+        encoder_passes=int(cache.made_now),
+        train_seconds=cache.seconds,
+        study_seconds=0.0,
+        peak_memory_bytes=cache.peak_memory_bytes,
+        peak_gpu_memory_bytes=max(cache.peak_gpu_memory_bytes, tested.peak_gpu_memory_bytes),
+        images_per_second=cache.num_rows / cache.seconds,
+        mlflow_run_id=None,
+        model_path=None,
+    )
 
 
-def probe_classifier(sweep: SweepContext, config: StudyConfig, checkpoint: Path) -> Classifier:
-    """The frozen encoder with a checkpoint's head, that of the first few-shot draw."""
+def _of_validation(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("val/")}
+
+
+def _probe_classifier(state: SweepState, config: RowConfig, checkpoint: Path) -> Classifier:
+    """Returns the frozen encoder with a checkpoint's head, that of the first few-shot draw."""
     (head, *_), source = load_heads(checkpoint)
-    return Classifier(sweep.encoder(config).model, head, source)
+    return Classifier(state.encoder(config).model, head, source)
 
 
-def export(sweep: SweepContext, config: StudyConfig, classifier: Classifier, about: dict[str, Any]) -> None:
-    """Writes the study's model folder."""
-    export_model(sweep.paths.model(config.name), classifier, sweep.index.classes, about)
+def _export(
+    state: SweepState,
+    config: RowConfig,
+    classifier: Classifier,
+    key: str,
+    setting: Setting,
+    test: TestMetrics,
+    more: Mapping[str, Any],
+) -> None:
+    """Writes the study's model folder; the test accuracy beside it is that of the draw that is exported."""
+    about = {"study": config.name, "key": key, **more, "setting": setting, "test_accuracy": test.accuracies[0]}
+    export_model(state.paths.model(config.name), classifier, state.index.classes, about)
 
 
-def add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
+def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
     """Puts the frozen encoder's weights beside the head in a probe's checkpoint (`saved_weights_in_checkpoint`)."""
     tensors, metadata = load_checkpoint(checkpoint)
     weights = {f"encoder.{name}": tensor for name, tensor in classifier.encoder.state_dict().items()}
     save_checkpoint(checkpoint, tensors | weights, metadata)
 
 
-def has_model(sweep: SweepContext, config: StudyConfig, key: str, best: TrialRecord) -> bool:
-    """Whether the exported model is that of this trial; a study of the same name may have been changed and back."""
-    about = model_about(sweep, config)
-    return (about.get("key"), about.get("trial")) == (key, best.number)
+def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | None = None) -> bool:
+    """Whether the exported model is that of this study and trial: a study of that name may have been another."""
+    description = state.paths.model(config.name) / "model.json"
+    about = read_json(description)["about"] if description.exists() else {}
+    return about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
-def model_about(sweep: SweepContext, config: StudyConfig) -> dict[str, Any]:
-    """Where the exported model of a study comes from; empty where there is none."""
-    description = sweep.paths.model(config.name) / "model.json"
-    return dict(read_json(description)["about"]) if description.exists() else {}
-
-
-def log_outcome(
-    sweep: SweepContext,
-    run_id: str,
-    outcome: dict[str, Any],
-    setting: dict[str, Any],
-    checkpoint: str | None,
-    best_trial: int | None,
-) -> Future[str] | None:
+def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str] | None:
     """Logs a study's figures, confusion matrix, best checkpoint and model to its run; returns the model's URI to be."""
-    send, row, test = sweep.recorder.send, outcome["row"], outcome["test"]
-    tested = {f"test/{name}": test[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "loss")}
+    send, row, test = state.recorder.send, outcome.row, outcome.test
+    tested = {f"test/{name}": value for name, value in test.values.items()}
+    interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
     cost = {
-        "time/train_s": row["train_seconds"],
-        "memory/peak_bytes": row["peak_memory_bytes"],
-        "gpu/peak_memory_bytes": row["peak_gpu_memory_bytes"],
-        "train/images_per_second": row["images_per_second"],
+        "time/train_s": row.train_seconds,
+        "memory/peak_bytes": row.peak_memory_bytes,
+        "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
+        "train/images_per_second": row.images_per_second,
     }
-    send("log_metrics", run_id, outcome["validation"] | tested | cost)
-    matrix = {"labels": list(sweep.index.classes), "counts": test["confusion_matrix"]}
-    send("log_dict", run_id, matrix, "confusion_matrix.json")
-    tags = {f"raysweep.best.{name}": str(value) for name, value in setting.items()}
-    send("log_once", run_id, {}, tags | ({} if best_trial is None else {"raysweep.best_trial": str(best_trial)}))
-    if checkpoint is None:
+    send(Tracker.log_metrics, run_id, {**outcome.validation, **tested, **interval, **cost})
+    matrix = {"labels": list(state.index.classes), "counts": test.confusion_matrix}
+    send(Tracker.log_dict, run_id, matrix, "confusion_matrix.json")
+    tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
+    if outcome.best_trial is not None:
+        tags["raysweep.best_trial"] = str(outcome.best_trial)
+    send(Tracker.log_once, run_id, {}, tags)
+    if outcome.checkpoint is None:
         return None
-    send("log_file", run_id, fetch(local_path(checkpoint)), "checkpoint")
-    model = local_path(row["model_path"])
+    assert row.model_path is not None, "what has a checkpoint has a model"
+    send(Tracker.log_file, run_id, fetch(local_path(outcome.checkpoint)), "checkpoint")
+    model = local_path(row.model_path)
     fetch_folder(model)
-    return send("log_model", run_id, model, list(sweep.index.classes))
+    return send(Tracker.log_model, run_id, model, list(state.index.classes))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from raysweep.cluster.resources import Resources, check_resources, num_concurrent_trials, uses_gpu
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import Experiment
-from raysweep.cluster.resources import Resources, check_resources, num_concurrent_trials, uses_gpu
+from raysweep.experiment.search_blocks import population_size
 from raysweep.results.leaderboard import describe_seconds
-from raysweep.sweep.optuna_study import population_size
 
 if TYPE_CHECKING:
     from raysweep.images.sources import ImageIndex
@@ -57,9 +57,9 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources, *,
         budget = f", at most {describe_seconds(block.time_budget_s)}" if block.time_budget_s else ""
         stopped = f", bad trials stopped early by {block.scheduler}" if block.scheduler != "none" else ""
         lines.append(f"  {study.name}: {work or f'{block.num_trials} trials'} ({block.sampler}{stopped}{budget})")
-        if study.mode == "linear_probe" and experiment.search.linear_probe.baselines:
-            lines.append(f"    and {', '.join(experiment.search.linear_probe.baselines)} on the same features")
-    probed = {study.encoder_name for study in experiment.studies() if study.mode == "linear_probe"}
+        if baselines := experiment.baselines_of(study):
+            lines.append(f"    and {', '.join(one.kind for one in baselines)} on the same features")
+    probed = {study.encoder_name for study in experiment.studies() if study.reads_features}
     lines.append(f"encoder passes for probes: {len(probed)} at most (one per encoder; none where features are cached)")
     resources = experiment.resources
     needed = f"{resources.num_workers} x {resources.cpus_per_worker} CPUs"

@@ -1,8 +1,7 @@
-"""One sweep, from the experiment to the leaderboard: what it holds while it runs, and what is started early."""
+"""One sweep, from the experiment to the leaderboard: the order of things, and what is started early."""
 
 from __future__ import annotations
 
-import fcntl
 import re
 import signal
 import sys
@@ -12,6 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
+from raysweep.cluster.resources import Resources, check_resources, local_resources
 from raysweep.cluster.session import RaySession, joins_cluster
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
@@ -19,8 +21,7 @@ from raysweep.images.sources import ImageIndex, load_index
 from raysweep.images.splits import SPLITS
 from raysweep.paths import SweepPaths, write_atomically
 from raysweep.results.progress import Progress
-from raysweep.results.recorder import Recorder
-from raysweep.cluster.resources import Resources, check_resources, local_resources
+from raysweep.results.recorder import start_recorder
 from raysweep.storage import in_a_job, is_bucket
 
 if TYPE_CHECKING:
@@ -49,20 +50,22 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
             if not paths.has_features and not joins_cluster():
                 ray.prepare(warm_up_pass)
         name = experiment.tracking.experiment or experiment.name
-        recorder = Recorder(experiment.tracking.uri, name, progress.say)
+        recorder = start_recorder(experiment.tracking.uri, name, progress.say)
         stack.callback(recorder.close)
         progress.say(f"reading {experiment.data.source}")
         index = load_index(experiment.data, experiment.seed)
         describe_index(index, progress)
         write_atomically(paths.resolved_experiment, resolved_yaml(experiment))
-        from raysweep.sweep.state import SweepContext, write_quarantine
+        # These import torch, which takes seconds.
+        from raysweep.images.rows import write_quarantine
         from raysweep.sweep.stages import check_studies, run_stages
+        from raysweep.sweep.state import SweepState
 
         write_quarantine(paths.quarantine, index.bad_rows)
-        context = SweepContext(experiment, paths, index, recorder, progress, ray)
-        check_studies(context)
+        state = SweepState(experiment, paths, index, recorder, progress, ray)
+        check_studies(state)
         recorder.wait()  # a store that cannot be used shows before hours of work
-        return run_stages(context)
+        return run_stages(state)
 
 
 def check_outlives_job(experiment: Experiment) -> None:
@@ -103,18 +106,21 @@ def warm_up_pass() -> None:
 
 @contextmanager
 def only_sweep_in(root: Path) -> Iterator[None]:
-    """Holds a lock on the sweep's folder: two sweeps at once would each take the other's trials for lost.
+    """Holds a lock on the sweep's folder: each of two sweeps at once would take the other's trials for lost.
 
     Raises:
         ConfigError: another sweep holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{root}: another sweep is running here; wait for it, or give this one a name") from None
+    lock = FileLock(root / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{root}: another sweep is running here; wait for it, or give this one a name") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

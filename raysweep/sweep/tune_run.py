@@ -7,24 +7,26 @@ one (docs/decisions/0003); and one Tune run for many studies starts once, and ru
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysweep.cluster.session import joins_cluster, let_tune_use_started_workers
-from raysweep.sweep.study_group import Group, Work
+from raysweep.sweep.study_group import StudyGroup
+from raysweep.worker.job import EpochReport, Job, Work, WorkReport, from_tune
 from raysweep.worker.tune_trial import run_work, work_resources
 
-Trainable = Callable[[Work, dict[str, Any]], None]
+Trainable = Callable[[Mapping[str, Work], Mapping[str, Job]], None]
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
 
-SECONDS_TO_LET_GO = 600
+SECONDS_TO_STOP = 600
 LOST_NODES = 3  # under one piece of work, before its trials count as failed
 
 
@@ -37,10 +39,10 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         num_runs: tells how many pieces of work at a time, by now.
     """
 
-    def __init__(self, groups: Sequence[Group], num_groups: int, num_runs: Callable[[], int]) -> None:
+    def __init__(self, groups: Sequence[StudyGroup], num_groups: int, num_runs: Callable[[], int]) -> None:
         super().__init__()
         self.groups, self.num_groups, self.num_runs = groups, num_groups, num_runs
-        self.running: dict[str, tuple[Group, Work]] = {}
+        self.running: dict[str, tuple[StudyGroup, Work]] = {}
         self.failure: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,14 +66,15 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
             num_open = len({running.name for running, _ in self.running.values()} | {group.name})
             if num_open <= self.num_groups and (work := group.next_work()) is not None:
                 self.running[trial_id] = group, work
-                return work
+                return {"work": work}  # Tune wants a dict
         return None if self.running else Searcher.FINISHED
 
     def should_stop(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Passes an epoch of a lone trial on; returns whether the trial is to be stopped."""
-        if "epoch" not in result:
+        """Passes an epoch of a single trial on; returns whether the trial is to be stopped."""
+        report = from_tune(EpochReport, result)
+        if report is None:
             return False
-        return bool(self._guarded(self.running[trial_id][0].on_epoch, json.loads(result["epoch"])))
+        return bool(self._keeping_error(self.running[trial_id][0].on_epoch, report))
 
     def on_trial_complete(
         self,
@@ -79,22 +82,24 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: ARG002
     ) -> None:
-        """Tells a group what came of a piece of its work, or that it failed and why; nothing of a stopped trial."""
-        reason = (result or {}).get("error", "the worker process died")
-        results = json.loads((result or {}).get("results", "null"))
+        """Tells a group what came of a piece of its work; of a trial that was stopped nothing comes."""
+        report = from_tune(WorkReport, result) or WorkReport(error="the worker process died")
         if trial_id in self.running:
             group, work = self.running.pop(trial_id)
-            self._guarded(group.take, work, results, reason)
+            self._keeping_error(group.take, work, report)
 
-    def _guarded(self, listener: Any, *arguments: Any) -> Any:
+    def _keeping_error(
+        self, listener: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Answer | None:
         """Keeps an error for `run_groups`: Tune would wrap it in its own.
 
-        What still runs then is listened to nevertheless: its results reach the journal before anything can fail.
+        What is still running then is listened to all the same: its results reach the journal before anything can fail.
         """
         try:
-            return listener(*arguments)
+            return listener(*arguments, **options)
         except Exception as error:
             self.failure = self.failure or error
+            return None
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: see `__getstate__`."""
@@ -120,20 +125,22 @@ class EpochScheduler(FIFOScheduler):  # type: ignore[misc]  # mypy is told not t
         return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
 
-def _patient(trainable: Trainable) -> Trainable:
-    """Gives a stopped trial time to let go of its process before the next one gets it.
+def _with_time_to_stop(trainable: Trainable) -> Trainable:
+    """Gives a stopped trial time to leave its process before the next one gets it.
 
     Tune waits for two seconds, and then loses the next trial without telling its search algorithm.
     """
 
-    def run(work: Work, jobs: dict[str, Any]) -> None:
-        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(SECONDS_TO_LET_GO))
-        trainable(work, jobs)
+    def run(config: Mapping[str, Work], jobs: Mapping[str, Job]) -> None:
+        os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(SECONDS_TO_STOP))
+        trainable(config, jobs)
 
     return run
 
 
-def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, num_runs: Callable[[], int]) -> None:
+def run_groups(
+    groups: Sequence[StudyGroup], tune_folder: Path, *, num_groups: int, num_runs: Callable[[], int]
+) -> None:
     """Works through all that is left of some groups with Ray Tune.
 
     Args:
@@ -148,19 +155,19 @@ def run_groups(groups: Sequence[Group], tune_folder: Path, *, num_groups: int, n
     searcher = GroupSearcher(groups, num_groups, num_runs)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_patient(run_work), jobs=jobs),
-            lambda work: tune.PlacementGroupFactory([work_resources(jobs[work["group"]], work)]),
+            tune.with_parameters(_with_time_to_stop(run_work), jobs=jobs),
+            lambda config: tune.PlacementGroupFactory([work_resources(jobs[config["work"].group], config["work"])]),
         ),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=EpochScheduler(searcher),
             num_samples=-1,
-            reuse_actors=all(job["num_workers"] == 1 for job in jobs.values()),
+            reuse_actors=all(job.resources.num_workers == 1 for job in jobs.values()),
             # Without it Tune writes the whole population into a folder's name.
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=groups[0].mode,
+            name=groups[0].mode.name,
             storage_path=str(tune_folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=LOST_NODES if joins_cluster() else 0),

@@ -1,0 +1,165 @@
+"""Which caches the studies of a sweep train on; those that are missing are made in one pass over the images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
+from raysweep.cluster.session import joins_cluster
+from raysweep.encoders.precision import faster_precision, supports_bf16
+from raysweep.experiment.studies import RowConfig, StudyConfig
+from raysweep.images.cache import Cache, has_cache, num_leftover_bytes, open_cache
+from raysweep.images.features import FeatureRequest, feature_signature
+from raysweep.images.passes import build_caches
+from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
+from raysweep.images.streaming import DECODING_CPUS
+from raysweep.sweep.encoder_card import LazyEncoder
+from raysweep.sweep.state import SweepState
+
+FREE_DISK_SHARE = 0.8  # that pixel caches may take, unless the experiment says how much
+TIMED_IMAGES = 2  # a forward pass, when precisions are compared on a CPU
+
+
+def find_or_make_caches(state: SweepState, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
+    """Returns the cache that each study trains on, by its name; those that are missing are made now, in one pass.
+
+    Raises:
+        ResourceError: pixels have no room on the disk, and there is no CPU to decode them anew.
+    """
+    folders = {config.name: _cache_folder(state, config) for config in configs}
+    wanted: dict[Path, StudyConfig] = {}
+    for config in configs:
+        wanted.setdefault(folders[config.name], config)
+    streamed = _streamed(state, wanted)
+    missing = {f: config for f, config in wanted.items() if not has_cache(f, streamed=f in streamed)}
+    if streamed:
+        check_resources(state.experiment.resources, state.present, DECODING_CPUS)
+    made = _make_caches(state, missing, streamed) if missing else {}
+    for config in configs:
+        if config.reads_features and folders[config.name] not in made:
+            state.progress.say(f"{config.encoder_name}: encoder pass: none needed, its features are cached")
+    found = {name: made.get(folder) or open_cache(folder) for name, folder in folders.items()}
+    caches = {name: cache for name, cache in found.items() if cache is not None}
+    state.set_aside([row for cache in caches.values() for row in cache.bad_rows])
+    return caches
+
+
+def _cache_folder(state: SweepState, config: RowConfig) -> Path:
+    encoder = state.encoder(config)
+    if not config.reads_features:
+        return state.paths.cache("pixels", pixel_signature(state.index, encoder.spec.preprocessing))
+    return _feature_folder(state, encoder, precision_of(state, config))
+
+
+def _feature_folder(state: SweepState, encoder: LazyEncoder, precision: str) -> Path:
+    return state.paths.cache("features", feature_signature(state.index, encoder.spec, encoder.weights, precision))
+
+
+def _streamed(state: SweepState, wanted: Mapping[Path, StudyConfig]) -> set[Path]:
+    """Returns pixel caches that are missing and for which the disk has no room: their studies decode anew."""
+    needed = {
+        folder: pixel_bytes(state.index, state.encoder(config).spec.preprocessing)
+        for folder, config in wanted.items()
+        if not config.reads_features and not has_cache(folder)
+    }
+    num_bytes, allowed = sum(needed.values()), _disk_budget(state, list(needed))
+    if num_bytes <= allowed:
+        return set()
+    limit = state.experiment.resources.pixel_disk_gb
+    key = f"resources.pixel_disk_gb{f': auto ({FREE_DISK_SHARE:g} of what is free)' if limit == 'auto' else ''}"
+    sizes = f"a cache takes {num_bytes / 1e9:,.3f} GB, {key} allows {allowed / 1e9:,.3f} GB"
+    state.progress.say(f"pixels are decoded anew in every epoch: {sizes}")
+    return set(needed)
+
+
+def _disk_budget(state: SweepState, folders: Sequence[Path]) -> float:
+    """Bytes that the pixel caches in these folders may take."""
+    limit = state.experiment.resources.pixel_disk_gb
+    if limit != "auto":
+        return limit * 1e9
+    # A pass that was cut short has left files, which will be replaced.
+    replaced = sum(map(num_leftover_bytes, folders))
+    return FREE_DISK_SHARE * (shutil.disk_usage(state.paths.caches).free + replaced)
+
+
+def _make_caches(
+    state: SweepState, missing: Mapping[Path, StudyConfig], streamed: Collection[Path]
+) -> dict[Path, Cache]:
+    present = state.resources
+    requests: list[FeatureRequest | PixelRequest] = []
+    for folder, config in missing.items():
+        encoder = state.encoder(config)
+        if config.reads_features:
+            requests.append(FeatureRequest(folder, encoder.spec, encoder.put(), precision_of(state, config)))
+        else:
+            requests.append(PixelRequest(folder, encoder.spec.preprocessing, folder in streamed))
+    encoded = [config.encoder_name for config in missing.values() if config.reads_features]
+    label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
+    stage = state.progress.stage(label, len(state.index.table))
+    caches = build_caches(
+        requests,
+        state.index,
+        num_gpus=present.num_gpus if uses_gpu(state.experiment.resources, present) else 0,
+        num_threads=min(present.cpus_by_node) if joins_cluster() else local_resources().num_cpus,
+        num_nodes=len(present.cpus_by_node) if joins_cluster() else 0,
+        on_progress=lambda done, _total: stage.update(done),
+    )
+    stage.finish()
+    seconds = sum(cache.seconds for cache in caches if cache.made_now)
+    if seconds:  # else another sweep made them all in the meantime
+        num_images = len(state.index.table)
+        speed = f"{seconds:.1f} s ({num_images / seconds:.0f} images/s)"
+        state.progress.say(f"{label}: {num_images:,} images in {speed}")
+    made = dict(zip(missing, caches, strict=True))
+    state.num_encoder_passes += sum(
+        made[folder].made_now for folder, config in missing.items() if config.reads_features
+    )
+    return made
+
+
+def precision_of(state: SweepState, config: RowConfig) -> str:
+    """Returns what a study computes in: `fp32` or `bf16`, as configured; for `auto` bf16 where that is faster.
+
+    GPUs that have bf16 are always faster with it. On CPUs the encoder pass is measured, unless there are features of
+    one or the other; training stays in fp32.
+    """
+    wanted = state.experiment.train.precision
+    if wanted != "auto":
+        return wanted
+    on_gpu = uses_gpu(state.experiment.resources, state.present)
+    if not config.reads_features:
+        return _gpu_precision(state) if on_gpu else "fp32"
+    encoder = state.encoder(config)
+    if not encoder.precision:
+        encoder.precision = _precision_of_cache(state, encoder)
+    if not encoder.precision:
+        cpu = torch.device("cpu")
+        encoder.precision = _gpu_precision(state) if on_gpu else faster_precision(encoder.model, cpu, TIMED_IMAGES)
+    return encoder.precision
+
+
+def _precision_of_cache(state: SweepState, encoder: LazyEncoder) -> str:
+    for precision in ("bf16", "fp32"):
+        if open_cache(_feature_folder(state, encoder, precision)):
+            return precision
+    return ""
+
+
+def _gpu_precision(state: SweepState) -> str:
+    if state.gpu_precision is None:
+        state.gpu_precision = "bf16" if _gpus_support_bf16(state) else "fp32"
+    return state.gpu_precision
+
+
+def _gpus_support_bf16(state: SweepState) -> bool:
+    cuda = torch.device("cuda")
+    if torch.cuda.is_available():
+        return supports_bf16(cuda)
+    import ray  # this process has no GPU, but the cluster has some: one of them is asked
+
+    ask = ray.remote(supports_bf16).options(num_gpus=min(1, state.experiment.resources.gpus_per_worker))
+    return bool(ray.get(ask.remote(cuda)))

@@ -1,0 +1,187 @@
+"""What becomes a row of the leaderboard: its signature, its folder, its MLflow run, and its outcome in the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raysweep.errors import TrialError
+from raysweep.experiment.studies import BaselineConfig, RowConfig
+from raysweep.images.cache import Cache
+from raysweep.images.rows import Draws, draw_subsets
+from raysweep.paths import signature
+from raysweep.results.tracking import Tracker
+from raysweep.storage import location
+from raysweep.sweep.caches import precision_of
+from raysweep.sweep.outcome import Outcome, baseline_outcome, is_exported, log_outcome, read_outcome, write_outcome
+from raysweep.sweep.state import SweepState
+from raysweep.worker.job import Job, StudySpec, TestResult
+
+
+class Entry(ABC):
+    """A classifier that is chosen on validation and then meets the test split once: a study or a baseline.
+
+    Args:
+        state: what the studies share.
+        config: encoder, mode or baseline, and shots.
+        cache: of what it trains on.
+        key: signature of all that its row depends on; how much is tried is not part of it.
+        draws: its few-shot draws, None where all rows train.
+        run_id: its MLflow run.
+    """
+
+    def __init__(
+        self, state: SweepState, config: RowConfig, cache: Cache, key: str, draws: Draws | None, run_id: str
+    ) -> None:
+        self.state, self.cache, self.key, self.draws, self.run_id = state, cache, key, draws, run_id
+        self.name, self._row_config = config.name, config
+        self.encoder = state.encoder(config)
+        self.folder = state.paths.study(config.name, key)
+        self.seconds = cache.seconds if cache.made_now else 0.0  # that all its work took in this invocation
+        self.outcome: Outcome | None = None
+        self.failure: str | None = None
+        self._model_uri: Future[str] | None = None
+
+    @property
+    @abstractmethod
+    def is_settled(self) -> bool:
+        """Whether an earlier invocation has left nothing to do."""
+
+    @property
+    def spec(self) -> StudySpec:
+        """What a worker needs to know of it."""
+        return StudySpec(self.name, location(self.folder), self.draws)
+
+    @abstractmethod
+    def settle(self, tested: TestResult, job: Job) -> None:
+        """Takes the result of its test."""
+
+    @property
+    def _result_path(self) -> Path:
+        return self.state.paths.study_result(self.name, self.key)
+
+    def earlier_outcome(self) -> Outcome | None:
+        """Returns the outcome of an earlier invocation, where there is one."""
+        return read_outcome(self._result_path)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Keeps the outcome, logs it and writes it: a sweep that is killed from here on need not test it again."""
+        earlier = self.earlier_outcome()
+        seconds = self.seconds + (earlier.row.study_seconds if earlier else 0.0)
+        self.outcome = replace(outcome, row=replace(outcome.row, study_seconds=seconds))
+        self._model_uri = log_outcome(self.state, self.run_id, self.outcome)
+        write_outcome(self._result_path, self.outcome)
+
+    def conclude(self) -> Outcome:
+        """Returns the outcome, writes it and ends the MLflow run.
+
+        Raises:
+            TrialError: there is none.
+        """
+        if self.failure:
+            raise TrialError(self.failure)
+        outcome = self.outcome or self._reused()
+        model_uri = outcome.model_uri
+        if self._model_uri is not None:
+            self.state.recorder.wait()
+            model_uri = self._model_uri.result()
+        outcome = replace(outcome, model_uri=model_uri, row=replace(outcome.row, mlflow_run_id=self.run_id))
+        write_outcome(self._result_path, outcome)
+        self.state.recorder.send(Tracker.finish, self.run_id)
+        return outcome
+
+    def _reused(self) -> Outcome:
+        """Brings the outcome of an earlier invocation up to date."""
+        outcome = self.earlier_outcome()
+        assert outcome is not None, self.name
+        num_passes = int(self.cache.made_now and self._row_config.reads_features)
+        outcome = replace(outcome, row=replace(outcome.row, encoder_passes=num_passes))
+        if outcome.row.mlflow_run_id != self.run_id:
+            self._model_uri = log_outcome(self.state, self.run_id, outcome)
+        return outcome
+
+
+class BaselineEntry(Entry):
+    """A baseline: chosen and tested in one piece of work, without trials. Made by `open_baseline`."""
+
+    def __init__(
+        self, state: SweepState, config: BaselineConfig, cache: Cache, key: str, draws: Draws | None, run_id: str
+    ) -> None:
+        super().__init__(state, config, cache, key, draws, run_id)
+        self.config = config
+
+    @cached_property
+    def is_settled(self) -> bool:
+        """As `Entry.is_settled`."""
+        earlier = self.earlier_outcome()
+        if earlier is None or earlier.row.model_path is None:
+            return earlier is not None
+        return is_exported(self.state, self.config, self.key)
+
+    @property
+    def spec(self) -> StudySpec:
+        """As `Entry.spec`."""
+        return replace(super().spec, baseline=self.config.baseline)
+
+    def settle(self, tested: TestResult, job: Job) -> None:  # noqa: ARG002
+        """As `Entry.settle`."""
+        assert tested.fit is not None, "a baseline's test says how it was chosen"
+        self.finish(
+            baseline_outcome(self.state, self.config, key=self.key, cache=self.cache, fit=tested.fit, tested=tested)
+        )
+
+
+def open_baseline(state: SweepState, config: BaselineConfig, cache: Cache) -> BaselineEntry:
+    """Opens a baseline, and starts or finds its MLflow run."""
+    draws = draws_of(state, config)
+    key = signature(identity(state, config, cache, draws))
+    return BaselineEntry(state, config, cache, key, draws, start_run(state, config, key, draws))
+
+
+def draws_of(state: SweepState, config: RowConfig) -> Draws | None:
+    """Draws an entry's few-shot subsets; None where all rows train.
+
+    Training all weights for more than one draw takes too long: it takes the first, as does a probe's exported model.
+    """
+    num_draws = state.experiment.data.few_shot_seeds if config.uses_every_draw else 1
+    return draw_subsets(state.rows, config.shots, num_draws, state.experiment.seed)
+
+
+def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | None) -> list[Any]:
+    """Returns all that a row depends on; how much is tried is not part of it."""
+    experiment, encoder = state.experiment, state.encoder(config)
+    num_draws = draws.num_draws if draws else 1
+    return [
+        [state.index.fingerprint, sorted(state.bad_rows)],
+        [encoder.spec.to_dict(), encoder.weights, config.kind, config.shots, num_draws],
+        [experiment.metric, experiment.seed],
+        # Features of another precision are other features.
+        [Path(cache.folder).name, precision_of(state, config)],
+    ]
+
+
+def start_run(state: SweepState, config: RowConfig, key: str, draws: Draws | None) -> str:
+    """Starts the MLflow run of an entry, or goes on in the one that there is; returns its id."""
+    run_id, is_new = state.recorder.call(Tracker.start_run, key, config.name, "study", state.run_id)
+    if is_new:
+        spec = state.encoder(config).spec
+        num_rows = {split: len(rows) for split, rows in state.rows.items()}
+        if draws:  # what one model sees
+            num_rows |= {"train": draws.train.shape[1], "validation": draws.validation.shape[1]}
+        params = {
+            "encoder": config.encoder_name,
+            "mode": config.kind,
+            "shots": config.shots,
+            "weights": spec.origin.name,
+            "revision": spec.origin.revision,
+            "image_size": spec.preprocessing.output_size[0],
+            "metric": state.experiment.metric,
+            "seed": state.experiment.seed,
+            **{f"num_{split}": count for split, count in num_rows.items()},
+        }
+        state.recorder.send(Tracker.log_once, run_id, params)
+    return run_id
