@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raysweep.encoders import Encoder, build_encoder
+from raysweep.encoders.base import Encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.precision import faster_precision
 from raysweep.images.decode import decode_image
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from benchmarks.figures import Options
 from benchmarks.images import shared_folder
 from benchmarks.sweeps import SEED, TINY_DINOV2, Finished, make_experiment, run_sweep
-from raysweep.encoders import build_encoder
-from raysweep.experiment.config import DataConfig
+from raysweep.encoders.build import build_encoder
+from raysweep.experiment.sections import DataConfig
 from raysweep.images.cache import open_cache
 from raysweep.images.features import load_features
 from raysweep.images.sources import load_index
@@ -38,7 +38,7 @@ class CachedData:
         """Runs a sweep of that name, with an MLflow store of its own."""
         return run_sweep(self.folder, self.experiment(name, num_trials), *arguments)
 
-    def feature_sets(self) -> tuple[FeatureSet, FeatureSet, dict[str, tuple[str, ...]], int]:
+    def feature_sets(self) -> tuple[FeatureSet, FeatureSet, Mapping[str, tuple[str, ...]], int]:
         """Returns train and validation features, the encoder's feature sources, and the number of classes."""
         encoder = build_encoder(self.encoder, SEED)
         index = load_index(DataConfig(source=self.source), SEED)

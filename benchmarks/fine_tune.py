@@ -20,16 +20,18 @@ from torch.nn import functional as F
 from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.gpu import flops_per_image, matmul_rate
 from benchmarks.sweeps import DINOV2_SMALL, TINY_DINOV2
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.images.pixels import open_pixels, write_pixels
+from raysweep.training.augment import Augmentation
 from raysweep.training.loop import CPU_MICRO_BATCH, LoopOptions, train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
 from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
+from raysweep.training.ranking import Ranking
 
 BATCH_SIZE, NUM_CLASSES, NUM_PAIRS = 64, 10, 3
 SETTING = {"learning_rate": 1e-5, "epochs": 1, "weight_decay": 0.05, "layer_decay": 0.75}
-AUGMENTATION = {"min_crop_scale": 0.7, "horizontal_flip": True}
+AUGMENTATION = Augmentation(min_crop_scale=0.7, horizontal_flip=True)
 
 
 def make_model(block: dict[str, Any], device: torch.device) -> Classifier:
@@ -82,9 +84,8 @@ def _wait_for(device: torch.device) -> None:
 
 def raysweep_epoch(model: Classifier, pixels: PixelRows, labels: Tensor, precision: str, folder: Path) -> float:
     """Trains for an epoch; returns images per second, evaluation and checkpoint left out."""
-    options = LoopOptions(
-        BATCH_SIZE, 0, "val/loss", "minimize", patience=9, precision=precision, augmentation=AUGMENTATION
-    )
+    ranking = Ranking("val/loss", "minimize")
+    options = LoopOptions(BATCH_SIZE, 0, ranking, patience=9, precision=precision, augmentation=AUGMENTATION)
     (folder / "last.safetensors").unlink(missing_ok=True)
     train, validation = PixelSet(pixels, labels), PixelSet(pixels, labels[:2])
     speeds: list[float] = []

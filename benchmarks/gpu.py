@@ -15,7 +15,8 @@ from benchmarks.bare_loop import decode
 from benchmarks.figures import Figure, Options, Skipped, make_figure
 from benchmarks.images import source_images
 from benchmarks.population import compare, seconds_of
-from raysweep.encoders import Encoder, build_encoder
+from raysweep.encoders.base import Encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.images.features import encode
 
 ENCODERS = {

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from benchmarks.cached import CachedData, prepare
 from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.sweeps import SEED
-from raysweep.experiment.config import LinearProbeSearch
-from raysweep.results.tracking import LoggedTrial, Tracker
-from raysweep.sweep.optuna_study import Search, TrialRecord, population_size, study_space
+from raysweep.experiment.search_blocks import LinearProbeSearch, population_size, study_space
+from raysweep.results.tracking import LoggedTrial, open_tracker
+from raysweep.sweep.optuna_study import open_optuna_study
 from raysweep.training.population import train_population
+from raysweep.training.ranking import Ranking
+from raysweep.worker.job import TrialResult
 
 BATCH_SIZE = 64
 
@@ -43,9 +45,8 @@ def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
     num_trials = trial_counts(options)[1]
     block = LinearProbeSearch(num_trials=num_trials)
     space = study_space(block, list(sources), "encoder")
-    journal = data.folder / "split.journal"
-    search = Search(journal, "split", block, space, "val/accuracy", "maximize", SEED)
-    tracker = Tracker(f"sqlite:///{data.folder}/split.db", "split")
+    optuna_study = open_optuna_study(data.folder / "split.journal", "split", block, space, Ranking(), SEED)
+    tracker = open_tracker(f"sqlite:///{data.folder}/split.db", "split")
     sweep, _ = tracker.start_run("sweep", "sweep", "sweep")
     study, _ = tracker.start_run("study", "study", "study", parent=sweep)
     seconds = {"heads": 0.0, "optuna": 0.0, "mlflow": 0.0}
@@ -58,7 +59,7 @@ def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
 
     for _ in range(num_trials // population_size(block)):
         with timed("optuna"):
-            trials = search.ask(population_size(block))
+            trials = optuna_study.ask(population_size(block))
         with timed("heads"):
             heads = train_population(
                 train,
@@ -70,13 +71,15 @@ def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
                 seed=SEED,
             )
         for trial, head in zip(trials, heads, strict=True):
-            record = TrialRecord(trial.number, head.setting, head.history[-1], head.history, None, {})
+            result = TrialResult(
+                "split", trial.number, dict(trial.params), tuple(head.history), head.history[-1], len(head.history) - 1
+            )
             with timed("optuna"):
-                search.tell(trial, record)
-            history = [{k: v for k, v in epoch.items() if k != "time/epoch_s"} for epoch in record.history]
-            logged = LoggedTrial(record.setting, history, record.final, "FINISHED")
+                optuna_study.tell(trial, result)
+            history = [{k: v for k, v in epoch.items() if k != "time/epoch_s"} for epoch in result.history]
+            logged = LoggedTrial(result.setting, history, result.final, "FINISHED")
             with timed("mlflow"):
-                tracker.log_trial(study, f"trial/{record.number}", str(record.number), logged)
+                tracker.log_trial(study, f"trial/{result.number}", str(result.number), logged)
     tracker.finish(study)
     tracker.finish(sweep)
     return {part: 1000 * total / num_trials for part, total in seconds.items()}

@@ -19,7 +19,7 @@ import torch
 from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.population import BATCH_SIZE, SEED, SOURCES, make_features, make_settings
 from benchmarks.sweeps import peak_memory_bytes, run_command
-from raysweep.training.disk_rows import DiskRows
+from raysweep.images.disk_rows import DiskRows
 from raysweep.training.population import FeatureSet, train_population
 
 NUM_CLASSES, NUM_HEADS, NUM_VALIDATION, ROWS_PER_BLOCK = 10, 8, 10_000, 4_096

@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.sweeps import run_command
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.images.features import FeatureRequest
 from raysweep.images.passes import build_caches
 from raysweep.images.sources import ImageIndex
@@ -62,7 +62,7 @@ def sleep_instead(marks: str, seconds: float) -> Any:
         import ray
         import torch
 
-        from raysweep.images import passes
+        from raysweep.images import pass_tasks
 
         def encode(encoder: Any, pixels: np.ndarray, _device: torch.device, _precision: str) -> dict[str, np.ndarray]:
             time.sleep(seconds * len(pixels))
@@ -70,7 +70,7 @@ def sleep_instead(marks: str, seconds: float) -> Any:
                 mark.write(f"{len(pixels)}\n")
             return {part: np.zeros((len(pixels), width), np.float32) for part, width in encoder.parts.items()}
 
-        passes.encode = encode
+        pass_tasks.encode = encode
 
     return replace_encode
 
@@ -92,14 +92,15 @@ def measure(num_nodes: int, per_node: int, on_gpus: bool, folder: Path) -> dict[
             cluster.address, runtime_env={"worker_process_setup_hook": hook}, log_to_driver=False, logging_level="ERROR"
         )
         weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
-        request = FeatureRequest(folder / "cache", encoder, weights, "fp32")
+        request = FeatureRequest(folder / "cache", encoder.spec, weights, "fp32")
         told: list[tuple[float, int]] = []
         started = time.perf_counter()
         (cache,) = build_caches(
             [request],
             index,
             num_gpus=num_nodes if on_gpus else 0,
-            cpus_by_node=[1] * num_nodes,
+            num_threads=1,
+            num_nodes=num_nodes,
             on_progress=lambda done, _total: told.append((time.perf_counter() - started, done)),
         )
         seconds = time.perf_counter() - started

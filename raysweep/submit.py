@@ -107,8 +107,8 @@ def _watch(address: str, job: str) -> int:
 
 def _submit(options: argparse.Namespace) -> str:
     """Checks the experiment, packs it and hands it to the cluster; returns the job's name."""
-    from raysweep.experiment.config import load_experiment
     from raysweep.cluster.package import build_package, requirements
+    from raysweep.experiment.config import load_experiment
 
     experiment = load_experiment(options.experiment, options.overrides)
     with _reaching(options.address):

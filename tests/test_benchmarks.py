@@ -13,8 +13,9 @@ from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
 from benchmarks.sweeps import TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
-from raysweep.encoders import build_encoder
-from raysweep.experiment.config import DataConfig, Experiment
+from raysweep.encoders.build import build_encoder
+from raysweep.experiment.config import Experiment
+from raysweep.experiment.sections import DataConfig
 from raysweep.images.sources import load_index
 
 
@@ -98,7 +99,7 @@ def test_both_ways_of_decoding_yield_every_image_in_order(images, tmp_path):
 def test_experiments_are_valid():
     experiment = Experiment.model_validate(make_experiment("x", "folder", [TINY_DINOV2], 8))
     assert experiment.search.linear_probe.num_trials == 8
-    assert [study.mode for study in experiment.studies()] == ["linear_probe"]
+    assert [study.mode.name for study in experiment.studies()] == ["linear_probe"]
 
 
 def test_a_command_is_timed_and_its_lines_are_read(tmp_path):

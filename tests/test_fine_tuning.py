@@ -8,12 +8,14 @@ import pytest
 import ray
 import torch
 import yaml
+from jobs import make_job
 from safetensors.torch import load_file
 
-from raysweep.encoders import build_encoder
-from raysweep.worker.inputs import build_classifier, save_heads
+from raysweep.encoders.base import EncoderSpec
+from raysweep.encoders.build import build_encoder
 from raysweep.training.loop import predict_logits
 from raysweep.training.population import FeatureSet, train_population
+from raysweep.worker.inputs import build_classifier, save_heads
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {
@@ -43,12 +45,12 @@ def test_at_step_0_fine_tuning_gives_the_probes_logits(tmp_path, monkeypatch, ki
             features, features, [setting], sources=encoder.sources, num_classes=3, batch_size=8, seed=0
         )
         save_heads(tmp_path / "best.safetensors", [result.head], source, {})
-        job = {
-            "encoder": json.loads(json.dumps(encoder.spec())),
-            "weights": {name: tensor.numpy() for name, tensor in encoder.state_dict().items()},
-            "head": str(tmp_path / "best.safetensors"),
-            "num_classes": 3,
-        }
+        job = make_job(
+            "fine_tune",
+            encoder=EncoderSpec.from_dict(json.loads(json.dumps(encoder.spec.to_dict()))),
+            weights={name: tensor.numpy() for name, tensor in encoder.state_dict().items()},
+            head=str(tmp_path / "best.safetensors"),
+        )
         with torch.no_grad():
             probed = result.head(features.source(parts, torch.arange(40)))
         assert probed.std() > 0.05, "zeros would agree with anything"

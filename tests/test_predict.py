@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from raysweep import __main__, predict
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.results.model import export_model
 

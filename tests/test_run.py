@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,11 +124,12 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(experiment, tmp_path):
 def test_the_next_steps_name_the_best_model_that_there_is(experiment, tmp_path):
     loaded = load_experiment(Path(experiment()))
     models = [None, f"{tmp_path}/runs/digits/models/ridge", "/elsewhere/probe"]
-    steps = run._next_steps(loaded, [{"model_path": model} for model in models])
+    steps = run._next_steps(loaded, [SimpleNamespace(model_path=model) for model in models])
     assert [step for step in steps if step.startswith("predict")] == [
         "predict    raysweep predict runs/digits/models/ridge IMAGE [IMAGE ...]"
     ]
-    assert not any(step.startswith("predict") for step in run._next_steps(loaded, [{"model_path": None}]))
+    steps = run._next_steps(loaded, [SimpleNamespace(model_path=None)])
+    assert not any(step.startswith("predict") for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ NUM_WRITERS, NUM_TRIALS, NUM_EPOCHS = 32, 4, 10
 
 LOG = """
     import sys, threading, time
-    from raysweep.results.tracking import LoggedTrial, Tracker
+    from raysweep.results.tracking import LoggedTrial, open_tracker
 
     uri, begin, first, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     num_trials, num_epochs = int(sys.argv[5]), int(sys.argv[6])
@@ -25,7 +25,7 @@ LOG = """
     def write(writer):
         try:
             time.sleep(max(0, begin - time.time()))
-            tracker = Tracker(uri, "many writers")
+            tracker = open_tracker(uri, "many writers")
             study, _ = tracker.start_run(f"study-{writer}", f"study-{writer}", "study")
             for trial in range(num_trials):
                 history = [{"val/accuracy": writer + trial / 100 + epoch / 10_000} for epoch in range(num_epochs)]

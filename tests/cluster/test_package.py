@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from raysweep.cluster import package as packages
+from raysweep.cluster.package import build_package, requirements
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import load_experiment
-from raysweep.cluster.package import build_package, requirements
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

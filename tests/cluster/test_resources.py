@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from raysweep.errors import ResourceError
-from raysweep.experiment.config import ResourcesConfig
 from raysweep.cluster.resources import (
     Resources,
     check_resources,
@@ -14,6 +12,8 @@ from raysweep.cluster.resources import (
     num_concurrent_trials,
     uses_gpu,
 )
+from raysweep.errors import ResourceError
+from raysweep.experiment.config import ResourcesConfig
 
 
 def resources(**keys):

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from raysweep.cluster import session as cluster
+from raysweep.cluster.resources import Resources
 from raysweep.cluster.session import RaySession, let_tune_use_started_workers, ray_session
 from raysweep.errors import ResourceError
-from raysweep.cluster.resources import Resources
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])

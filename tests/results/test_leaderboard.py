@@ -3,13 +3,14 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from raysweep.results.leaderboard import (
-    COLUMNS,
+    Row,
     describe_seconds,
     describe_setting,
     rank_rows,
@@ -42,7 +43,7 @@ def make_row(study, accuracy, **more):
         "mlflow_run_id": "f00",
         "model_path": f"/runs/x/models/{study}",
     }
-    return row | more
+    return Row(**(row | more))
 
 
 def right(num_right, num_rows=100):
@@ -56,29 +57,29 @@ def rows():
 
 
 def test_rows_are_ranked_and_what_cannot_be_told_apart_is_marked(rows):
-    assert [row["study"] for row in rows] == ["best", "close", "worst"]
-    assert [row["tied_with_best"] for row in rows] == [True, True, False]
+    assert [row.study for row in rows] == ["best", "close", "worst"]
+    assert [row.tied_with_best for row in rows] == [True, True, False]
 
 
 def test_among_equals_the_cheaper_stands_first():
     made = [make_row("dear", 0.9, train_seconds=100.0), make_row("cheap", 0.9, train_seconds=3.0)]
-    assert [row["study"] for row in rank_rows(made, [right(90), right(90)], 0)] == ["cheap", "dear"]
+    assert [row.study for row in rank_rows(made, [right(90), right(90)], 0)] == ["cheap", "dear"]
 
 
 def test_one_test_row_can_be_ranked():
     ranked = rank_rows([make_row("a", 0.0), make_row("b", 1.0)], [[False], [True]], 0)
-    assert [row["study"] for row in ranked] == ["b", "a"]
+    assert [row.study for row in ranked] == ["b", "a"]
 
 
 def test_the_files_hold_the_same_rows(rows, tmp_path):
     write_leaderboard(rows, tmp_path / "new" / "board.json", tmp_path / "new" / "board.csv")
     from_json = json.loads((tmp_path / "new" / "board.json").read_text())
-    assert from_json == [{column: row[column] for column in COLUMNS} for row in rows]
+    assert from_json == [asdict(row) for row in rows]
     with (tmp_path / "new" / "board.csv").open(newline="") as file:
         from_csv = list(csv.DictReader(file))
-    assert list(from_csv[0]) == list(COLUMNS)
+    assert list(from_json[0]) == list(from_csv[0]) == [column.name for column in fields(Row)]
     assert [row["study"] for row in from_csv] == ["best", "close", "worst"]
-    assert json.loads(from_csv[0]["best_params"]) == rows[0]["best_params"]
+    assert json.loads(from_csv[0]["best_params"]) == rows[0].best_params
     assert float(from_csv[0]["test_accuracy"]) == 0.91
 
 
@@ -114,7 +115,7 @@ def test_without_a_tie_there_is_no_legend():
 
 
 def test_gpu_memory_is_shown_where_there_is_any(rows):
-    text = rendered([rows[0], rows[1] | {"peak_gpu_memory_bytes": 3_000_000_000}])
+    text = rendered([rows[0], replace(rows[1], peak_gpu_memory_bytes=3_000_000_000)])
     assert "GPU" in text
     assert "3.0 GB" in text
     assert "GPU" not in rendered(rows)
@@ -132,8 +133,8 @@ def few_shot_rows():
 
 
 def test_ties_are_with_the_best_of_as_many_shots(few_shot_rows):
-    assert [row["study"] for row in few_shot_rows][:3] == ["linear_probe-all", "ridge-all", "knn-all"]
-    tied = {row["study"] for row in few_shot_rows if row["tied_with_best"]}
+    assert [row.study for row in few_shot_rows][:3] == ["linear_probe-all", "ridge-all", "knn-all"]
+    tied = {row.study for row in few_shot_rows if row.tied_with_best}
     assert tied == {f"{mode}-{shots}" for mode in ("linear_probe", "ridge") for shots in (1, 5, "all")}
 
 
@@ -168,7 +169,7 @@ def test_what_has_no_model_is_written_all_the_same(tmp_path):
 def test_shares_of_seeds_are_ranked():
     made = [make_row("a", 0.5, shots=5), make_row("b", 0.9, shots=5)]
     ranked = rank_rows(made, [[0.4, 0.6] * 50, [0.8, 1.0] * 50], 0)
-    assert [row["tied_with_best"] for row in ranked] == [True, False]
+    assert [row.tied_with_best for row in ranked] == [True, False]
 
 
 def test_importing_needs_no_torch():
@@ -195,5 +196,7 @@ def test_durations(seconds, text):
 
 def test_ranking_does_not_change_the_rows_it_is_given():
     made = [make_row("a", 0.9)]
-    rank_rows(made, [np.array(right(90))], 0)
-    assert "tied_with_best" not in made[0]
+    (ranked,) = rank_rows(made, [np.array(right(90))], 0)
+    assert made == [make_row("a", 0.9)]
+    assert (made[0].tied_with_best, ranked.tied_with_best) == (False, True)
+    assert replace(ranked, tied_with_best=False) == made[0]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raysweep.encoders import build_encoder, encoder_from_spec
+from raysweep.encoders.base import EncoderSpec
+from raysweep.encoders.build import build_encoder, encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, EncoderError, RaysweepError
 from raysweep.images.decode import decode_image
@@ -129,7 +130,7 @@ def test_an_export_replaces_an_older_one_whole(exported):
     (exported / "leftover.txt").write_text("of the older one")
     export_model(exported, make_classifier("dinov2"), CLASSES, {})
     assert sorted(path.name for path in exported.iterdir()) == ["model.json", "model.safetensors"]
-    assert load_model(exported).classifier.encoder.family == "dinov2"
+    assert load_model(exported).classifier.encoder.spec.family == "dinov2"
     assert [path.name for path in exported.parent.iterdir()] == ["model"]
 
 
@@ -149,8 +150,9 @@ def test_an_export_says_where_it_comes_from(exported):
     description = json.loads((exported / "model.json").read_text())
     assert description["about"] == {"study": "s"}
     assert description["labels"] == list(CLASSES)
-    assert description["encoder"] == make_classifier().encoder.spec()
-    encoder_from_spec(description["encoder"])
+    spec = make_classifier().encoder.spec
+    assert description["encoder"] == spec.to_dict()
+    assert encoder_from_spec(EncoderSpec.from_dict(description["encoder"])).spec == spec
 
 
 # Folders that are no models
@@ -204,7 +206,7 @@ def test_another_format_is_refused(exported):
 
 
 def test_an_encoder_of_another_transformers_is_refused_by_its_own_error(exported):
-    spec = make_classifier("dinov2").encoder.spec()
+    spec = make_classifier("dinov2").encoder.spec.to_dict()
     edit(exported, encoder={**spec, "config": {**spec["config"], "model_type": "dinov9"}})
     with pytest.raises(EncoderError, match=f"{exported}: .*dinov9"):
         load_model(exported)

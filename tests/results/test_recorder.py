@@ -8,26 +8,28 @@ import time
 import mlflow
 import pytest
 
-from raysweep.results import recorder as module
 from raysweep.errors import RaysweepError
-from raysweep.results.recorder import Recorder
+from raysweep.results import recorder as module
+from raysweep.results.recorder import start_recorder
+from raysweep.results.tracking import Tracker
 
 WAIT_S = 120
 
 # A driver that opens a run, says which process writes for it, and waits to be stopped.
 DRIVER = """
 import multiprocessing, signal, sys, time
-from raysweep.results.recorder import Recorder
+from raysweep.results.recorder import start_recorder
+from raysweep.results.tracking import Tracker
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-recorder = Recorder(sys.argv[1], sys.argv[2])
-run_id, _ = recorder.call("start_run", "key", "name", "sweep")
+recorder = start_recorder(sys.argv[1], sys.argv[2])
+run_id, _ = recorder.call(Tracker.start_run, "key", "name", "sweep")
 try:
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(120)
 except KeyboardInterrupt:
-    recorder.call("log_metrics", run_id, {"after": 1.0})
+    recorder.call(Tracker.log_metrics, run_id, {"after": 1.0})
     print("still writing", flush=True)
 recorder.close()
 """
@@ -41,7 +43,7 @@ def uri(tmp_path_factory):
 
 @pytest.fixture
 def recorder(uri, request):
-    recorder = Recorder(uri, request.node.name)
+    recorder = start_recorder(uri, request.node.name)
     yield recorder
     recorder.close()
 
@@ -54,12 +56,12 @@ def find(uri, experiment):
 
 
 def test_calls_are_made_in_order_and_answered(recorder, uri, request):
-    run_id, created = recorder.call("start_run", "key", "name", "sweep")
+    run_id, created = recorder.call(Tracker.start_run, "key", "name", "sweep")
     assert created
-    sent = recorder.send("start_run", "key", "renamed", "sweep")
+    sent = recorder.send(Tracker.start_run, "key", "renamed", "sweep")
     for epoch in range(20):
-        recorder.send("log_history", run_id, [{"val/loss": float(epoch)}], epoch)
-    recorder.send("start_run", "key", "last name", "sweep")
+        recorder.send(Tracker.log_history, run_id, [{"val/loss": float(epoch)}], epoch)
+    recorder.send(Tracker.start_run, "key", "last name", "sweep")
     recorder.wait()
     assert sent.result() == (run_id, False)
     (run,) = find(uri, request.node.name).values()
@@ -69,47 +71,47 @@ def test_calls_are_made_in_order_and_answered(recorder, uri, request):
 
 
 def test_close_ends_open_runs_as_failed_and_the_process(uri, request):
-    recorder = Recorder(uri, request.node.name)
-    recorder.call("start_run", "open", "open", "sweep")
-    done, _ = recorder.call("start_run", "done", "done", "sweep")
-    recorder.send("finish", done)
+    recorder = start_recorder(uri, request.node.name)
+    recorder.call(Tracker.start_run, "open", "open", "sweep")
+    done, _ = recorder.call(Tracker.start_run, "done", "done", "sweep")
+    recorder.send(Tracker.finish, done)
     recorder.wait()
     recorder.close()
     found = find(uri, request.node.name)
     assert {name: run.info.status for name, run in found.items()} == {"open": "FAILED", "done": "FINISHED"}
     with pytest.raises(RuntimeError, match="after shutdown"):
-        recorder.send("finish", done)
+        recorder.send(Tracker.finish, done)
 
 
 def test_what_goes_wrong_shows_at_the_next_call(recorder):
-    run_id, _ = recorder.call("start_run", "key", "name", "sweep")
-    recorder.call("log_once", run_id, {"epochs": 5})
-    lost = recorder.send("log_once", run_id, {"epochs": 6})
+    run_id, _ = recorder.call(Tracker.start_run, "key", "name", "sweep")
+    recorder.call(Tracker.log_once, run_id, {"epochs": 5})
+    lost = recorder.send(Tracker.log_once, run_id, {"epochs": 6})
     assert isinstance(lost.exception(WAIT_S), RaysweepError)
-    for again in (lambda: recorder.send("finish", run_id), recorder.wait):
+    for again in (lambda: recorder.send(Tracker.finish, run_id), recorder.wait):
         with pytest.raises(RaysweepError, match=r"(?s)^tracking.uri: the MLflow store 'sqlite.*refused.*epochs"):
             again()
 
 
 def test_a_call_raises_what_goes_wrong_with_it(recorder):
     with pytest.raises(RaysweepError, match=r"refused.*the same command goes on from here"):
-        recorder.call("finish", "no_such_run")
+        recorder.call(Tracker.finish, "no_such_run")
 
 
 def test_a_store_that_cannot_be_used_is_named():
-    recorder = Recorder("mongodb://127.0.0.1/x", "x")
+    recorder = start_recorder("mongodb://127.0.0.1/x", "x")
     with pytest.raises(RaysweepError, match=r"^tracking\.uri: 'mongodb://127\.0\.0\.1/x' cannot be used"):
         recorder.wait()
     with pytest.raises(RaysweepError, match="cannot be used"):
-        recorder.send("start_run", "key", "name", "sweep")
+        recorder.send(Tracker.start_run, "key", "name", "sweep")
     recorder.close()
 
 
 def test_a_long_wait_is_said_once(uri, request, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_UNTIL_SAID", 0.01)
     said = []
-    recorder = Recorder(uri, request.node.name, said.append)
-    sent = recorder.send("start_run", "key", "name", "sweep")
+    recorder = start_recorder(uri, request.node.name, said.append)
+    sent = recorder.send(Tracker.start_run, "key", "name", "sweep")
     recorder.wait()
     assert said == [f"waiting for MLflow at {uri}: 2 calls to go"]
     assert sent.done()
@@ -119,7 +121,7 @@ def test_a_long_wait_is_said_once(uri, request, monkeypatch):
 def test_a_server_that_never_answers_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr(module, "SECONDS_TO_CLOSE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        recorder = Recorder(f"http://127.0.0.1:{silent.getsockname()[1]}", "x")
+        recorder = start_recorder(f"http://127.0.0.1:{silent.getsockname()[1]}", "x")
         silent.accept()  # the writer has begun to ask
         (writer,) = recorder._process._processes.values()
         started = time.monotonic()
@@ -179,11 +181,11 @@ def test_the_writer_ends_with_a_driver_that_is_killed(driver):
 
 
 def test_a_writer_that_was_killed_is_reported_as_ours_and_does_not_hinder_the_end(uri, request):
-    recorder = Recorder(uri, request.node.name)
+    recorder = start_recorder(uri, request.node.name)
     recorder.wait()
     (writer,) = recorder._process._processes.values()
     writer.kill()
     writer.join(WAIT_S)
     with pytest.raises(RaysweepError, match=r"tracking\.uri"):
-        recorder.call("start_run", "key", "name", "sweep")
+        recorder.call(Tracker.start_run, "key", "name", "sweep")
     recorder.close()

@@ -12,12 +12,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import RaysweepError
 from raysweep.results import tracking
+from raysweep.results.environment import environment_tags
 from raysweep.results.model import export_model, load_model
-from raysweep.results.tracking import LoggedTrial, Tracker, environment_tags, reported_as_ours
+from raysweep.results.tracking import LoggedTrial, open_tracker, reported_as_ours
 
 ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
 
@@ -29,10 +30,10 @@ def uri(tmp_path_factory):
 
 
 @pytest.fixture
-def open_tracker(uri, tmp_path, monkeypatch, request):
+def new_tracker(uri, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # artifacts of a local store go below the working directory
     before = mlflow.get_tracking_uri()
-    yield lambda: Tracker(uri, request.node.name)
+    yield lambda: open_tracker(uri, request.node.name)
     mlflow.set_tracking_uri(before)
 
 
@@ -56,8 +57,8 @@ def start_tree(tracker):
     return runs
 
 
-def test_runs_form_a_tree(open_tracker):
-    tracker = open_tracker()
+def test_runs_form_a_tree(new_tracker):
+    tracker = new_tracker()
     runs = start_tree(tracker)
     assert len(set(runs.values())) == 7
     found = {run.info.run_id: run for run in runs_of(tracker)}
@@ -70,12 +71,12 @@ def test_runs_form_a_tree(open_tracker):
     assert found[runs["probe/1"]].info.run_name == "probe-1"
 
 
-def test_a_resumed_sweep_goes_on_in_the_runs_it_had(open_tracker):
-    first = open_tracker()
+def test_a_resumed_sweep_goes_on_in_the_runs_it_had(new_tracker):
+    first = new_tracker()
     runs = start_tree(first)
     for run_id in runs.values():
         first.finish(run_id)
-    again = open_tracker()
+    again = new_tracker()
     assert start_tree(again) == runs
     assert len(runs_of(again)) == 7
     assert {status(again, run_id) for run_id in runs.values()} == {"RUNNING"}
@@ -83,19 +84,19 @@ def test_a_resumed_sweep_goes_on_in_the_runs_it_had(open_tracker):
     assert again.start_run("probe/2", "probe-2", "trial", parent=runs["probe"])[1]
 
 
-def test_the_same_key_under_another_parent_is_another_run(open_tracker):
-    tracker = open_tracker()
+def test_the_same_key_under_another_parent_is_another_run(new_tracker):
+    tracker = new_tracker()
     sweeps = [tracker.start_run(key, key, "sweep")[0] for key in ("a", "b")]
     studies = [tracker.start_run("study", "study", "study", parent=parent) for parent in sweeps]
     assert studies[0][0] != studies[1][0]
     assert all(created for _, created in studies)
 
 
-def test_more_runs_than_a_page_are_all_found(open_tracker, monkeypatch):
-    first = open_tracker()
+def test_more_runs_than_a_page_are_all_found(new_tracker, monkeypatch):
+    first = new_tracker()
     sweep = first.start_run("sweep", "sweep", "sweep")[0]
     runs = [first.start_run(f"s/{number}", "t", "trial", parent=sweep)[0] for number in range(5)]
-    again = open_tracker()
+    again = new_tracker()
     search = again.client.search_runs
     monkeypatch.setattr(
         again.client, "search_runs", lambda *where, **more: search(*where, **{**more, "max_results": 2})
@@ -105,8 +106,8 @@ def test_more_runs_than_a_page_are_all_found(open_tracker, monkeypatch):
     ]
 
 
-def test_histories_params_and_metrics(open_tracker):
-    tracker = open_tracker()
+def test_histories_params_and_metrics(new_tracker):
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep", tags={"version.x": "1"})
     tracker.log_once(run_id, {"learning_rate": 0.003, "features": "cls+mean"}, {"raysweep.error": "long " * 9_000})
     tracker.log_once(run_id, {"learning_rate": 0.003})
@@ -124,25 +125,25 @@ def test_histories_params_and_metrics(open_tracker):
     assert "memory" not in run.data.metrics
 
 
-def test_a_parameter_keeps_its_value(open_tracker):
-    tracker = open_tracker()
+def test_a_parameter_keeps_its_value(new_tracker):
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     tracker.log_once(run_id, {"epochs": 5})
     with pytest.raises(MlflowException, match="epochs"):
         tracker.log_once(run_id, {"epochs": 6})
 
 
-def test_long_histories_go_in_several_calls(open_tracker, monkeypatch):
+def test_long_histories_go_in_several_calls(new_tracker, monkeypatch):
     monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
-    tracker = open_tracker()
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     tracker.log_history(run_id, [{"a": float(epoch), "b": 0.0} for epoch in range(4)])
     steps = [point.step for point in tracker.client.get_metric_history(run_id, "a")]
     assert steps == [1, 2, 3, 4]
 
 
-def test_the_dataset_is_an_input(open_tracker):
-    tracker = open_tracker()
+def test_the_dataset_is_an_input(new_tracker):
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     tracker.log_dataset(run_id, "beans " * 100, "0123456789abcdef", "hf://datasets/x/beans", "{'train': 3}")
     (entry,) = tracker.client.get_run(run_id).inputs.dataset_inputs
@@ -151,8 +152,8 @@ def test_the_dataset_is_an_input(open_tracker):
     assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
 
 
-def test_files_folders_and_dicts_become_artifacts(open_tracker, tmp_path):
-    tracker = open_tracker()
+def test_files_folders_and_dicts_become_artifacts(new_tracker, tmp_path):
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("a")
@@ -184,9 +185,9 @@ def curve(tracker, run, name):
 SETTING = {"learning_rate": 0.003, "epochs": 2}
 
 
-def test_a_trial_that_is_over_is_logged_whole(open_tracker, monkeypatch):
+def test_a_trial_that_is_over_is_logged_whole(new_tracker, monkeypatch):
     monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
-    tracker = open_tracker()
+    tracker = new_tracker()
     study = start_study(tracker)
     tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED"))
     run = trial_of(tracker, study)
@@ -198,8 +199,8 @@ def test_a_trial_that_is_over_is_logged_whole(open_tracker, monkeypatch):
     assert "best/train/loss" not in run.data.metrics
 
 
-def test_a_trial_that_failed_says_why(open_tracker):
-    tracker = open_tracker()
+def test_a_trial_that_failed_says_why(new_tracker):
+    tracker = new_tracker()
     study = start_study(tracker)
     tracker.log_trial(study, "s/0", "probe-0", LoggedTrial(SETTING, [], {}, status="FAILED", error="lost " * 2_000))
     run = trial_of(tracker, study)
@@ -208,8 +209,8 @@ def test_a_trial_that_failed_says_why(open_tracker):
     assert run.data.params["epochs"] == "2"
 
 
-def test_a_trial_that_was_stopped_early_is_killed_and_says_so(open_tracker):
-    tracker = open_tracker()
+def test_a_trial_that_was_stopped_early_is_killed_and_says_so(new_tracker):
+    tracker = new_tracker()
     study = start_study(tracker)
     tracker.log_epoch(study, "s/0", "tune-0", SETTING, 0, ROWS[0])
     tracker.log_trial(study, "s/0", "tune-0", LoggedTrial(SETTING, [], ROWS[0], status="KILLED", first_epoch=1))
@@ -219,8 +220,8 @@ def test_a_trial_that_was_stopped_early_is_killed_and_says_so(open_tracker):
     assert curve(tracker, run, "val/accuracy") == [(1, 0.5)]
 
 
-def test_epochs_of_a_running_trial_come_one_by_one_and_once(open_tracker):
-    tracker = open_tracker()
+def test_epochs_of_a_running_trial_come_one_by_one_and_once(new_tracker):
+    tracker = new_tracker()
     study = start_study(tracker)
     for epoch, metrics in enumerate(ROWS):
         tracker.log_epoch(study, "s/0", "tune-0", SETTING, epoch, metrics)
@@ -232,8 +233,8 @@ def test_epochs_of_a_running_trial_come_one_by_one_and_once(open_tracker):
     assert curve(tracker, run, "val/accuracy") == [(1, 0.5), (2, 0.75)]
 
 
-def test_epochs_that_were_not_seen_follow_those_that_were(open_tracker):
-    tracker = open_tracker()
+def test_epochs_that_were_not_seen_follow_those_that_were(new_tracker):
+    tracker = new_tracker()
     study = start_study(tracker)
     tracker.log_epoch(study, "s/0", "tune-0", SETTING, 0, ROWS[0])
     tracker.log_trial(
@@ -242,8 +243,8 @@ def test_epochs_that_were_not_seen_follow_those_that_were(open_tracker):
     assert curve(tracker, trial_of(tracker, study), "val/accuracy") == [(1, 0.5), (2, 0.75)]
 
 
-def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(open_tracker):
-    killed = open_tracker()
+def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(new_tracker):
+    killed = new_tracker()
     study = start_study(killed)
     whole = LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED")
     lost = LoggedTrial(SETTING, [], {}, status="FAILED", error="out of memory")
@@ -255,7 +256,7 @@ def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(ope
     stopped = LoggedTrial(SETTING, ROWS, ROWS[-1], status="KILLED")
     killed.log_trial(study, "s/6", "t-6", stopped)
     killed.finish(killed.start_run("s/7", "t-7", "trial", study)[0], "FAILED")  # as the next sweep found it
-    again = open_tracker()
+    again = new_tracker()
     assert start_study(again) == study
     trials = (whole, lost, whole, whole, lost, diverged, stopped, stopped)
     again.catch_up(study, [(f"s/{number}", f"t-{number}", trial) for number, trial in enumerate(trials)])
@@ -271,11 +272,11 @@ def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(ope
 # How runs end
 
 
-def test_runs_left_running_by_a_killed_sweep_end_failed(open_tracker):
-    killed = open_tracker()
+def test_runs_left_running_by_a_killed_sweep_end_failed(new_tracker):
+    killed = new_tracker()
     runs = start_tree(killed)
     killed.finish(runs["probe/0"])
-    again = open_tracker()
+    again = new_tracker()
     study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
     going_on = again.start_run("probe/1", "probe-1", "trial", parent=study)[0]
     again.fail_left_running(runs["sweep"])
@@ -285,17 +286,17 @@ def test_runs_left_running_by_a_killed_sweep_end_failed(open_tracker):
     assert status(again, runs["probe/0"]) == "FINISHED"
 
 
-def test_a_run_that_went_on_and_finished_stays_finished(open_tracker):
-    runs = start_tree(open_tracker())
-    again = open_tracker()
+def test_a_run_that_went_on_and_finished_stays_finished(new_tracker):
+    runs = start_tree(new_tracker())
+    again = new_tracker()
     study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
     again.finish(study)
     again.fail_left_running(runs["sweep"])
     assert status(again, study) == "FINISHED"
 
 
-def test_close_fails_what_is_still_open(open_tracker):
-    tracker = open_tracker()
+def test_close_fails_what_is_still_open(new_tracker):
+    tracker = new_tracker()
     runs = start_tree(tracker)
     tracker.finish(runs["probe/0"])
     tracker.finish(runs["probe/1"], "FAILED")
@@ -306,8 +307,8 @@ def test_close_fails_what_is_still_open(open_tracker):
     tracker.close()
 
 
-def test_a_store_that_has_gone_away_does_not_hide_why_a_sweep_ends(open_tracker, monkeypatch):
-    tracker = open_tracker()
+def test_a_store_that_has_gone_away_does_not_hide_why_a_sweep_ends(new_tracker, monkeypatch):
+    tracker = new_tracker()
     start_tree(tracker)
     calls = []
 
@@ -338,22 +339,28 @@ def test_a_store_that_cannot_be_used_is_named_at_once(bad, own_uri, monkeypatch)
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     started = time.monotonic()
     with pytest.raises(RaysweepError, match=f"^tracking.uri: '{bad}' cannot be used as an MLflow store"):
-        Tracker(bad, "x")
+        open_tracker(bad, "x")
     assert time.monotonic() - started < 30
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_store_in_a_folder_that_is_not_there_is_refused_and_makes_none(own_uri, tmp_path):
+    with pytest.raises(RaysweepError, match=r"^tracking\.uri: .*no such folder: 'mistyped/folder'"):
+        open_tracker("sqlite:///mistyped/folder/mlflow.db", "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_user_set_for_retries_stays(own_uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(RaysweepError):
-        Tracker("http://127.0.0.1:9", "x")
+        open_tracker("http://127.0.0.1:9", "x")
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
 
 
-def test_a_deleted_experiment_is_taken_back(open_tracker):
-    first = open_tracker()
+def test_a_deleted_experiment_is_taken_back(new_tracker):
+    first = new_tracker()
     first.client.delete_experiment(first.experiment_id)
-    again = open_tracker()
+    again = new_tracker()
     assert again.experiment_id == first.experiment_id
     assert again.start_run("key", "name", "sweep")[1]
 
@@ -361,13 +368,13 @@ def test_a_deleted_experiment_is_taken_back(open_tracker):
 # Models
 
 
-def test_a_logged_model_predicts_on_bytes(open_tracker, tmp_path):
+def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path):
     classes = ("angular leaf spot", "bean/rust", 'healthy: "ü"')
     encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
     head = Head(4, 3)
     head.bias.data[1] = 1.0
     export_model(tmp_path / "model", Classifier(encoder, head, "pooled"), classes, {})
-    tracker = open_tracker()
+    tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     model_uri = tracker.log_model(run_id, tmp_path / "model", classes)
     loaded = mlflow.pyfunc.load_model(model_uri)
@@ -386,38 +393,16 @@ def test_a_logged_model_predicts_on_bytes(open_tracker, tmp_path):
     assert tracker.register(tracker.log_model(run_id, tmp_path / "model", classes), "winner") == "2"
 
 
-# Tags
-
-
-def test_environment_tags_hold_versions_and_the_commit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    tags = environment_tags("/data/runs/beans")
-    assert {"version.python", "version.torch", "version.raysweep"} <= tags.keys()
-    assert "mlflow.source.git.commit" not in tags
-    subprocess.run(["git", "init", "-q"], check=True)
-    assert "mlflow.source.git.commit" not in environment_tags("/data/runs/beans")
-    person = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *person, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    assert len(environment_tags("/data/runs/beans")["mlflow.source.git.commit"]) == 40
-
-
-def test_a_machine_without_git_has_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "mlflow.source.git.commit" not in environment_tags("/data/runs/beans")
-
-
 def test_abandoned_runs_of_the_same_root_are_ended_and_others_are_left_alone(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    killed = Tracker(uri, "beans")
+    killed = open_tracker(uri, "beans")
     runs = {}
     for root in ("/data/runs/beans", "/data/runs/other"):
         sweep, _ = killed.start_run(f"sweep {root}", "beans", "sweep", tags=environment_tags(root))
         study, _ = killed.start_run("study", "probe", "study", parent=sweep)
         trial, _ = killed.start_run("study/0", "probe-0", "trial", parent=study)
         runs[root] = (sweep, study, trial)
-    later = Tracker(uri, "beans")
+    later = open_tracker(uri, "beans")
     later.start_run("another sweep", "beans", "sweep", tags=environment_tags("/data/runs/beans"))
     later.fail_abandoned("/data/runs/beans")
     statuses = {root: [later.client.get_run(run).info.status for run in ids] for root, ids in runs.items()}
@@ -430,7 +415,7 @@ def test_errors_of_the_store_in_mid_sweep_are_told_clearly():
 
 
 def test_two_sweeps_that_start_on_a_new_store_at_once_both_get_it(tmp_path):
-    code = "import sys; from raysweep.results.tracking import Tracker; Tracker(sys.argv[1], sys.argv[2])"
+    code = "import sys; from raysweep.results.tracking import open_tracker; open_tracker(sys.argv[1], sys.argv[2])"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     started = [subprocess.Popen([sys.executable, "-c", code, uri, name]) for name in ("first", "second")]
     assert [process.wait(120) for process in started] == [0, 0]

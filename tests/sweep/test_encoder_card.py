@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raysweep.sweep import encoder_card as cards
-from raysweep.sweep.encoder_card import EncoderInUse
-from raysweep.encoders import build_encoder, weights_signature
+from raysweep.encoders.base import weights_signature
+from raysweep.encoders.build import build_encoder
 from raysweep.errors import EncoderError
-from raysweep.experiment.config import EncoderConfig
+from raysweep.experiment.studies import EncoderConfig
+from raysweep.sweep import encoder_card as cards
+from raysweep.sweep.encoder_card import read_card
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
 RANDOM = {"type": "dinov2", "use_pretrained": False, "image_size": 16, "config": TINY}
@@ -38,7 +39,7 @@ def checkpoint(tmp_path):
 
 
 def open_encoder(folder, seed=1, **config):
-    return EncoderInUse(EncoderConfig.model_validate(config), seed, folder / "cards")
+    return read_card(EncoderConfig.model_validate(config), seed, folder / "cards")
 
 
 def test_an_encoder_with_a_card_is_loaded_only_when_its_weights_are_needed(tmp_path, num_built):
@@ -46,7 +47,7 @@ def test_an_encoder_with_a_card_is_loaded_only_when_its_weights_are_needed(tmp_p
     assert num_built == ["dinov2"]
     second = open_encoder(tmp_path, **RANDOM)
     assert num_built == ["dinov2"]
-    assert second.description.spec() == first.model.spec()
+    assert second.spec == first.spec == first.model.spec
     assert second.weights == first.weights == weights_signature(first.model)
     assert weights_signature(second.model) == first.weights
     assert num_built == ["dinov2"] * 2
@@ -65,7 +66,7 @@ def test_random_weights_follow_the_seed_and_the_architecture(tmp_path):
     first = open_encoder(tmp_path, **RANDOM)
     assert open_encoder(tmp_path, seed=2, **RANDOM).weights != first.weights
     other = RANDOM | {"config": TINY | {"num_hidden_layers": 3}}
-    assert open_encoder(tmp_path, **other).description.config != first.description.config
+    assert open_encoder(tmp_path, **other).spec.config != first.spec.config
 
 
 @pytest.mark.parametrize("keeps_time", [False, True])

@@ -1,21 +1,25 @@
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from raysweep.sweep import estimate
-from raysweep.encoders import build_encoder
+from raysweep.cluster.resources import Resources, local_resources
+from raysweep.encoders.build import build_encoder
 from raysweep.errors import DataError, ResourceError
-from raysweep.sweep.estimate import estimate_lines, time_study
-from raysweep.experiment.config import DataConfig, Experiment
+from raysweep.experiment.config import Experiment
+from raysweep.experiment.modes import MODES
+from raysweep.experiment.sections import DataConfig
+from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.sources import load_index
+from raysweep.sweep import estimate
+from raysweep.sweep.estimate import SampleJob, Speeds, estimate_lines, time_study
 from raysweep.sweep.plan import cluster_lines, plan_lines
-from raysweep.cluster.resources import Resources
 
 TINY = {"type": "dinov2", "use_pretrained": False, "image_size": 32,
         "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}}  # fmt: skip
-SPEEDS = {"decode": 0.001, "encode": 0.1, "train": 0.2, "head_epoch": 0.01}
+SPEEDS = Speeds(decode=0.001, encode=0.1, train=0.2, head_epoch=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def test_nodes_share_the_work(lines):
 
 
 def test_gpus_decode_and_encode_at_once(lines, monkeypatch):
-    monkeypatch.setattr(estimate, "_speeds", lambda *_: SPEEDS | {"decode": 0.4})
+    monkeypatch.setattr(estimate, "_speeds", lambda *_: replace(SPEEDS, decode=0.4))
     slow_decoding = lines(Resources(8, 2, ((0, 0), (8, 2))))
     assert "pass at 20 images/s" in slow_decoding[1], "two GPUs at 10 images/s; 8 CPUs decode 20"
     assert "pass at 10 images/s" in lines(Resources(4, 2, ((4, 2),)))[1]
@@ -89,31 +93,38 @@ def test_a_time_budget_is_a_limit(lines):
     assert found[2].endswith("about 1 min 00 s")
 
 
-def job(index, mode, monkeypatch, **keys):
-    import ray
-
-    monkeypatch.setattr(ray, "get", lambda value: value)
+def sample_job(rows, mode, monkeypatch):
+    """The job of one node, with what Ray would find for its references."""
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr(estimate, "MAX_ROWS", 200)
     encoder = build_encoder(experiment().encoders[0].model_dump(), 0)
-    rows = index.table.select(["row_id", "path", "position", "image"])
-    return {"mode": mode, "encoder": encoder.spec(), "num_classes": 10, "num_rows": 200, "scale": 2.0, "heads": 4,
-            "batch_size": 64, "on_gpu": False, "rows": rows, "image_column": None, **keys}, {
-        name: tensor.numpy() for name, tensor in encoder.state_dict().items()
-    }  # fmt: skip
+    return SampleJob(
+        mode=MODES[mode],
+        encoder=encoder.spec,
+        weights={name: tensor.numpy() for name, tensor in encoder.state_dict().items()},
+        index=IndexReference(rows.select(["row_id", "path", "position", "image"]), None),
+        num_classes=10,
+        num_train=400,
+        num_heads=4,
+        batch_size=64,
+        num_threads=local_resources().num_cpus,
+        on_gpu=False,
+    )
 
 
 @pytest.mark.parametrize(("mode", "parts"), [("linear_probe", {"decode", "encode", "head_epoch"}),
                                              ("fine_tune", {"decode", "train"})])  # fmt: skip
 def test_a_sample_is_worked_on_for_real(index, mode, parts, monkeypatch):
-    speeds = time_study(*job(index, mode, monkeypatch))
-    assert set(speeds) == parts
-    assert all(0 < seconds < 10 for seconds in speeds.values())
+    speeds = asdict(time_study(sample_job(index.table, mode, monkeypatch)))
+    assert {part for part, seconds in speeds.items() if seconds != 0} == parts
+    assert all(0 < speeds[part] < 10 for part in parts)
 
 
-def test_images_that_cannot_be_decoded_are_said(index, monkeypatch):
+def test_images_that_cannot_be_decoded_are_said(monkeypatch):
     rows = pa.table({"row_id": [0, 1], "path": ["a", "b"], "position": [-1, -1],
                      "image": pa.array([b"no", b"image"], pa.large_binary())})  # fmt: skip
     with pytest.raises(DataError, match="none of 2 images can be decoded, such as a"):
-        time_study(*job(index, "linear_probe", monkeypatch, rows=rows))
+        time_study(sample_job(rows, "linear_probe", monkeypatch))
 
 
 def test_the_sample_is_from_all_over():

@@ -21,6 +21,9 @@ from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 from safetensors.torch import load_file
 
+from raysweep.errors import ConfigError
+from raysweep.sweep.sweep import only_sweep_in
+
 pytestmark = pytest.mark.end_to_end
 
 TINY_DINOV2 = {
@@ -300,6 +303,16 @@ def test_errors_name_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], m
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_has_one_sweep_at_a_time(tmp_path: Path):
+    with only_sweep_in(tmp_path / "x"):
+        with pytest.raises(ConfigError, match="x: another sweep is running here"), only_sweep_in(tmp_path / "x"):
+            pass
+        with only_sweep_in(tmp_path / "y"):
+            pass
+    with only_sweep_in(tmp_path / "x"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-import json
 import os
 import pickle
 import time
 from types import SimpleNamespace
 
 import pytest
+from jobs import make_job, make_trial, train_work
 
-from raysweep.sweep import tune_run as searchers
 from raysweep.cluster.session import ray_session
+from raysweep.experiment.modes import MODES
+from raysweep.sweep import tune_run as module
 from raysweep.sweep.tune_run import EpochScheduler, GroupSearcher, run_groups
+from raysweep.worker.job import EpochReport, TrialResult, WorkReport, to_tune
 
 FINISHED = GroupSearcher.FINISHED
 
@@ -17,7 +19,7 @@ class FakeGroup:
     """Hands out its pieces of work; `None` among them waits for all that runs."""
 
     def __init__(self, name, pieces, mode="fine_tune", last_epoch=None):
-        self.name, self.mode, self.pieces, self.last_epoch = name, mode, list(pieces), last_epoch
+        self.name, self.mode, self.pieces, self.last_epoch = name, MODES[mode], list(pieces), last_epoch
         self.num_running, self.taken, self.epochs = 0, [], []
 
     def next_work(self):
@@ -26,34 +28,46 @@ class FakeGroup:
         if self.pieces[0] is None:
             self.pieces.pop(0)
         self.num_running += 1
-        return {"group": self.name, "piece": self.pieces.pop(0)}
+        return train_work(make_trial(self.pieces.pop(0), self.name), group=self.name)
 
-    def on_epoch(self, epoch):
-        self.epochs.append(epoch)
-        return epoch["epoch"] == self.last_epoch
+    def on_epoch(self, report):
+        self.epochs.append(report)
+        return report.epoch == self.last_epoch
 
-    def take(self, work, results, reason):
+    def take(self, work, report):
         self.num_running -= 1
-        self.taken.append((work["piece"], results, reason))
+        self.taken.append((piece_of(work), report))
 
     def build_job(self, num_side_by_side):
-        return {"num_workers": 1, "side_by_side": num_side_by_side}
+        self.num_side_by_side = num_side_by_side
+        return make_job(self.mode.name, [self.name])
+
+
+def piece_of(work):
+    return work.trials[0].number
 
 
 def suggest_all(searcher, prefix="t"):
     """Suggests until there is nothing for now; returns the suggestions by trial id, and what ended them."""
     found = {}
-    while isinstance(work := searcher.suggest(f"{prefix}{len(found)}"), dict):
-        found[f"{prefix}{len(found)}"] = work
-    return found, work
+    while isinstance(config := searcher.suggest(f"{prefix}{len(found)}"), dict):
+        found[f"{prefix}{len(found)}"] = config["work"]
+    return found, config
 
 
 def pieces(suggestions):
-    return [(work["group"], work["piece"]) for work in suggestions.values()]
+    return [(work.group, piece_of(work)) for work in suggestions.values()]
 
 
-def done(results=None):
-    return {"results": json.dumps(results or {})}
+def done(*trials):
+    return to_tune(WorkReport(trials=trials))
+
+
+def epoch_of(epoch, number=0):
+    return EpochReport(number, epoch, {"val/loss": 0.5})
+
+
+LOST = WorkReport(error="the worker process died")
 
 
 # Order
@@ -111,13 +125,19 @@ def test_results_go_to_the_group_they_belong_to():
     groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
     searcher = GroupSearcher(groups, 2, lambda: 2)
     suggest_all(searcher)
-    searcher.on_trial_complete("t1", done({"trials": [{"number": 4}]}))
-    assert (groups[0].taken, groups[1].taken) == ([], [(2, {"trials": [{"number": 4}]}, "the worker process died")])
+    result = TrialResult("b", 2, {"epochs": 3}, ({"val/loss": 0.5},), {"val/loss": 0.5}, 0)
+    searcher.on_trial_complete("t1", done(result))
+    assert (groups[0].taken, groups[1].taken) == ([], [(2, WorkReport(trials=(result,)))])
 
 
 @pytest.mark.parametrize(
     ("result", "expected"),
-    [({"error": "DataError: no such cache"}, "DataError: no such cache"), (None, "the worker process died")],
+    [
+        (to_tune(WorkReport(error="DataError: no such cache")), WorkReport(error="DataError: no such cache")),
+        (None, LOST),
+        ({}, LOST),
+        (to_tune(epoch_of(1)), LOST),
+    ],
 )
 def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
     group = FakeGroup("a", [1, 2])
@@ -125,8 +145,8 @@ def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
     searcher.suggest("t0")
     searcher.on_trial_complete("t0", result, error=result is None)
     searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
-    assert group.taken == [(1, None, expected)]
-    assert searcher.suggest("t1")["piece"] == 2
+    assert group.taken == [(1, expected)]
+    assert piece_of(searcher.suggest("t1")["work"]) == 2
 
 
 def decision(searcher, trial_id, result):
@@ -137,8 +157,8 @@ def test_epochs_are_passed_on_and_results_are_not_taken_for_one():
     groups = [FakeGroup("a", [1]), FakeGroup("b", [2])]
     searcher = GroupSearcher(groups, 2, lambda: 2)
     suggest_all(searcher)
-    epoch = {"number": 3, "epoch": 4, "metrics": {"val/loss": 0.5}}
-    assert decision(searcher, "t1", {"epoch": json.dumps(epoch)}) is EpochScheduler.CONTINUE
+    epoch = EpochReport(3, 4, {"val/loss": 0.5})
+    assert decision(searcher, "t1", to_tune(epoch)) is EpochScheduler.CONTINUE
     assert decision(searcher, "t1", done()) is EpochScheduler.CONTINUE
     assert (groups[0].epochs, groups[1].epochs) == ([], [epoch])
 
@@ -147,11 +167,11 @@ def test_a_trial_is_stopped_when_its_group_says_so():
     group = FakeGroup("a", [1], last_epoch=2)
     searcher = GroupSearcher([group], 1, lambda: 1)
     searcher.suggest("t0")
-    decisions = [decision(searcher, "t0", {"epoch": json.dumps({"epoch": epoch})}) for epoch in range(3)]
+    decisions = [decision(searcher, "t0", to_tune(epoch_of(epoch))) for epoch in range(3)]
     assert decisions == ["CONTINUE", "CONTINUE", "STOP"]
     assert decisions[-1] is EpochScheduler.STOP, "Tune compares by identity"
-    searcher.on_trial_complete("t0", {"epoch": "{}"})
-    assert group.taken == [(1, None, "the worker process died")], "its study knows better"
+    searcher.on_trial_complete("t0", to_tune(epoch_of(2)))
+    assert group.taken == [(1, LOST)], "its study knows better"
 
 
 def test_tune_may_pickle_the_searcher_and_the_scheduler_whatever_their_groups_hold():
@@ -178,7 +198,7 @@ def test_an_error_of_a_listener_stops_the_search(listener):
     searcher = GroupSearcher([group], 1, lambda: 2)
     suggest_all(searcher)
     if listener == "on_epoch":
-        assert decision(searcher, "t0", {"epoch": "{}"}) == "CONTINUE"
+        assert decision(searcher, "t0", to_tune(epoch_of(0))) == "CONTINUE"
     else:
         searcher.on_trial_complete("t0", done())
     assert isinstance(searcher.failure, BrokenStoreError)
@@ -233,7 +253,7 @@ def fake_tune(monkeypatch):
         with_resources=lambda trainable, resources: trainable,
         with_parameters=lambda trainable, **parameters: trainable,
     )
-    monkeypatch.setattr(searchers, "tune", fake)
+    monkeypatch.setattr(module, "tune", fake)
     return fake
 
 
@@ -241,7 +261,8 @@ def test_groups_are_worked_through_and_what_tune_wrote_is_deleted(fake_tune, tmp
     groups = [FakeGroup("a", [1, 2]), FakeGroup("b", [3])]
     (tmp_path / "tune").mkdir()
     run_groups(groups, tmp_path / "tune", num_groups=2, num_runs=lambda: 2)
-    assert [[piece for piece, *_ in group.taken] for group in groups] == [[1, 2], [3]]
+    assert [[piece for piece, _ in group.taken] for group in groups] == [[1, 2], [3]]
+    assert [group.num_side_by_side for group in groups] == [2, 2]
     assert not (tmp_path / "tune").exists()
 
 
@@ -265,34 +286,37 @@ def test_an_error_of_tune_is_not_swallowed(fake_tune, tmp_path, monkeypatch):
 class ThriftyGroup(FakeGroup):
     """Stops its first piece after its second epoch."""
 
-    def on_epoch(self, epoch):
-        self.epochs.append((epoch["piece"], epoch["epoch"]))
+    def on_epoch(self, report):
+        self.epochs.append((report.number, report.epoch))
         return self.epochs[-1] == (0, 1)
-
-    def build_job(self, num_side_by_side):
-        return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False}
 
 
 def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tmp_path, monkeypatch):
-    def train(work, jobs):
+    def train(config, jobs):
         from ray import tune
 
+        (trial,) = config["work"].trials
+        assert list(jobs) == [trial.study]
         try:
             for epoch in range(4):
-                tune.report({"epoch": json.dumps({"piece": work["piece"], "epoch": epoch})})
+                tune.report(to_tune(EpochReport(trial.number, epoch, {"val/loss": 0.5})))
         finally:
-            if work["piece"] == 0:
+            if trial.number == 0:
                 time.sleep(4)  # Tune would wait for two seconds, and then lose the next trial
-            (tmp_path / f"{work['piece']} has let go").touch()
-        tune.report({"results": json.dumps({"pid": os.getpid()})})
+            (tmp_path / f"{trial.number} has let go").touch()
+        # A trial's checkpoint stands in for the process that it ran in.
+        result = TrialResult(trial.study, trial.number, trial.setting, checkpoint=str(os.getpid()))
+        tune.report(to_tune(WorkReport(trials=(result,))))
 
-    monkeypatch.setattr(searchers, "run_work", train)
+    monkeypatch.setattr(module, "run_work", train)
     group = ThriftyGroup("a", [0, 1, 2])
     with ray_session(verbose=False):
         run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1)
     assert group.epochs == [(0, 0), (0, 1), *((piece, epoch) for piece in (1, 2) for epoch in range(4))]
-    (stopped, *_), (one, first, _), (two, second, _) = group.taken
+    (stopped, lost), (one, first), (two, second) = group.taken
     assert (stopped, one, two) == (0, 1, 2)
-    assert group.taken[0][1] is None
-    assert first == second, "the process is used again"
+    assert lost == LOST
+    ((first,), (second,)) = first.trials, second.trials
+    assert (first.number, second.number) == (1, 2)
+    assert first.checkpoint == second.checkpoint, "the process is used again"
     assert sorted(path.name[0] for path in tmp_path.glob("* has let go")) == ["0", "1", "2"]

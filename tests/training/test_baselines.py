@@ -9,13 +9,15 @@ from sklearn.metrics import f1_score, log_loss
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from raysweep.encoders.head import NORMALIZATIONS
+from raysweep.encoders.families import NORMALIZATIONS
+from raysweep.experiment.studies import BASELINES
 from raysweep.training import baselines, ridge
-from raysweep.training.baselines import STRENGTHS, run_knn, run_ridge
+from raysweep.training.baselines import run_knn, run_ridge
 from raysweep.training.population import FeatureSet, Subsets
+from raysweep.training.ranking import Ranking
+from raysweep.training.ridge import STRENGTHS
 
 SOURCES = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
-ACCURACY = {"metric": "val/accuracy", "direction": "maximize"}
 
 
 def make_set(num_rows, seed, *, num_features=12, num_classes=4, spread=0.6):
@@ -33,7 +35,7 @@ TRAIN, VALIDATION, TEST = make_set(200, 0), make_set(60, 1), make_set(80, 2)
 
 
 def run(function, train=TRAIN, validation=VALIDATION, test=TEST, **more):
-    asked = {"sources": SOURCES, "num_classes": 4, "subsets": None} | ACCURACY | more
+    asked = {"sources": SOURCES, "num_classes": 4, "subsets": None, "ranking": Ranking()} | more
     return function(train, validation, test, **asked)
 
 
@@ -73,6 +75,11 @@ def same_but_for_scale(logits, scores):
     return temperature
 
 
+def test_each_baseline_is_run_by_its_own_function():
+    assert {"knn": run_knn, "ridge": run_ridge} == baselines.BASELINES
+    assert tuple(baselines.BASELINES) == BASELINES, "in the order of the experiment file's"
+
+
 @pytest.mark.parametrize("chunk_rows", [7, 4096])
 def test_neighbours_vote_as_scikit_learn_has_it(monkeypatch, chunk_rows):
     monkeypatch.setattr(baselines, "CHUNK_ROWS", chunk_rows)
@@ -81,7 +88,7 @@ def test_neighbours_vote_as_scikit_learn_has_it(monkeypatch, chunk_rows):
     expected = sklearn_votes(inputs(TRAIN, source), inputs(TEST, source), TRAIN.labels.numpy(), count)
     (logits,) = result.test_logits
     np.testing.assert_allclose(logits.exp(), (count * expected + 1 / 4) / (count + 1), atol=1e-5)
-    assert (result.name, result.heads, result.num_settings) == ("knn", (), 4)
+    assert (result.heads, result.num_settings) == ((), 4)
 
 
 def test_neighbours_choose_the_setting_that_is_best_on_validation():
@@ -96,7 +103,7 @@ def test_neighbours_choose_the_setting_that_is_best_on_validation():
                 "val/loss": log_loss(VALIDATION.labels, smoothed),
             }
     for metric, direction in (("val/accuracy", "maximize"), ("val/macro_f1", "maximize"), ("val/loss", "minimize")):
-        result = run(run_knn, metric=metric, direction=direction)
+        result = run(run_knn, ranking=Ranking(metric, direction))
         sign = 1 if direction == "maximize" else -1
         best = max(rows, key=lambda key: (sign * rows[key][metric], -rows[key]["val/loss"]))
         assert (result.setting["k"], result.setting["features"]) == best
@@ -148,7 +155,7 @@ def test_ridge_chooses_the_setting_that_is_best_on_validation():
     found = result.setting["strength"], result.setting["features"], result.setting["normalize"]
     assert found == max(best, key=best.__getitem__)
     assert result.validation["val/accuracy"] == pytest.approx(best[found][0])
-    assert (result.name, result.num_settings) == ("ridge", 6 * len(STRENGTHS))
+    assert result.num_settings == 6 * len(STRENGTHS)
 
 
 def test_the_head_gives_the_logits_of_test():
@@ -179,7 +186,7 @@ def test_strengths_are_compared_by_their_calibrated_loss(strength):
 
 
 def test_the_loss_can_be_what_is_minimised():
-    result = run(run_ridge, metric="val/loss", direction="minimize")
+    result = run(run_ridge, ranking=Ranking("val/loss", "minimize"))
     by_accuracy = run(run_ridge)
     assert result.validation["val/loss"] <= by_accuracy.validation["val/loss"] * 1.02
 

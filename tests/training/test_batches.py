@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.training import distributed
 from raysweep.training.augment import Augmentation

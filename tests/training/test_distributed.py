@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysweep.encoders import Encoder, build_encoder
+from raysweep.encoders.base import Encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.training import distributed
+from raysweep.training.augment import Augmentation
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.distributed import copy_from_first, own_rows, rank, sum_over_workers, world_size
 from raysweep.training.loop import LoopOptions, evaluate_classifier, train_classifier
@@ -22,6 +25,7 @@ from raysweep.training.metrics import MetricSums
 from raysweep.training.optimizer import freeze_unused_parameters
 from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, train_population
+from raysweep.training.ranking import Ranking
 
 WORLD_SIZES = (2, 3)
 NUM_ROWS, BATCH_SIZE, NUM_CLASSES = 25, 8, 3  # the last batch has one row, fewer than there are workers
@@ -30,9 +34,9 @@ SETTINGS = [
     {"learning_rate": 3e-2, "weight_decay": 0.1, "epochs": 2, "features": "cls", "normalize": "standardize"},
     {"learning_rate": 1e-1, "weight_decay": 1e-4, "epochs": 3, "features": "cls", "normalize": "l2"},
 ]
-AUGMENTATION = {"min_crop_scale": 0.5, "horizontal_flip": True}
+AUGMENTATION = Augmentation(min_crop_scale=0.5, horizontal_flip=True)
 EVERYTHING = {
-    "augmentation": AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0},
+    "augmentation": replace(AUGMENTATION, mixup=0.4, cutmix=1.0),
     "label_smoothing": 0.1,
     "ema_decay": 0.9,
     "micro_batch_size": 2,
@@ -57,7 +61,7 @@ def rows(num_rows, seed):
 
 
 def options(more):
-    return LoopOptions(BATCH_SIZE, 7, "val/loss", "minimize", patience=9, **more)
+    return LoopOptions(BATCH_SIZE, 7, Ranking("val/loss", "minimize"), patience=9, **more)
 
 
 def make_model(kind) -> Classifier:

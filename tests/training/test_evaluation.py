@@ -99,21 +99,22 @@ def test_metrics_of_the_test_rows_agree_with_scikit_learn():
     logits, labels = rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 4, 50)
     result = evaluate_test(logits, labels, seed=0)
     predicted = logits.argmax(1)
-    assert result["num_rows"] == 50
-    assert result["accuracy"] == pytest.approx((predicted == labels).mean())
-    assert result["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
-    assert result["loss"] == pytest.approx(log_loss(labels, torch.from_numpy(logits).softmax(1).numpy()), rel=1e-4)
-    assert result["confusion_matrix"] == confusion_matrix(labels, predicted).tolist()
-    assert result["correct"] == (predicted == labels).tolist()
-    assert (result["num_seeds"], result["accuracies"]) == (1, [pytest.approx(result["accuracy"])])
-    assert result["accuracy_low"] < result["accuracy"] < result["accuracy_high"]
+    assert result.num_rows == 50
+    assert result.values["accuracy"] == pytest.approx((predicted == labels).mean())
+    assert result.values["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    expected = log_loss(labels, torch.from_numpy(logits).softmax(1).numpy())
+    assert result.values["loss"] == pytest.approx(expected, rel=1e-4)
+    assert np.array_equal(result.confusion_matrix, confusion_matrix(labels, predicted))
+    assert result.correct == tuple(predicted == labels)
+    assert (result.num_seeds, result.accuracies) == (1, (pytest.approx(result.values["accuracy"]),))
+    assert result.accuracy_low < result.values["accuracy"] < result.accuracy_high
 
 
 def test_one_test_row_of_three_classes():
     result = evaluate_test(np.array([[0.0, 5.0, 0.0]], np.float32), np.array([1]), seed=0)
-    assert (result["accuracy"], result["accuracy_low"], result["accuracy_high"]) == (1.0, pytest.approx(0.025), 1.0)
-    assert result["macro_f1"] == 1.0
-    assert result["confusion_matrix"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert (result.values["accuracy"], result.accuracy_low, result.accuracy_high) == (1.0, pytest.approx(0.025), 1.0)
+    assert result.values["macro_f1"] == 1.0
+    assert result.confusion_matrix == ((0, 0, 0), (0, 1, 0), (0, 0, 0))
 
 
 def few_shot(num_seeds, seed=0, num_rows=60):
@@ -128,26 +129,26 @@ def test_figures_of_several_seeds_are_means_of_those_of_each():
     result = evaluate_test(logits, labels, seed=0)
     alone = [evaluate_test(each, labels, seed=0) for each in logits]
     for name in ("accuracy", "macro_f1", "loss"):
-        assert result[name] == pytest.approx(np.mean([each[name] for each in alone]))
-    assert result["accuracies"] == pytest.approx([each["accuracy"] for each in alone])
-    assert result["correct"] == pytest.approx(np.mean([each["correct"] for each in alone], 0).tolist())
-    assert result["confusion_matrix"] == sum(np.array(each["confusion_matrix"]) for each in alone).tolist()
-    assert (result["num_seeds"], result["num_rows"]) == (5, 60)
+        assert result.values[name] == pytest.approx(np.mean([each.values[name] for each in alone]))
+    assert result.accuracies == pytest.approx(tuple(each.values["accuracy"] for each in alone))
+    assert result.correct == pytest.approx(tuple(np.mean([each.correct for each in alone], 0)))
+    assert np.array_equal(result.confusion_matrix, sum(np.array(each.confusion_matrix) for each in alone))
+    assert (result.num_seeds, result.num_rows) == (5, 60)
 
 
 def test_the_interval_of_several_seeds_is_students():
     logits, labels = few_shot(5)
     result = evaluate_test(logits, labels, seed=0)
-    accuracies = result["accuracies"]
+    accuracies = result.accuracies
     expected = stats.t.interval(0.95, 4, np.mean(accuracies), stats.sem(accuracies))
-    assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx(expected)
+    assert (result.accuracy_low, result.accuracy_high) == pytest.approx(expected)
 
 
 def test_an_interval_stays_within_what_an_accuracy_can_be():
     logits = [np.array([[0.0, 1.0], [1.0, 0.0]], np.float32), np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)]
     result = evaluate_test(logits, np.array([1, 0]), seed=0)
-    assert result["accuracies"] == [1.0, 0.5]
-    assert (result["accuracy_low"], result["accuracy_high"]) == (0.0, 1.0)
+    assert result.accuracies == (1.0, 0.5)
+    assert (result.accuracy_low, result.accuracy_high) == (0.0, 1.0)
 
 
 def test_one_seed_in_a_list_is_one_model():
@@ -160,5 +161,5 @@ def test_seeds_that_agree_fall_back_on_the_rows(num_right):
     correct = answers(num_right, 60)
     logits = np.stack([~correct, correct], 1).astype(np.float32)
     result = evaluate_test([logits] * 3, np.ones(60, int), seed=0)
-    assert (result["accuracy_low"], result["accuracy_high"]) == bootstrap_interval(correct, 0)
-    assert result["accuracy_low"] < result["accuracy_high"]
+    assert (result.accuracy_low, result.accuracy_high) == bootstrap_interval(correct, 0)
+    assert result.accuracy_low < result.accuracy_high

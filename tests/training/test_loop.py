@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raysweep.encoders import build_encoder
+from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
+from raysweep.experiment.metrics import VALIDATION_METRICS
+from raysweep.training.augment import Augmentation
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.distributed import seeded_generator
 from raysweep.training.loop import (
     LoopOptions,
     evaluate_classifier,
     predict_logits,
-    ranking_key,
     train_classifier,
 )
 from raysweep.training.optimizer import build_optimizer, freeze_unused_parameters, warmup_cosine
 from raysweep.training.pixel_rows import PixelSet, ResidentPixels
+from raysweep.training.ranking import Ranking
 
 NUM_CLASSES = 3
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -35,7 +38,8 @@ CONFIGS = {
     "stacked_cnn": {"channels": [4, 8]},
 }
 SETTING = {"learning_rate": 3e-3, "epochs": 4, "weight_decay": 0.05, "layer_decay": 0.75}
-AUGMENTATION = {"min_crop_scale": 0.5, "horizontal_flip": True}
+AUGMENTATION = Augmentation(min_crop_scale=0.5, horizontal_flip=True)
+LEAST_LOSS = Ranking("val/loss", "minimize")
 
 
 def classifier(kind="dinov2", source=None, seed=0, **config):
@@ -58,7 +62,7 @@ def pixel_set(num_rows, seed, side=32):
 
 
 def options(**more):
-    defaults = {"batch_size": 8, "seed": 7, "metric": "val/accuracy", "direction": "maximize", "patience": 100}
+    defaults = {"batch_size": 8, "seed": 7, "ranking": Ranking(), "patience": 100}
     return LoopOptions(**(defaults | more))
 
 
@@ -160,13 +164,15 @@ def test_history_has_the_agreed_keys(tmp_path):
         "train/loss", "train/images_per_second", "train/learning_rate",
         "val/loss", "val/accuracy", "val/macro_f1", "time/epoch_s",
     }  # fmt: skip
+    assert {name for name in told[0] if name.startswith("val/")} == set(VALIDATION_METRICS)
+    assert set(evaluate_classifier(classifier(), pixel_set(13, 2), options())) == set(VALIDATION_METRICS)
     assert told[0]["train/loss"] == pytest.approx(math.log(3), abs=0.3)
     assert 0 < told[1]["train/learning_rate"] < told[0]["train/learning_rate"] <= SETTING["learning_rate"]
 
 
 @pytest.mark.parametrize(("direction", "choose"), [("minimize", min), ("maximize", max)])
 def test_the_best_epochs_weights_are_kept(tmp_path, direction, choose):
-    result = train(classifier(), tmp_path, metric="val/loss", direction=direction)
+    result = train(classifier(), tmp_path, ranking=Ranking("val/loss", direction))
     losses = [epoch["val/loss"] for epoch in result.history]
     assert losses[0] != losses[-1]
     assert result.best_epoch == losses.index(choose(losses))
@@ -176,17 +182,6 @@ def test_the_best_epochs_weights_are_kept(tmp_path, direction, choose):
     best.load_state_dict(tensors)
     again = evaluate_classifier(best, pixel_set(13, 2), options())
     assert again == {name: value for name, value in result.best.items() if name in again}
-
-
-def test_ties_go_to_the_lower_loss_then_the_earlier_epoch():
-    first, lower = {"val/accuracy": 0.5, "val/loss": 2.0}, {"val/accuracy": 0.5, "val/loss": 1.0}
-    assert ranking_key(lower, options()) > ranking_key(first, options())
-    higher = {"val/accuracy": 0.6, "val/loss": 9.0}
-    assert ranking_key(higher, options()) > ranking_key(lower, options())
-    assert ranking_key(lower, options(direction="minimize")) > ranking_key(higher, options(direction="minimize"))
-    for broken in ({"val/accuracy": math.nan, "val/loss": 0.1}, {"val/accuracy": 0.5, "val/loss": math.nan}):
-        for direction in ("minimize", "maximize"):
-            assert ranking_key(broken, options(direction=direction)) < ranking_key(first, options(direction=direction))
 
 
 @pytest.mark.parametrize("patience", [1, 2])
@@ -228,7 +223,7 @@ def interrupted_at_epoch(model, folder, epoch, **more):
 
 
 EVERYTHING = {
-    "augmentation": AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0},
+    "augmentation": replace(AUGMENTATION, mixup=0.4, cutmix=1.0),
     "label_smoothing": 0.1,
     "ema_decay": 0.9,
     "micro_batch_size": 3,
@@ -297,7 +292,7 @@ def test_a_kill_within_an_epoch_costs_that_epoch_alone(tmp_path, step):
 
 def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
     uninterrupted = classifier()
-    expected = train(uninterrupted, tmp_path / "a", metric="val/loss", direction="minimize")
+    expected = train(uninterrupted, tmp_path / "a", ranking=LEAST_LOSS)
     saved = []
 
     def save(path, *arguments):
@@ -308,10 +303,10 @@ def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr("raysweep.training.loop.save_checkpoint", save)
     with pytest.raises(Interrupted):
-        train(classifier(), tmp_path / "b", metric="val/loss", direction="minimize")
+        train(classifier(), tmp_path / "b", ranking=LEAST_LOSS)
     monkeypatch.undo()
     assert saved == ["best.safetensors", "last.safetensors", "best.safetensors"]
-    result = train(classifier(), tmp_path / "b", metric="val/loss", direction="minimize")
+    result = train(classifier(), tmp_path / "b", ranking=LEAST_LOSS)
     assert timeless(result.history) == timeless(expected.history)
     assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
 
@@ -420,8 +415,8 @@ def test_the_average_of_what_stays_the_same_is_the_same(tmp_path, kind):
 
 
 def test_strength_scales_the_augmentation(tmp_path):
-    whole_image = {"min_crop_scale": 1.0, "horizontal_flip": True}
-    mixing = AUGMENTATION | {"mixup": 0.4, "cutmix": 1.0}
+    whole_image = Augmentation(min_crop_scale=1.0, horizontal_flip=True)
+    mixing = replace(AUGMENTATION, mixup=0.4, cutmix=1.0)
     losses = [
         train(classifier(), tmp_path / str(case), SETTING | more, augmentation=augmentation).history[-1]["train/loss"]
         for case, (more, augmentation) in enumerate(

@@ -4,8 +4,11 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
-from raysweep.training.metrics import MetricSums
+from raysweep.experiment.metrics import METRICS, VALIDATION_METRICS, validation_key
+from raysweep.training.evaluation import evaluate_test
+from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.metrics import confusion_matrix as our_confusion_matrix
+from raysweep.training.population import FeatureSet, train_population
 
 
 def outputs(num_rows, num_heads, num_classes, seed=0):
@@ -83,3 +86,27 @@ def test_confusion_matrix_is_that_of_scikit_learn():
     labels[labels == 2] = 3
     found = our_confusion_matrix(predicted, labels, 6)
     assert found.tolist() == confusion_matrix(labels, predicted, labels=range(6)).tolist()
+
+
+def test_every_place_that_computes_metrics_computes_those_of_the_table():
+    """The training loop's history is in test_loop.py."""
+    logits, labels = outputs(20, 1, 3)
+    assert set(computed(logits, labels)) == {*METRICS, "num_rows"}
+    assert set(evaluate_test(logits[:, 0].numpy(), labels.numpy(), seed=0).values) == set(METRICS)
+    rows = FeatureSet({"cls": logits[:, 0]}, labels)
+    setting = {"learning_rate": 0.1, "weight_decay": 0.0, "epochs": 2, "features": "cls", "normalize": "none"}
+    (head,) = train_population(rows, rows, [setting], sources={"cls": ("cls",)}, num_classes=3, batch_size=8, seed=0)
+    for epoch in head.history:
+        assert {name for name in epoch if name.startswith("val/")} == set(VALIDATION_METRICS)
+
+
+def test_validation_metrics_are_those_of_one_head_as_floats():
+    logits, labels = outputs(20, 3, 4)
+    sums = MetricSums(3, 4)
+    sums.add(logits, labels)
+    expected = computed(logits, labels)
+    for head in range(3):
+        found = validation_metrics(sums.compute(), head)
+        assert found == {validation_key(name): expected[name][head] for name in METRICS}
+        assert {type(value) for value in found.values()} == {float}
+    assert validation_metrics(sums.compute()) == validation_metrics(sums.compute(), 0)

@@ -1,8 +1,20 @@
 import pytest
 import torch
+from jobs import make_job, make_trial, test_work, train_work
+from ray import tune
+from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
-from raysweep.worker.tune_trial import rows_to_begin_with, within_memory
+from raysweep.worker import evaluate, tune_trial
+from raysweep.worker.job import TestResult, TrialResult, WorkReport, from_tune
+from raysweep.worker.tune_trial import (
+    lost_a_worker,
+    rows_to_begin_with,
+    run_work,
+    within_memory,
+    work_resources,
+    worker_resources,
+)
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -12,7 +24,7 @@ def trains_up_to(limit, tried, error=OUT_OF_MEMORY):
         tried.append(size)
         if size is None or size > limit:
             raise error
-        return [{"micro_batch_size": size}]
+        return (TrialResult("study", 0, {}, final={"train/micro_batch_size": size}),)
 
     return train
 
@@ -29,7 +41,8 @@ def trains_up_to(limit, tried, error=OUT_OF_MEMORY):
 )
 def test_micro_batches_are_halved_until_they_fit(limit, begin, expected):
     tried = []
-    assert within_memory(trains_up_to(limit, tried), begin, 64) == [{"micro_batch_size": expected[-1]}]
+    (result,) = within_memory(trains_up_to(limit, tried), begin, 64)
+    assert result.final == {"train/micro_batch_size": expected[-1]}
     assert tried == expected
 
 
@@ -77,7 +90,7 @@ def test_nothing_of_a_failed_attempt_is_held_while_the_next_one_runs():
         assert Model.alive == 1, "its memory is what the next attempt needs"
         if size != 1:
             raise torch.OutOfMemoryError(f"{model}")
-        return []
+        return ()
 
     within_memory(train, None, 8)
 
@@ -95,4 +108,119 @@ def test_nothing_of_a_failed_attempt_is_held_while_the_next_one_runs():
 )
 def test_what_is_tried_first(use_gpu, num_workers, given, expected):
     loop = {"batch_size": 64, "micro_batch_size": given}
-    assert rows_to_begin_with({"use_gpu": use_gpu, "num_workers": num_workers, "loop": loop}) == expected
+    job = make_job("fine_tune", use_gpu=use_gpu, resources={"num_workers": num_workers}, loop=loop)
+    assert rows_to_begin_with(job) == expected
+
+
+# What a piece of work reports
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """What Tune is told, read again."""
+    told = []
+    monkeypatch.setattr(tune, "report", lambda result: told.append(from_tune(WorkReport, result)))
+    return told
+
+
+@pytest.fixture
+def job(tmp_path):
+    return make_job(studies=("study", "other"), folder=str(tmp_path))
+
+
+def test_trials_are_trained_and_reported(job, monkeypatch, reports):
+    asked = []
+
+    def train(work, own_job, micro_batch_size):
+        asked.append((work, own_job, micro_batch_size))
+        return tuple(TrialResult(trial.study, trial.number, trial.setting) for trial in work.trials)
+
+    monkeypatch.setattr(tune_trial, "_train", train)
+    work = train_work(make_trial(4), make_trial(5), group="group", micro_batch_size=2)
+    run_work({"work": work}, {"group": job, "another": None})
+    assert asked == [(work, job, 2)]
+    (report,) = reports
+    assert [(result.study, result.number, result.setting) for result in report.trials] == [
+        (trial.study, trial.number, trial.setting) for trial in work.trials
+    ]
+    assert (dict(report.tested), report.error) == ({}, None)
+
+
+def test_a_test_is_run_and_reported(job, monkeypatch, reports):
+    work, tested, asked = test_work(checkpoints={"study": "best"}), {"study": TestResult(error="ValueError: lost")}, []
+    monkeypatch.setattr(evaluate, "run_test", lambda *arguments: asked.append(arguments) or tested)
+    run_work({"work": work}, {"study": job})
+    assert asked == [(job, work)]
+    assert reports == [WorkReport(tested=tested)]
+
+
+def raises(error):
+    def work(*_arguments):
+        raise error
+
+    return work
+
+
+WORKS = {
+    "trials": (train_work(make_trial(3, "other"), make_trial(0, "study"), group="group"), "other/trials/3"),
+    "test": (test_work("group", {"study": "best"}, ("other",)), "study/trials/test"),
+    "baselines": (test_work("group", baselines=("other", "study")), "other/trials/test"),
+}
+
+
+@pytest.mark.parametrize(("work", "folder"), WORKS.values(), ids=WORKS)
+def test_an_error_is_reported_and_its_traceback_kept(job, tmp_path, monkeypatch, reports, work, folder):
+    monkeypatch.setattr(tune_trial, "_do", raises(ValueError("no such\n   thing " + "x" * 1_000)))
+    run_work({"work": work}, {"group": job})
+    assert reports == [WorkReport(error="ValueError: " + ("no such thing " + "x" * 1_000)[:500])]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")] == [f"{folder}/error.txt"]
+    assert (tmp_path / folder / "error.txt").read_text().startswith("Traceback")
+
+
+def test_an_error_without_a_message_is_reported(job, monkeypatch, reports):
+    monkeypatch.setattr(tune_trial, "_do", raises(AssertionError()))
+    run_work({"work": train_work()}, {"study": job})
+    assert reports == [WorkReport(error="AssertionError: no message")]
+
+
+def test_an_error_is_reported_where_the_storage_is_at_fault(job, tmp_path, monkeypatch, reports):
+    (tmp_path / "study").write_text("a file where a folder should be")
+    monkeypatch.setattr(tune_trial, "_do", raises(OSError("nothing can be written")))
+    run_work({"work": train_work()}, {"study": job})
+    assert reports == [WorkReport(error="OSError: nothing can be written")]
+
+
+def test_a_worker_that_was_lost_is_no_settings_fault(job, tmp_path, monkeypatch, reports):
+    lost = WorkerGroupError("a worker died", {0: RayActorError()})
+    monkeypatch.setattr(tune_trial, "_do", raises(lost))
+    with pytest.raises(WorkerGroupError):
+        run_work({"work": train_work()}, {"study": job})
+    assert reports == []
+    assert (tmp_path / "study" / "trials" / "0" / "error.txt").exists()
+    assert lost_a_worker(lost)
+    assert not lost_a_worker(WorkerGroupError("a worker died", {0: RayActorError(), 1: OUT_OF_MEMORY}))
+    assert not lost_a_worker(ValueError("no such thing"))
+
+
+# What it holds
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "resources", "expected"),
+    [
+        (False, {}, {"CPU": 1}),
+        (False, {"cpus_per_worker": 3, "gpus_per_worker": 0.5}, {"CPU": 3}),
+        (True, {"cpus_per_worker": 2, "gpus_per_worker": 0.25}, {"CPU": 2, "GPU": 0.25}),
+    ],
+)
+def test_a_worker_holds_what_is_configured(use_gpu, resources, expected):
+    job = make_job("fine_tune", use_gpu=use_gpu, resources=resources)
+    assert worker_resources(job) == expected
+    for work in (train_work(), test_work()):
+        assert work_resources(job, work) == expected
+
+
+def test_a_tune_trial_holds_next_to_nothing_while_several_workers_train():
+    job = make_job("fine_tune", resources={"num_workers": 2, "cpus_per_worker": 2})
+    assert work_resources(job, train_work()) == {"memory": 1}
+    assert work_resources(job, test_work()) == {"CPU": 2}

@@ -21,7 +21,7 @@ PASS = """
     import numpy as np, pyarrow as pa, ray
     from PIL import Image
     from raysweep.cluster.session import present_resources
-    from raysweep.encoders import build_encoder
+    from raysweep.encoders.build import build_encoder
     from raysweep.images.features import FeatureRequest, load_features
     from raysweep.images.passes import build_caches
     from raysweep.images.sources import ImageIndex
@@ -29,8 +29,8 @@ PASS = """
     folder, marks, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 
     def slow_down():
-        from raysweep.images import passes
-        encode = passes.encode
+        from raysweep.images import pass_tasks
+        encode = pass_tasks.encode
 
         def slowly(*arguments):
             time.sleep(seconds)
@@ -38,7 +38,7 @@ PASS = """
                 mark.write("x")
             return encode(*arguments)
 
-        passes.encode = slowly
+        pass_tasks.encode = slowly
 
     def image(number):
         buffer = io.BytesIO()
@@ -58,8 +58,9 @@ PASS = """
     present = present_resources()
     print("begins", flush=True)
     (cache,) = build_caches(
-        [FeatureRequest(folder, encoder, weights, "fp32")], index, num_gpus=0,
-        cpus_by_node=present.cpus_by_node, on_progress=lambda done, _: print("done", done),
+        [FeatureRequest(folder, encoder.spec, weights, "fp32")], index, num_gpus=0,
+        num_threads=min(present.cpus_by_node), num_nodes=len(present.cpus_by_node),
+        on_progress=lambda done, _: print("done", done),
     )
     features = load_features(cache.rows, ids, ["cls"])["cls"]
     print("result", json.dumps({"num_rows": cache.num_rows, "distinct": len(np.unique(features.numpy(), axis=0))}))
@@ -68,11 +69,15 @@ PASS = """
 GROUPS = """
     import json, sys, time
     from pathlib import Path
-    from raysweep.sweep import tune_run as searcher
+    from types import SimpleNamespace
     from raysweep.cluster.session import RaySession
+    from raysweep.experiment.modes import MODES
+    from raysweep.experiment.sections import ResourcesConfig
+    from raysweep.sweep import tune_run
+    from raysweep.worker.job import TrainWork, TrialResult, TrialSpec, WorkReport, to_tune
 
     class Group:
-        name = mode = "a"
+        name, mode = "a", MODES["linear_probe"]
 
         def __init__(self, count, num_nodes, seconds):
             self.count, self.num_nodes, self.seconds = count, num_nodes, seconds
@@ -84,33 +89,37 @@ GROUPS = """
             if is_enough or self.next == 20:
                 return None
             self.next += 1
-            return {"group": "a", "piece": self.next - 1}
+            return TrainWork("a", time.time(), (TrialSpec("a", self.next - 1, {}, None, ""),))
 
-        def take(self, work, results, reason):
-            self.taken[work["piece"]] = results or reason
-            print("taken", work["piece"])
+        def take(self, work, report):
+            number = work.trials[0].number
+            self.taken[number] = report.error or report.trials[0].checkpoint
+            print("taken", number)
 
         def build_job(self, num_side_by_side):
-            return {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False, "seconds": self.seconds}
+            return SimpleNamespace(resources=ResourcesConfig(), use_gpu=False, seconds=self.seconds)
 
-    def work(work, jobs):
+    def run_work(config, jobs):
         import ray
         from ray import tune
-        time.sleep(float(jobs["a"]["seconds"]))
-        tune.report({"results": json.dumps(ray.get_runtime_context().get_node_id())})
+        time.sleep(float(jobs["a"].seconds))
+        node = ray.get_runtime_context().get_node_id()  # in the place of what a trial leaves
+        trials = [TrialResult("a", trial.number, {}, checkpoint=node) for trial in config["work"].trials]
+        tune.report(to_tune(WorkReport(tuple(trials))))
 
-    searcher.run_work = work
+    tune_run.run_work = run_work
     session, group = RaySession(verbose=False), Group(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     print("up", session.resources.num_cpus)
-    searcher.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
+    tune_run.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
     session.close()
     print("result", json.dumps(group.taken))
 """
 
 WAIT = """
     import json
-    from raysweep.cluster.session import RaySession, wait_for_nodes
-    from raysweep.experiment.config import ResourcesConfig
+    from raysweep.cluster.nodes import wait_for_nodes
+    from raysweep.cluster.session import RaySession
+    from raysweep.experiment.sections import ResourcesConfig
 
     session = RaySession(verbose=False)
     config = ResourcesConfig(num_workers=2, wait_for_nodes_s=60)

@@ -1,0 +1,118 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from jobs import make_job
+from states import CACHE, FakeRecorder, make_state, make_tested
+
+from raysweep.encoders.head import Head
+from raysweep.images.sources import BadRow
+from raysweep.results.model import load_model
+from raysweep.results.tracking import Tracker
+from raysweep.sweep.entry import open_baseline
+from raysweep.sweep.study import open_study
+from raysweep.worker.inputs import save_heads
+from raysweep.worker.job import BaselineFit
+
+JOB = make_job()
+
+
+@pytest.fixture
+def open_state(tmp_path):
+    """Opens the sweep of one frozen encoder, as a resumed invocation would; keys are the experiment's."""
+    return partial(make_state, tmp_path, modes=["linear_probe"])
+
+
+def baseline_of(state, name):
+    (config,) = [one for one in state.experiment.baselines_of(state.experiment.studies()[0]) if one.baseline == name]
+    return open_baseline(state, config, CACHE)
+
+
+def baseline_result(setting, checkpoint=None):
+    validation = {"val/accuracy": 0.7, "val/loss": 1.0, "val/macro_f1": 0.6}
+    return make_tested(fit=BaselineFit(setting, 4, validation, checkpoint, seconds=1.5, peak_memory_bytes=5))
+
+
+# Signatures
+
+
+def test_studies_and_baselines_of_version_0_1_are_found_again(tmp_path):
+    """Whatever changes these keys, finished studies are searched again: they were computed with version 0.1."""
+    state = make_state(
+        tmp_path,
+        data={"source": "s", "shots": [5, "all"]},
+        modes=["linear_probe", "fine_tune"],
+        train={"precision": "fp32"},
+        search={"fine_tune": {"scheduler": "asha"}},
+    )
+    state.bad_rows = {number: BadRow(number, f"{number}.png", "broken") for number in (7, 3)}
+    head = Head(4, 3)
+    for tensor in head.state_dict().values():
+        torch.nn.init.constant_(tensor, 0.5)
+    save_heads(tmp_path / "head.safetensors", [head], "pooled", {})
+    state.best_heads["dinov2", 5] = tmp_path / "head.safetensors"
+    configs = state.experiment.studies()
+    entries = [open_study(state, config, CACHE) for config in configs]
+    entries += [open_baseline(state, one, CACHE) for config in configs for one in state.experiment.baselines_of(config)]
+    keys = {entry.name: entry.key for entry in entries}
+    assert {name: keys[name] for name in KEYS} == KEYS
+    assert len(set(keys.values())) == len(keys)
+
+
+KEYS = {
+    "dinov2-linear_probe": "8ead573477a84bf5",
+    "dinov2-linear_probe-5shot": "2716f2a91979c0a7",
+    "dinov2-fine_tune": "33f3d53590cded13",
+    "dinov2-fine_tune-5shot": "6e06e9949838149f",
+    "dinov2-knn": "ceb7a0b2778f516a",
+    "dinov2-ridge-5shot": "eb742250a2846d78",
+}
+
+
+# Baselines
+
+
+def test_a_baseline_without_a_model_is_a_row(open_state):
+    recorder = FakeRecorder()
+    baseline = baseline_of(open_state(recorder), "knn")
+    assert not baseline.is_settled
+    baseline.settle(baseline_result({"k": 10, "features": "pooled"}), JOB)
+    row = baseline.conclude().row
+    assert (row.study, row.mode, row.num_trials) == ("dinov2-knn", "knn", 4)
+    assert (row.val_accuracy, row.train_seconds, row.model_path) == (0.7, 3.5, None)
+    assert recorder.of(Tracker.log_model) == []
+    assert baseline_of(open_state(), "knn").is_settled
+    assert not baseline_of(open_state(), "ridge").is_settled
+
+
+def test_a_baseline_that_is_a_head_is_exported(open_state, tmp_path):
+    recorder = FakeRecorder()
+    baseline = baseline_of(open_state(recorder), "ridge")
+    save_heads(tmp_path / "best.safetensors", [Head(4, 3)], "pooled", {})
+    setting = {"strength": 0.3, "features": "pooled", "normalize": "none"}
+    baseline.settle(baseline_result(setting, str(tmp_path / "best.safetensors")), JOB)
+    outcome = baseline.conclude()
+    assert outcome.model_uri == "models:/m-1"
+    assert load_model(baseline.state.paths.model("dinov2-ridge")).labels == ("a", "b", "c")
+    again = baseline_of(open_state(), "ridge")
+    assert again.is_settled
+    assert again.conclude().row.best_params == setting
+
+
+def test_a_worker_is_told_which_baseline_it_is(open_state):
+    baseline = baseline_of(open_state(data={"source": "s", "shots": [5], "few_shot_seeds": 2}), "knn")
+    spec = baseline.spec
+    assert (spec.name, spec.baseline, spec.folder) == ("dinov2-knn-5shot", "knn", str(baseline.folder))
+    assert spec.draws is baseline.draws
+    assert spec.draws.num_draws == 2
+
+
+def test_a_reused_baseline_says_what_this_invocation_did_for_it(open_state):
+    first = baseline_of(open_state(), "knn")
+    first.settle(baseline_result({"k": 10}), JOB)
+    assert first.conclude().row.encoder_passes == 1
+    state = open_state()
+    (config,) = [one for one in state.experiment.baselines_of(state.experiment.studies()[0]) if one.baseline == "knn"]
+    again = open_baseline(state, config, replace(CACHE, made_now=False))
+    assert again.conclude().row.encoder_passes == 0

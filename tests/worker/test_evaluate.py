@@ -1,0 +1,158 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from jobs import SMALL_CNN, make_job, test_work
+
+from raysweep.encoders.build import build_encoder
+from raysweep.encoders.head import Classifier, Head
+from raysweep.images.cache import write_rows
+from raysweep.images.features import feature_table
+from raysweep.images.pixels import write_pixels
+from raysweep.images.rows import Draws
+from raysweep.training.baselines import BASELINES
+from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
+from raysweep.training.evaluation import evaluate_test
+from raysweep.training.loop import predict_logits
+from raysweep.worker import evaluate, inputs
+from raysweep.worker.evaluate import run_test
+from raysweep.worker.inputs import feature_set, load_heads, save_heads, subsets_of
+from raysweep.worker.job import StudySpec, TestResult
+
+CPU = torch.device("cpu")
+ENCODER = build_encoder(SMALL_CNN, seed=0)
+FEATURES = np.random.default_rng(0).normal(size=(36, 4)) + 2 * np.eye(4)[np.arange(36) % 3]
+DRAWS = Draws(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), np.array([[0, 1, 2], [3, 4, 5]]))
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch):
+    """What a worker leaves in its process: loaded rows, and the number of threads."""
+    monkeypatch.setattr(inputs, "_loaded", {})
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A probe on all rows and one on two draws, and the baselines of both."""
+    write_rows(str(tmp_path / "cache"), feature_table(np.arange(36), {"pooled": FEATURES}))
+    studies = [
+        StudySpec(f"{kind}-{shots}", str(tmp_path / f"{kind}-{shots}"), draws, baseline)
+        for shots, draws in (("all", None), ("few", DRAWS))
+        for kind, baseline in (("probe", None), ("knn", "knn"), ("ridge", "ridge"))
+    ]
+    return make_job(studies=studies, cache=str(tmp_path / "cache"))
+
+
+def make_heads(number):
+    heads = [Head(4, 3, "standardize") for _ in range(number)]
+    generator = torch.Generator().manual_seed(number)
+    for head in heads:
+        for tensor in head.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    return heads
+
+
+def save(path, heads):
+    save_heads(path, heads, "pooled", {})
+    return str(path)
+
+
+def scores(job, heads):
+    features = feature_set(job, "test", CPU).source(("pooled",), torch.arange(12))
+    return [head(features).detach().numpy() for head in heads]
+
+
+@pytest.mark.parametrize("rows_at_once", [5, 4096])
+def test_probes_are_tested_by_the_heads_that_they_chose(job, tmp_path, monkeypatch, rows_at_once):
+    monkeypatch.setattr(evaluate, "TEST_ROWS", rows_at_once)
+    one, two = make_heads(1), make_heads(2)
+    chosen = {"probe-few": save(tmp_path / "few", two), "probe-all": save(tmp_path / "all", one)}
+    found = run_test(job, test_work(checkpoints=chosen))
+    labels = job.rows["test"].labels
+    assert list(found) == ["probe-few", "probe-all"]
+    assert found["probe-all"].metrics == evaluate_test(scores(job, one), labels, job.loop.seed)
+    assert found["probe-few"].metrics == evaluate_test(scores(job, two), labels, job.loop.seed)
+    assert (found["probe-all"].metrics.num_seeds, found["probe-few"].metrics.num_seeds) == (1, 2)
+    for result in found.values():
+        assert (result.fit, result.error, result.peak_gpu_memory_bytes) == (None, None, 0)
+
+
+def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
+    names = ("ridge-few", "knn-all", "knn-few", "ridge-all")
+    found = run_test(job, test_work(baselines=names))
+    assert tuple(found) == names
+    sets = [feature_set(job, split, CPU) for split in ("train", "validation", "test")]
+    for name, result in found.items():
+        kind, _, shots = name.partition("-")
+        subsets = subsets_of(job.studies[name], CPU)
+        expected = BASELINES[kind](
+            *sets, sources=ENCODER.sources, num_classes=3, subsets=subsets, ranking=job.loop.ranking
+        )
+        fit = result.fit
+        assert (fit.setting, fit.num_settings) == (expected.setting, expected.num_settings)
+        assert fit.validation == pytest.approx(expected.validation, abs=1e-5)
+        logits = [one.numpy() for one in expected.test_logits]
+        labels = job.rows["test"].labels
+        assert result.metrics.values == pytest.approx(evaluate_test(logits, labels, 0).values, abs=1e-5)
+        assert result.metrics.num_seeds == (2 if shots == "few" else 1)
+        assert min(fit.seconds, fit.peak_memory_bytes) > 0
+        assert result.error is None
+        if kind == "knn":
+            assert fit.checkpoint is None
+            continue
+        assert fit.checkpoint == str(tmp_path / name / "best.safetensors")
+        heads, source = load_heads(Path(fit.checkpoint))
+        assert source == fit.setting["features"]
+        assert load_checkpoint(Path(fit.checkpoint))[1]["setting"] == fit.setting
+        for head, logits in zip(heads, expected.test_logits, strict=True):
+            torch.testing.assert_close(torch.from_numpy(*scores(job, [head])), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_ends_the_test_of_its_own_study_alone(job, tmp_path):
+    chosen = {"probe-all": str(tmp_path / "missing"), "probe-few": save(tmp_path / "few", make_heads(2))}
+    broken = replace(job.studies["ridge-all"], draws=Draws(np.array([[99]]), np.array([[0]])))
+    job = replace(job, studies={**job.studies, "ridge-all": broken})
+    found = run_test(job, test_work(checkpoints=chosen, baselines=("ridge-all", "knn-all")))
+    assert list(found) == ["probe-all", "probe-few", "ridge-all", "knn-all"]
+    lost = found["probe-all"]
+    assert lost == TestResult(error=lost.error)
+    assert lost.error.startswith(f"TrialError: {tmp_path / 'missing'}: not a readable raysweep checkpoint")
+    assert found["ridge-all"].error.startswith("IndexError: ")
+    for name in ("probe-few", "knn-all"):
+        assert found[name].error is None
+        assert found[name].metrics.num_rows == 12
+
+
+def test_an_errors_text_is_shortened(job, tmp_path, monkeypatch):
+    def fails(*_arguments):
+        raise RuntimeError("much to say " * 100)
+
+    monkeypatch.setattr(evaluate, "feature_set", fails)
+    (result,) = run_test(job, test_work(baselines=("knn-all",))).values()
+    assert result.error == ("RuntimeError: " + "much to say " * 100)[:500]
+
+
+def test_a_classifier_is_tested_with_the_weights_of_its_checkpoint(tmp_path):
+    size = ENCODER.preprocessing.training_size
+    pixels = np.random.default_rng(0).integers(0, 256, (36, *size, 3), np.uint8)
+    (tmp_path / "cache").mkdir()
+    write_pixels(str(tmp_path / "cache"), np.arange(36), pixels)
+    weights = {name: tensor.numpy() for name, tensor in ENCODER.state_dict().items()}
+    job = make_job("fine_tune", cache=str(tmp_path / "cache"), weights=weights)
+    tuned = Classifier(build_encoder(SMALL_CNN, seed=7), make_heads(1)[0], "pooled")
+    save_checkpoint(tmp_path / "best.safetensors", tuned.state_dict(), {})
+    # The head that the job names has another normalisation, as the trained model has where it began from that one.
+    job = replace(job, head=save(tmp_path / "probe", make_heads(1)))
+    (result,) = run_test(job, test_work(checkpoints={"study": str(tmp_path / "best.safetensors")})).values()
+    logits = predict_logits(tuned, torch.from_numpy(pixels[24:]))
+    expected = evaluate_test(logits.numpy(), job.rows["test"].labels, 0)
+    assert result.error is None
+    assert result.metrics.values == pytest.approx(expected.values, abs=1e-4)
+    assert result.metrics.confusion_matrix == expected.confusion_matrix
