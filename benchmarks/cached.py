@@ -18,7 +18,7 @@ from raysweep.encoders.build import build_encoder
 from raysweep.experiment.sections import DataConfig
 from raysweep.images.cache import open_cache
 from raysweep.images.features import load_features
-from raysweep.images.sources import load_index
+from raysweep.images.index import load_index
 from raysweep.training.population import FeatureSet
 
 

@@ -24,8 +24,8 @@ from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.sweeps import run_command
 from raysweep.encoders.build import build_encoder
 from raysweep.images.features import FeatureRequest
+from raysweep.images.index import ImageIndex
 from raysweep.images.passes import build_caches
-from raysweep.images.sources import ImageIndex
 
 NODES = (1, 2, 4)
 IMAGES_PER_NODE, SECONDS_PER_IMAGE = 4_800, 0.025  # two minutes at 40 images/s, as a CPU has with a small ViT

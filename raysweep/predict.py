@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 when the model or any image could not be read."""
     options = build_parser().parse_args(arguments)
     from raysweep.results.model import load_model
-    from raysweep.storage import fetch_folder, local_path
+    from raysweep.storage.copies import fetch_folder, local_path
 
     try:
         folder = local_path(options.model)

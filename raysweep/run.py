@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(experiment: Experiment) -> int:
     from raysweep.cluster.resources import local_resources
     from raysweep.cluster.session import RaySession, joins_cluster
-    from raysweep.images.sources import load_index
+    from raysweep.images.index import load_index
     from raysweep.sweep.plan import cluster_lines, plan_lines
 
     if joins_cluster():
@@ -105,8 +105,8 @@ def _run(experiment: Experiment, verbose: bool) -> int:
 
 
 def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
-    from raysweep.paths import SweepPaths
-    from raysweep.storage import location
+    from raysweep.storage.copies import location
+    from raysweep.storage.paths import SweepPaths
 
     paths = SweepPaths(experiment.storage, experiment.name)
     models = [_shown(row.model_path) for row in rows if row.model_path]

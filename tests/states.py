@@ -13,10 +13,10 @@ from rich.console import Console
 from raysweep.encoders.build import build_encoder
 from raysweep.experiment.config import Experiment
 from raysweep.images.cache import Cache
-from raysweep.images.sources import ImageIndex
-from raysweep.paths import SweepPaths
+from raysweep.images.index import ImageIndex
 from raysweep.results.progress import Progress
 from raysweep.results.tracking import Tracker
+from raysweep.storage.paths import SweepPaths
 from raysweep.sweep.state import SweepState
 from raysweep.training.evaluation import evaluate_test
 from raysweep.worker.job import TestResult

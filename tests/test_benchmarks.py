@@ -16,7 +16,7 @@ from benchmarks.sweeps import TINY_DINOV2, make_experiment, peak_memory_bytes, r
 from raysweep.encoders.build import build_encoder
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.sections import DataConfig
-from raysweep.images.sources import load_index
+from raysweep.images.index import load_index
 
 
 @pytest.fixture

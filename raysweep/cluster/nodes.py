@@ -11,7 +11,7 @@ from raysweep.cluster.resources import Resources, check_resources, uses_gpu
 from raysweep.cluster.session import SECONDS_BETWEEN_LOOKS, RaySession, joins_cluster
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
-from raysweep.filesystems import open_filesystem
+from raysweep.storage.filesystems import open_filesystem
 
 
 def wait_for_nodes(config: ResourcesConfig, session: RaySession, say: Callable[[str], None]) -> Resources:

@@ -20,8 +20,8 @@ from raysweep.errors import ConfigError
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.listing import list_source, local_files
 from raysweep.images.tables import absolute_source
-from raysweep.paths import signature
-from raysweep.storage import is_bucket, upload
+from raysweep.storage.copies import is_bucket, upload
+from raysweep.storage.paths import signature
 
 LIMIT = 100 * 2**20  # bytes that the dashboard of Ray takes in one request
 # Whatever .gitignore says: secrets, and what a sweep leaves.

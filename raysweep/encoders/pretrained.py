@@ -13,7 +13,7 @@ from PIL import Image
 
 from raysweep.encoders.preprocess import Preprocessing, from_processor_config
 from raysweep.errors import EncoderError
-from raysweep.storage import fetch_folder, is_bucket, local_path
+from raysweep.storage.copies import fetch_folder, is_bucket, local_path
 
 # Seconds that the hub may take to answer. Downloads are not limited.
 HUB_TIMEOUT_S = 8.0

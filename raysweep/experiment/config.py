@@ -40,8 +40,8 @@ from raysweep.experiment.studies import (
     mode_problems,
 )
 from raysweep.experiment.yaml_file import config_error, dump_yaml, read_yaml, with_defaults, with_overrides
-from raysweep.filesystems import BUCKETS
-from raysweep.paths import file_name
+from raysweep.storage.filesystems import BUCKETS
+from raysweep.storage.paths import file_name
 
 __all__ = [
     "AugmentationConfig",

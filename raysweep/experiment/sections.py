@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from raysweep.errors import DataError
 from raysweep.experiment.explain import problems_at
-from raysweep.filesystems import split_uri
+from raysweep.storage.filesystems import split_uri
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, ValidationInfo, field_validator
 from raysweep.encoders.families import FAMILIES
 from raysweep.experiment.modes import MODES, Mode, ModeName
 from raysweep.experiment.sections import Count, Section, Shots, Text, without_credentials
-from raysweep.paths import file_name
+from raysweep.storage.paths import file_name
 
 Baseline = Literal["knn", "ridge"]
 

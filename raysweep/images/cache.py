@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from raysweep.errors import DataError
-from raysweep.images.sources import BadRow
-from raysweep.paths import read_json, write_json
-from raysweep.storage import (
+from raysweep.images.index import BadRow
+from raysweep.storage.copies import (
     fetch,
     fetch_folder,
     forget,
@@ -33,6 +32,7 @@ from raysweep.storage import (
     replacing,
     written,
 )
+from raysweep.storage.paths import read_json, write_json
 
 MANIFEST = "manifest.json"
 

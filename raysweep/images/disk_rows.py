@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raysweep.errors import DataError
-from raysweep.storage import replacing
+from raysweep.storage.copies import replacing
 
 DTYPE = np.dtype("<f2")
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ import torch
 from raysweep.encoders.base import Encoder, EncoderSpec
 from raysweep.images.cache import list_sizes, only_writer, read_blocks
 from raysweep.images.disk_rows import DiskRows
-from raysweep.images.sources import ImageIndex
-from raysweep.paths import signature
+from raysweep.images.index import ImageIndex
+from raysweep.storage.paths import signature
 
 # Images per forward pass. A GPU needs many. On a CPU few are faster, because their activations fit into its cache.
 # Measured on two cores, in images/s: dinov2-small in fp32 17.6 with batches of 4, 11.6 with 32; MobileNetV2 in fp32

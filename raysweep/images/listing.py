@@ -12,7 +12,6 @@ from PIL import Image
 from pyarrow import fs
 
 from raysweep.errors import DataError, did_you_mean
-from raysweep.filesystems import open_filesystem
 from raysweep.images.parquet import read_parquet_files
 from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.tables import (
@@ -24,6 +23,7 @@ from raysweep.images.tables import (
     reading,
     suffix_of,
 )
+from raysweep.storage.filesystems import open_filesystem
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig

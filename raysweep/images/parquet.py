@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from raysweep.errors import DataError
-from raysweep.filesystems import open_filesystem
 from raysweep.images.tables import (
     Listing,
     Row,
@@ -20,6 +19,7 @@ from raysweep.images.tables import (
     reading,
     with_problem,
 )
+from raysweep.storage.filesystems import open_filesystem
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig

@@ -18,7 +18,7 @@ from raysweep.images.cache import write_rows
 from raysweep.images.features import encode, feature_table, load_arrays
 from raysweep.images.pixels import Geometry, decode_rows, write_pixels
 from raysweep.images.receipts import build_receipts, seconds_of
-from raysweep.storage import local_path
+from raysweep.storage.copies import local_path
 
 
 @dataclass(frozen=True, slots=True)

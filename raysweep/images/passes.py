@@ -31,6 +31,7 @@ from raysweep.images.cache import (
     write_manifest,
 )
 from raysweep.images.features import FeatureRequest
+from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.pass_tasks import (
     DecoderEncoderActor,
     EncoderActor,
@@ -42,8 +43,7 @@ from raysweep.images.pass_tasks import (
 )
 from raysweep.images.pixels import Geometry, PixelRequest
 from raysweep.images.receipts import Tally
-from raysweep.images.sources import BadRow, ImageIndex
-from raysweep.storage import location, on_every_node, remove
+from raysweep.storage.copies import location, on_every_node, remove
 
 if TYPE_CHECKING:
     import ray.data

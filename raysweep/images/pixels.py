@@ -18,9 +18,9 @@ from raysweep.errors import DataError
 from raysweep.images.cache import file_of_rows, missing_rows, reading_file
 from raysweep.images.decode import decode_images
 from raysweep.images.disk_rows import read_into, runs
-from raysweep.images.sources import ImageIndex, read_image_bytes
-from raysweep.paths import signature
-from raysweep.storage import publish, replacing
+from raysweep.images.index import ImageIndex, read_image_bytes
+from raysweep.storage.copies import publish, replacing
+from raysweep.storage.paths import signature
 
 PIXEL_FORMAT = "arrow"  # format of the files; a new value makes every existing pixel cache invalid
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from raysweep.errors import DataError
-from raysweep.images.sources import BadRow, ImageIndex
+from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.splits import SPLITS, Split, few_shot
-from raysweep.paths import write_atomically
+from raysweep.storage.paths import write_atomically
 
 MIN_FEW_SHOT_VALIDATION = 16
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysweep.errors import DataError, did_you_mean
-from raysweep.filesystems import open_filesystem, split_uri
+from raysweep.storage.filesystems import open_filesystem, split_uri
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysweep.experiment.space import Setting
-from raysweep.paths import write_atomically, write_json
+from raysweep.storage.paths import write_atomically, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -20,7 +20,7 @@ from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.decode import decode_image
-from raysweep.storage import publish
+from raysweep.storage.copies import publish
 from raysweep.training.loop import predict_logits
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from raysweep.encoders.families import FAMILIES, VARIANTS
 from raysweep.encoders.pretrained import find_pretrained
 from raysweep.errors import EncoderError
 from raysweep.experiment.studies import EncoderConfig
-from raysweep.paths import read_json, signature, write_json
+from raysweep.storage.paths import read_json, signature, write_json
 
 _loading = ThreadPoolExecutor(1, "encoders")  # one after another: building an encoder seeds a generator they share
 

@@ -13,9 +13,9 @@ from raysweep.errors import TrialError
 from raysweep.experiment.studies import BaselineConfig, RowConfig
 from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws, draw_subsets
-from raysweep.paths import signature
 from raysweep.results.tracking import Tracker
-from raysweep.storage import location
+from raysweep.storage.copies import location
+from raysweep.storage.paths import signature
 from raysweep.sweep.caches import precision_of
 from raysweep.sweep.outcome import Outcome, baseline_outcome, is_exported, log_outcome, read_outcome, write_outcome
 from raysweep.sweep.state import SweepState

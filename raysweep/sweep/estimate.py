@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from raysweep.encoders.base import Encoder, EncoderSpec
+    from raysweep.images.index import ImageIndex
     from raysweep.images.pass_tasks import IndexReference
-    from raysweep.images.sources import ImageIndex
 
 Result = TypeVar("Result")
 

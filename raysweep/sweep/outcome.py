@@ -15,11 +15,11 @@ from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
-from raysweep.paths import read_json, write_json
 from raysweep.results.leaderboard import Row, describe_setting
 from raysweep.results.model import export_model
 from raysweep.results.tracking import Tracker
-from raysweep.storage import fetch, fetch_folder, local_path, location
+from raysweep.storage.copies import fetch, fetch_folder, local_path, location
+from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.state import SweepState
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import TestMetrics

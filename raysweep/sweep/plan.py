@@ -12,7 +12,7 @@ from raysweep.experiment.search_blocks import population_size
 from raysweep.results.leaderboard import describe_seconds
 
 if TYPE_CHECKING:
-    from raysweep.images.sources import ImageIndex
+    from raysweep.images.index import ImageIndex
 
 
 def cluster_lines(present: Resources) -> list[str]:

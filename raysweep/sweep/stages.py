@@ -10,11 +10,11 @@ from raysweep.errors import TrialError
 from raysweep.experiment.search_blocks import study_space
 from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
-from raysweep.paths import signature
 from raysweep.results.environment import environment_tags
 from raysweep.results.leaderboard import Row, rank_rows, write_leaderboard
 from raysweep.results.tracking import Tracker
-from raysweep.storage import location
+from raysweep.storage.copies import location
+from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
 from raysweep.sweep.entry import Entry, open_baseline
 from raysweep.sweep.optuna_study import open_store

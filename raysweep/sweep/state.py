@@ -15,14 +15,14 @@ from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.sections import Shots
 from raysweep.experiment.studies import RowConfig
+from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.passes import put_index
 from raysweep.images.rows import Rows, select_rows, write_quarantine
-from raysweep.images.sources import BadRow, ImageIndex
-from raysweep.paths import SweepPaths, write_atomically
 from raysweep.results.progress import Progress
 from raysweep.results.recorder import Recorder
-from raysweep.storage import location, on_every_node, remove
+from raysweep.storage.copies import location, on_every_node, remove
+from raysweep.storage.paths import SweepPaths, write_atomically
 from raysweep.sweep.encoder_card import LazyEncoder, read_card
 from raysweep.training.ranking import Ranking
 

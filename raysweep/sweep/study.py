@@ -14,10 +14,10 @@ from raysweep.experiment.search_blocks import population_size, study_space
 from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws
-from raysweep.paths import signature, write_atomically
 from raysweep.results.progress import Stage
 from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
-from raysweep.storage import local_path, location, publish, remove
+from raysweep.storage.copies import local_path, location, publish, remove
+from raysweep.storage.paths import signature, write_atomically
 from raysweep.sweep.entry import Entry, draws_of, identity, start_run
 from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome

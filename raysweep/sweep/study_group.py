@@ -13,7 +13,7 @@ from raysweep.cluster.resources import num_concurrent_trials, uses_gpu
 from raysweep.experiment.config import Experiment
 from raysweep.images.rows import Rows
 from raysweep.images.streaming import DECODING_CPUS
-from raysweep.storage import location
+from raysweep.storage.copies import location
 from raysweep.sweep.caches import precision_of
 from raysweep.sweep.entry import BaselineEntry, Entry
 from raysweep.sweep.state import SweepState

@@ -17,12 +17,12 @@ from raysweep.cluster.resources import Resources, check_resources, local_resourc
 from raysweep.cluster.session import RaySession, joins_cluster
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
-from raysweep.images.sources import ImageIndex, load_index
+from raysweep.images.index import ImageIndex, load_index
 from raysweep.images.splits import SPLITS
-from raysweep.paths import SweepPaths, write_atomically
 from raysweep.results.progress import Progress
 from raysweep.results.recorder import start_recorder
-from raysweep.storage import in_a_job, is_bucket
+from raysweep.storage.copies import in_a_job, is_bucket
+from raysweep.storage.paths import SweepPaths, write_atomically
 
 if TYPE_CHECKING:
     from raysweep.sweep.stages import SweepResult

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysweep.errors import TrialError
-from raysweep.storage import fetch, publish, replacing
+from raysweep.storage.copies import fetch, publish, replacing
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

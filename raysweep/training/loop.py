@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from raysweep.encoders.head import Classifier
-from raysweep.storage import exists
+from raysweep.storage.copies import exists
 from raysweep.training.augment import Augmentation
 from raysweep.training.batches import Batch, EpochInputs, plan_epoch
 from raysweep.training.checkpoint import (

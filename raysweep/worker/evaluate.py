@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raysweep.images.memory import peak_memory_bytes
-from raysweep.storage import local_path, location
+from raysweep.storage.copies import local_path, location
 from raysweep.training.baselines import BASELINES
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test

@@ -21,7 +21,7 @@ from raysweep.images.memory import forget_peak_memory
 from raysweep.images.pixels import Geometry, open_pixels
 from raysweep.images.splits import Split
 from raysweep.images.streaming import StreamedPixels
-from raysweep.storage import local_path
+from raysweep.storage.copies import local_path
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets

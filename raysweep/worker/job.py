@@ -267,7 +267,7 @@ class TrainLoopConfig(TypedDict):
 
 
 def field_values(record: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name; unlike `dataclasses.asdict` without a copy, since histories are long."""
+    """Returns the fields of a dataclass by name, without the deep copy of `dataclasses.asdict`: histories are long."""
     return {one.name: getattr(record, one.name) for one in fields(record)}
 
 

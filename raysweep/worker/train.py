@@ -13,7 +13,7 @@ from torch import nn
 from raysweep.encoders.head import Classifier
 from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
-from raysweep.storage import exists, forget, local_path, location
+from raysweep.storage.copies import exists, forget, local_path, location
 from raysweep.training.distributed import rank
 from raysweep.training.loop import train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters

@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 
 from raysweep.errors import RaysweepError
-from raysweep.paths import write_atomically
-from raysweep.storage import local_path
+from raysweep.storage.copies import local_path
+from raysweep.storage.paths import write_atomically
 from raysweep.worker.job import Job, TestWork, TrainLoopConfig, TrainWork, TrialResult, Work, WorkReport, to_tune
 
 Results = tuple[TrialResult, ...]

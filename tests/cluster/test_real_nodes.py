@@ -24,7 +24,7 @@ PASS = """
     from raysweep.encoders.build import build_encoder
     from raysweep.images.features import FeatureRequest, load_features
     from raysweep.images.passes import build_caches
-    from raysweep.images.sources import ImageIndex
+    from raysweep.images.index import ImageIndex
 
     folder, marks, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 

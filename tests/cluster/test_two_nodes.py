@@ -11,7 +11,7 @@ from nodes import TOKEN, running_nodes
 from services import PASSWORD, mlflow_server, postgres, s3_server
 
 from raysweep import predict
-from raysweep.storage import fetch, fetch_folder, local_path
+from raysweep.storage.copies import fetch, fetch_folder, local_path
 
 EXPERIMENT = """
 data: {source: 'sklearn://digits'}

@@ -9,7 +9,7 @@ from raysweep.encoders.build import build_encoder
 from raysweep.encoders.families import FAMILIES
 from raysweep.encoders.pretrained import PretrainedFiles, find_pretrained
 from raysweep.errors import EncoderError
-from raysweep.storage import upload
+from raysweep.storage.copies import upload
 
 
 @pytest.fixture

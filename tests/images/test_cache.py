@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from raysweep.images.cache import Cache, only_writer, open_cache, write_manifest
-from raysweep.images.sources import BadRow
+from raysweep.images.index import BadRow
 
 HOLD = """
 import sys, time

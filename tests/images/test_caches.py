@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from raysweep import storage
 from raysweep.cluster.session import ray_session
 from raysweep.encoders.base import weights_signature
 from raysweep.encoders.build import build_encoder
@@ -27,6 +26,7 @@ from raysweep.images.blocks import list_blocks
 from raysweep.images.cache import only_writer, open_cache, write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
+from raysweep.images.index import ImageIndex
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import (
     Geometry,
@@ -37,7 +37,7 @@ from raysweep.images.pixels import (
     write_pixels,
 )
 from raysweep.images.receipts import Tally, build_receipts
-from raysweep.images.sources import ImageIndex
+from raysweep.storage import copies as storage
 
 NUM_ROWS, ROWS_PER_BLOCK = 25, 8  # three blocks, and one of a single row
 TRUNCATED = (8, 24)  # the first of a block, and all there is of the last

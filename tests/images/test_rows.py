@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 import pytest
 
 from raysweep.errors import DataError
+from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.rows import SplitRows, draw_subsets, select_rows, write_quarantine
-from raysweep.images.sources import BadRow, ImageIndex
 from raysweep.images.splits import few_shot
 
 

@@ -14,9 +14,9 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images import streaming
 from raysweep.images.cache import has_cache, open_cache
+from raysweep.images.index import ImageIndex
 from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import Geometry, PixelRequest, open_pixels
-from raysweep.images.sources import ImageIndex
 from raysweep.images.streaming import StreamedPixels, rebatch
 
 NUM_ROWS = 30

@@ -13,8 +13,8 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.modes import MODES
 from raysweep.experiment.studies import StudyConfig
-from raysweep.images.sources import ImageIndex
-from raysweep.paths import SweepPaths, write_json
+from raysweep.images.index import ImageIndex
+from raysweep.storage.paths import SweepPaths, write_json
 from raysweep.sweep import caches
 from raysweep.sweep.caches import precision_of
 from raysweep.sweep.state import SweepState

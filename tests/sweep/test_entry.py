@@ -7,7 +7,7 @@ from jobs import make_job
 from states import CACHE, FakeRecorder, make_state, make_tested
 
 from raysweep.encoders.head import Head
-from raysweep.images.sources import BadRow
+from raysweep.images.index import BadRow
 from raysweep.results.model import load_model
 from raysweep.results.tracking import Tracker
 from raysweep.sweep.entry import open_baseline

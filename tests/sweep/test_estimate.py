@@ -11,8 +11,8 @@ from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.modes import MODES
 from raysweep.experiment.sections import DataConfig
+from raysweep.images.index import load_index
 from raysweep.images.pass_tasks import IndexReference
-from raysweep.images.sources import load_index
 from raysweep.sweep import estimate
 from raysweep.sweep.estimate import SampleJob, Speeds, estimate_lines, time_study
 from raysweep.sweep.plan import cluster_lines, plan_lines

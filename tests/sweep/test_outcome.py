@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from states import make_tested
 
-from raysweep.paths import read_json, write_json
 from raysweep.results.leaderboard import Row
+from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.outcome import Outcome, read_outcome, write_outcome
 from raysweep.training.evaluation import TestMetrics
 

@@ -8,8 +8,8 @@ import pytest
 
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment
-from raysweep.images.sources import BadRow, ImageIndex
-from raysweep.paths import SweepPaths
+from raysweep.images.index import BadRow, ImageIndex
+from raysweep.storage.paths import SweepPaths
 from raysweep.sweep.state import SweepState
 
 

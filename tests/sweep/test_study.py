@@ -11,8 +11,8 @@ from states import CACHE, FakeRecorder, make_state, make_tested, text_of
 from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
-from raysweep.paths import SweepPaths, read_json
 from raysweep.results.tracking import Tracker
+from raysweep.storage.paths import SweepPaths, read_json
 from raysweep.sweep import outcome as outcomes
 from raysweep.sweep import study as module
 from raysweep.sweep.outcome import read_outcome

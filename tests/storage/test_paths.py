@@ -4,8 +4,8 @@ import stat
 import pytest
 
 from raysweep.errors import ConfigError, DataError
-from raysweep.paths import SweepPaths, file_name, read_json, signature, write_atomically, write_json
-from raysweep.storage import location
+from raysweep.storage.copies import location
+from raysweep.storage.paths import SweepPaths, file_name, read_json, signature, write_atomically, write_json
 
 
 def test_a_signature_follows_the_value_and_not_the_order_of_keys():

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raysweep import filesystems
 from raysweep.errors import DataError
-from raysweep.filesystems import open_filesystem
 from raysweep.images import listing
-from raysweep.images.sources import load_index, read_image_bytes
+from raysweep.images.index import load_index, read_image_bytes
 from raysweep.images.tables import absolute_source, join_source, parent_source
+from raysweep.storage import filesystems
+from raysweep.storage.filesystems import open_filesystem
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import ConfigError, DataError
-from raysweep.storage import fetch_folder, is_bucket, local_path, publish, replacing
+from raysweep.storage.copies import fetch_folder, is_bucket, local_path, publish, replacing
 
 
 def signature(value: Any) -> str:

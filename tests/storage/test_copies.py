@@ -12,14 +12,13 @@ import pytest
 import torch
 from pyarrow import fs
 
-from raysweep import storage
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images import passes
 from raysweep.images.cache import fetched, has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
 from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
-from raysweep.paths import SweepPaths, write_atomically, write_json
-from raysweep.storage import (
+from raysweep.storage import copies as storage
+from raysweep.storage.copies import (
     exists,
     fetch,
     fetch_folder,
@@ -35,6 +34,7 @@ from raysweep.storage import (
     upload,
     written,
 )
+from raysweep.storage.paths import SweepPaths, write_atomically, write_json
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.errors import RaysweepError
-from raysweep.filesystems import BUCKETS, open_filesystem
+from raysweep.storage.filesystems import BUCKETS, open_filesystem
 
 if TYPE_CHECKING:
     from pyarrow import fs

@@ -20,7 +20,7 @@ from raysweep.images.listing import list_source
 from raysweep.images.parquet import parquet_images
 from raysweep.images.splits import SPLITS, describe_copies, describe_few_images, settle_splits
 from raysweep.images.tables import Listing, Row, read_file, reading
-from raysweep.paths import signature
+from raysweep.storage.paths import signature
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
