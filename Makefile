@@ -1,4 +1,4 @@
-# make run and make test do all of their own set-up: Python 3.11 or newer and make are enough.
+# make run and make test install what they need. Only Python 3.11 or newer and make are required.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

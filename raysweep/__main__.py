@@ -9,7 +9,7 @@ USAGE = f"usage: raysweep {{{','.join(COMMANDS)}}} ...   (raysweep COMMAND --hel
 
 
 def main() -> int:
-    """Hands over to the command's module; only that one is imported."""
+    """Calls the module of the command. Only that module is imported."""
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command == "run":
         from raysweep import run

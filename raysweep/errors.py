@@ -1,7 +1,7 @@
-"""The errors a user can meet, and the wording they share.
+"""The errors that a user can see, and a helper for their messages.
 
-Every message names the key or file, the value found, and what would be accepted. `assert` guards our own
-invariants; these classes are for what a user can mend.
+Every message names the key or file, the value found, and the accepted values. These classes are for problems that a
+user can fix. `assert` checks our own invariants.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class RaysweepError(Exception):
-    """Root of every error that raysweep raises on purpose."""
+    """Base class of every error that raysweep raises on purpose."""
 
 
 class ConfigError(RaysweepError):
@@ -17,7 +17,7 @@ class ConfigError(RaysweepError):
 
 
 class DataError(RaysweepError):
-    """The images, labels or splits cannot be used as they are."""
+    """The images, labels or splits cannot be used."""
 
 
 class EncoderError(RaysweepError):
@@ -25,15 +25,15 @@ class EncoderError(RaysweepError):
 
 
 class ResourceError(RaysweepError):
-    """The machine or cluster lacks what the experiment asks for."""
+    """The machine or cluster does not have what the experiment needs."""
 
 
 class TrialError(RaysweepError):
-    """Training failed in a way that leaves a study without a result."""
+    """Training failed, and the study has no result."""
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:
-    """Returns `"did you mean 'x'?"` for the nearest accepted word, else the list of what is accepted."""
+    """Returns `"did you mean 'x'?"` for the most similar accepted word, else the list of accepted words."""
     choices = sorted(str(choice) for choice in accepted)
     close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"accepted: {', '.join(choices)}"

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 when the model or any image could not be read."""
+    """Runs the command. Returns 0, or 1 if the model or any image could not be read."""
     options = build_parser().parse_args(arguments)
     from raysweep.results.model import load_model
     from raysweep.storage.copies import fetch_folder, local_path
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields a prediction per readable image, in order; adds the others to `failures`."""
+    """Yields one prediction for each readable image, in order. Adds the errors of other images to `failures`."""
     for start in range(0, len(paths), BATCH):
         readable, pixels = [], []
         for path in paths[start : start + BATCH]:

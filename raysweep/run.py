@@ -32,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0 done, 1 a clear error, 2 wrong usage, 130 interrupted."""
+    """Runs the command.
+
+    Returns:
+        The exit status: 0 if the sweep is done, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
@@ -109,25 +113,25 @@ def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     from raysweep.storage.paths import SweepPaths
 
     paths = SweepPaths(experiment.storage, experiment.name)
-    models = [_shown(row.model_path) for row in rows if row.model_path]
+    models = [_relative(row.model_path) for row in rows if row.model_path]
     uri = experiment.tracking.uri
     return [
         "",
-        f"results    {_shown(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
+        f"results    {_relative(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         *[f"predict    raysweep predict {model} IMAGE [IMAGE ...]" for model in models[:1]],
         f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
 
 
-def _shown(place: str) -> str:
-    return place.removeprefix(f"{Path.cwd()}/")
+def _relative(path: str) -> str:
+    return path.removeprefix(f"{Path.cwd()}/")
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """Ends the process without taking its modules apart, which takes Python a second after torch, Ray and transformers.
+    """Ends the process without Python's cleanup, which takes a second once torch, Ray and transformers are imported.
 
-    All that a sweep has open is closed by then.
+    The sweep has closed all its files and processes before.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`python -m raysweep.submit EXPERIMENT.yaml --address http://HEAD:8265`: a sweep on a cluster, by Ray Jobs."""
+"""`python -m raysweep.submit EXPERIMENT.yaml --address http://HEAD:8265`: runs a sweep on a cluster with Ray Jobs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"
 SECONDS_BETWEEN_LOOKS = 2.0
-LOOKS_BEFORE_SAID = 3  # at a job that has not begun
+CHECKS_BEFORE_MESSAGE = 3  # of a job that is still pending
 SECONDS_TO_STOP = 60
 SECONDS_TO_ANSWER = 60
-CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
-LOST_CONNECTIONS = 30  # one after another, before the job is left to itself
-SECONDS_OF_SILENCE = 30  # after which the log is asked for anew: a connection may break without a word
-END_OF_MESSAGE = 2000  # characters; packages that cannot be installed are told of last
+QUIET_LOGGERS = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+LOST_CONNECTIONS = 30  # in a row, before this command gives up; the job itself continues
+SECONDS_OF_SILENCE = 30  # before the log is requested again: a connection can break without an error
+MESSAGE_LENGTH = 2000  # characters from the end, where Ray lists packages that cannot be installed
 
 
-class NobodyReadsError(Exception):
-    """Whatever read the output has ended, such as `head`."""
+class OutputClosedError(Exception):
+    """The program that reads our output has ended, for example `head`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The job's exit status; 1 for a clear error, 2 for wrong usage, 130 for Ctrl-C, 141 where nobody reads it.
+        The job's exit status; 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141 if the output is closed.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -78,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _stop(options.address, options.stop)
         job = options.follow or _submit(options)
         if not options.detach:
-            return _watch(options.address, job)
-        print(_ways_back(job, options.address))
+            return _follow_until_interrupted(options.address, job)
+        print(_follow_and_stop_commands(job, options.address))
         return 0
     except RaysweepError as error:
         if options.verbose:
@@ -91,27 +95,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _watch(address: str, job: str) -> int:
-    """Follows a job until it ends, or until nobody watches any more."""
+def _follow_until_interrupted(address: str, job: str) -> int:
+    """Follows a job until it ends, the user presses Ctrl-C, or the output is closed."""
     try:
         return _follow(address, job)
     except KeyboardInterrupt:
         status = 130
-    except NobodyReadsError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+    except OutputClosedError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
         status = 141
     with suppress(BrokenPipeError):
-        _say(f"\nthe job goes on\n{_ways_back(job, address)}")
+        _say(f"\nthe job goes on\n{_follow_and_stop_commands(job, address)}")
     return status
 
 
 def _submit(options: argparse.Namespace) -> str:
-    """Checks the experiment, packs it and hands it to the cluster; returns the job's name."""
+    """Checks and packs the experiment, and submits it to the cluster. Returns the job's name."""
     from raysweep.cluster.package import build_package, requirements
     from raysweep.experiment.config import load_experiment
 
     experiment = load_experiment(options.experiment, options.overrides)
-    with _reaching(options.address):
+    with _clear_errors(options.address):
         client = connect(options.address)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.zip"
@@ -124,7 +128,7 @@ def _submit(options: argparse.Namespace) -> str:
         size = package.stat().st_size
         job = f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         try:
-            with _reaching(options.address):
+            with _clear_errors(options.address):
                 client.submit_job(
                     entrypoint=_entrypoint(options, inside, uploaded),
                     runtime_env=runtime_env,
@@ -132,7 +136,7 @@ def _submit(options: argparse.Namespace) -> str:
                     metadata={"raysweep": experiment.name},
                 )
         except KeyboardInterrupt:
-            ways = _ways_back(job, options.address)
+            ways = _follow_and_stop_commands(job, options.address)
             raise KeyboardInterrupt(f"{job} may have been submitted\n{ways}") from None
     versions = "with the nodes' own packages" if options.no_pip else "and the pinned packages"
     _say(f"submitted {job}: the working directory ({size / 1e6:.1f} MB) {versions}")
@@ -149,38 +153,38 @@ def _entrypoint(options: argparse.Namespace, inside: str, uploaded: Sequence[str
     return shlex.join(["python", "-m", "raysweep.run", inside, *settings, *flags])
 
 
-def _ways_back(job: str, address: str) -> str:
+def _follow_and_stop_commands(job: str, address: str) -> str:
     command = f"raysweep submit --address {address}"
     return f"follow it   {command} --follow {job}\nstop it     {command} --stop {job}"
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Connects to a cluster's job server; the token goes along as a header.
+    """Connects to a cluster's job server. The token is sent as a header.
 
     Raises:
-        ConfigError: the address is not one of a dashboard.
+        ConfigError: The address is not the URL of a dashboard.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--address: '{address}' is not the URL of a dashboard; accepted: http://HEAD:8265")
     from ray.job_submission import JobSubmissionClient
 
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the environment goes before the argument
-    for name in CHATTY:
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the variable to the argument
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     token, _ = read_token()
 
-    class Impatient(JobSubmissionClient):  # type: ignore[misc]  # mypy is told not to look into ray
-        """Sets a limit, since a tunnel whose other end is gone takes questions and never answers."""
+    class TimeLimitedClient(JobSubmissionClient):  # type: ignore[misc]  # mypy skips the ray package
+        """Sets a timeout for each request: a broken SSH tunnel accepts requests and never answers."""
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
             return super()._do_request(*arguments, timeout=SECONDS_TO_ANSWER, **options)
 
-    return Impatient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    return TimeLimitedClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
 def read_token() -> tuple[str, str]:
-    """The token of a cluster that wants one, and where it was found; empty where there is none.
+    """Returns the cluster's token and where it was found, or two empty strings.
 
     Raises:
         ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
@@ -198,11 +202,11 @@ def read_token() -> tuple[str, str]:
 
 
 @contextmanager
-def _reaching(address: str) -> Iterator[None]:
-    """Turns what Ray's client raises into a clear error.
+def _clear_errors(address: str) -> Iterator[None]:
+    """Turns the exceptions of Ray's client into a clear error.
 
     Raises:
-        ResourceError: there is no cluster, it wants another token, or it refuses.
+        ResourceError: No cluster answers, it needs another token, or it refuses the request.
     """
     from ray.exceptions import AuthenticationError
 
@@ -217,63 +221,63 @@ def _reaching(address: str) -> Iterator[None]:
         ) from error
     except RaysweepError:
         raise
-    except OSError as error:  # requests' errors, and Ray's own ConnectionError
-        raise ResourceError(f"--address: no Ray dashboard answers at {address} ({_short(error)})") from error
-    except (RuntimeError, ValueError) as error:  # what the job server refuses
-        raise ResourceError(f"--address: the cluster at {address} refused: {_short(error)}") from error
+    except OSError as error:  # errors of the requests library, and Ray's ConnectionError
+        raise ResourceError(f"--address: no Ray dashboard answers at {address} ({_shortened(error)})") from error
+    except (RuntimeError, ValueError) as error:  # the job server refused the request
+        raise ResourceError(f"--address: the cluster at {address} refused: {_shortened(error)}") from error
 
 
-def _short(message: object) -> str:
+def _shortened(message: object) -> str:
     return " ".join(str(message).split())[:300]
 
 
 def _follow(address: str, job: str) -> int:
-    """Prints what a job says until it ends; returns its exit status."""
+    """Prints a job's log until the job ends. Returns its exit status."""
     import aiohttp
 
-    with _reaching(address):
+    with _clear_errors(address):
         client = connect(address)
-        log, lost, looks, waits_for = Log(client, job), 0, 0, ""
-        info = client.get_job_info(job)  # a job that does not exist shows at once
+        log, num_lost, num_checks, pending_reason = Log(client, job), 0, 0, ""
+        info = client.get_job_info(job)  # raises at once if the job does not exist
         while True:
             try:
                 if info.status != "PENDING":
-                    asyncio.run(log.print_on())
-                elif (looks := looks + 1) > LOOKS_BEFORE_SAID and waits_for != info.message:
-                    waits_for = info.message  # such as packages that are being installed
-                    _say(f"{job} waits: {_short(waits_for)}")
-                if info.status.is_terminal():  # when its log was read
+                    asyncio.run(log.print_new())
+                elif (num_checks := num_checks + 1) > CHECKS_BEFORE_MESSAGE and pending_reason != info.message:
+                    pending_reason = info.message  # for example that packages are being installed
+                    _say(f"{job} waits: {_shortened(pending_reason)}")
+                if info.status.is_terminal():  # checked after its log was printed
                     break
-                info, lost = client.get_job_info(job), 0
+                info, num_lost = client.get_job_info(job), 0
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
-                # A laptop sleeps, a tunnel breaks: the job does not mind, and its log is there from the beginning.
-                lost += 1
-                if lost > LOST_CONNECTIONS:
+                # A laptop sleeps or an SSH tunnel breaks. The job continues, and the cluster keeps its whole log.
+                num_lost += 1
+                if num_lost > LOST_CONNECTIONS:
                     raise ResourceError(
-                        f"--address: the connection to {address} is lost ({_short(error)}); the job may go on\n"
-                        f"{_ways_back(job, address)}"
+                        f"--address: the connection to {address} is lost ({_shortened(error)}); the job may go on\n"
+                        f"{_follow_and_stop_commands(job, address)}"
                     ) from error
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if info.status == "SUCCEEDED":
         return 0
-    if info.driver_exit_code is None:  # it did not begin, or was stopped: its log does not say why
-        _say(f"{job} {info.status.lower()}: {str(info.message)[-END_OF_MESSAGE:]}")
+    if info.driver_exit_code is None:  # it never started or was stopped, and its log does not say why
+        _say(f"{job} {info.status.lower()}: {str(info.message)[-MESSAGE_LENGTH:]}")
     return info.driver_exit_code or 1
 
 
 class Log:
-    """A job's log, of which each character is printed once, however often the connection has to be made."""
+    """Prints each character of a job's log once, even if the connection breaks and is opened again."""
 
     def __init__(self, client: JobSubmissionClient, job: str) -> None:
         self.client, self.job, self.printed = client, job, 0
 
-    async def print_on(self) -> None:
-        """Prints what is new, until the log ends, the connection does, or nothing more comes for a while."""
+    async def print_new(self) -> None:
+        """Prints new text until the log ends, the connection breaks, or no text arrives for SECONDS_OF_SILENCE."""
         seen, loop = 0, asyncio.get_running_loop()
         with suppress(TimeoutError):
-            async with asyncio.timeout(SECONDS_OF_SILENCE) as silence:
-                async for text in self.client.tail_job_logs(self.job):  # from its beginning
-                    silence.reschedule(loop.time() + SECONDS_OF_SILENCE)
+            async with asyncio.timeout(SECONDS_OF_SILENCE) as timeout:
+                async for text in self.client.tail_job_logs(self.job):  # always starts at the beginning
+                    timeout.reschedule(loop.time() + SECONDS_OF_SILENCE)
                     seen += len(text)
                     if seen > self.printed:
                         self._print(text[max(0, len(text) - (seen - self.printed)) :])
@@ -284,12 +288,12 @@ class Log:
         try:
             print(text, end="", flush=True)
         except BrokenPipeError as error:
-            raise NobodyReadsError from error
+            raise OutputClosedError from error
 
 
 def _stop(address: str, job: str) -> int:
-    """Stops a job and waits until it has ended; returns 0, or 1 where it had ended before."""
-    with _reaching(address):
+    """Stops a job and waits until it has ended. Returns 0, or 1 if it had already ended."""
+    with _clear_errors(address):
         client = connect(address)
         if not client.stop_job(job):
             _say(f"{job} had ended already: {client.get_job_info(job).status.lower()}")

@@ -14,49 +14,66 @@ from raysweep.sweep.optuna_study import open_store
 
 NUM_WRITERS, NUM_TRIALS, NUM_EPOCHS = 32, 4, 10
 
+THREADS = 4  # writers a process: 32 imports of MLflow at once would measure imports
+
+# Runs `write` for each of its writers in a thread, once all processes are ready, which the test says by a line.
+PROGRAM = """
+    import sys, threading
+
+    def run_all(write):
+        failures = []
+
+        def guarded(writer):
+            try:
+                write(writer)
+            except Exception as error:
+                failures.append(error)
+
+        first, count = int(sys.argv[2]), int(sys.argv[3])
+        threads = [threading.Thread(target=guarded, args=(first + number,)) for number in range(count)]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+"""
+
 LOG = """
-    import sys, threading, time
+    import mlflow
     from raysweep.results.tracking import LoggedTrial, open_tracker
 
-    uri, begin, first, count = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    num_trials, num_epochs = int(sys.argv[5]), int(sys.argv[6])
-    failures = []
+    uri, num_trials, num_epochs = sys.argv[1], int(sys.argv[4]), int(sys.argv[5])
 
     def write(writer):
-        try:
-            time.sleep(max(0, begin - time.time()))
-            tracker = open_tracker(uri, "many writers")
-            study, _ = tracker.start_run(f"study-{writer}", f"study-{writer}", "study")
-            for trial in range(num_trials):
-                history = [{"val/accuracy": writer + trial / 100 + epoch / 10_000} for epoch in range(num_epochs)]
-                logged = LoggedTrial({"learning_rate": 0.1}, history, history[-1], "FINISHED")
-                tracker.log_trial(study, f"study-{writer}/{trial}", f"{writer}-{trial}", logged)
-            tracker.finish(study)
-        except Exception as error:
-            failures.append(error)
+        tracker = open_tracker(uri, "many writers")
+        study, _ = tracker.start_run(f"study-{writer}", f"study-{writer}", "study")
+        for trial in range(num_trials):
+            history = [{"val/accuracy": writer + trial / 100 + epoch / 10_000} for epoch in range(num_epochs)]
+            logged = LoggedTrial({"learning_rate": 0.1}, history, history[-1], "FINISHED")
+            tracker.log_trial(study, f"study-{writer}/{trial}", f"{writer}-{trial}", logged)
+        tracker.finish(study)
 
-    threads = [threading.Thread(target=write, args=(first + number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    run_all(write)
 """
 
 SEARCH = """
-    import sys, time
     import optuna
     from raysweep.sweep.optuna_study import open_store
 
-    uri, begin, writer, num_trials = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    time.sleep(max(0, begin - time.time()))
-    study = optuna.create_study(storage=open_store(uri), study_name="many writers", load_if_exists=True)
-    for number in range(num_trials):
-        trial = study.ask()
-        trial.suggest_float("x", 0, 1)
-        trial.set_user_attr("writer", [writer, number])
-        study.tell(trial, writer + number / 100)
+    uri, num_trials = sys.argv[1], int(sys.argv[4])
+
+    def write(writer):
+        study = optuna.create_study(storage=open_store(uri), study_name="many writers", load_if_exists=True)
+        for number in range(num_trials):
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            trial.set_user_attr("writer", [writer, number])
+            study.tell(trial, writer + number / 100)
+
+    run_all(write)
 """
 
 
@@ -71,33 +88,32 @@ def password(monkeypatch):
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
 
 
-def run_all(code, *argument_lists):
-    """Runs a program once for each list of arguments, side by side."""
+def run_writers(code, uri, *arguments):
+    """Runs a program in several processes, the writers of which all begin at the same time."""
+    program = textwrap.dedent(PROGRAM) + textwrap.dedent(code)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ,
+            [sys.executable, "-c", program, uri, *map(str, (first, THREADS, *arguments))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ,
         )
-        for arguments in argument_lists
+        for first in range(0, NUM_WRITERS, THREADS)
     ]  # fmt: skip
+    for process in processes:
+        while (line := process.stdout.readline()) != "ready\n":
+            assert line, "a process ended before it was ready"
+    for process in processes:
+        process.stdin.write("begin\n")
+        process.stdin.flush()
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)[-3000:]
 
 
-def soon(seconds):
-    import time
-
-    return time.time() + seconds
-
-
 @pytest.mark.end_to_end
 def test_32_writers_lose_no_metric(database, tmp_path):
-    """Eight processes of four writers: 32 imports of MLflow at once would measure imports."""
     import psycopg
 
     with mlflow_server(tmp_path, database) as uri:
-        begin = soon(20)
-        run_all(LOG, *([uri, begin, first, 4, NUM_TRIALS, NUM_EPOCHS] for first in range(0, NUM_WRITERS, 4)))
+        run_writers(LOG, uri, NUM_TRIALS, NUM_EPOCHS)
         with psycopg.connect(f"{database}/mlflow") as connection:
             runs = connection.execute(
                 "SELECT t.value, r.status, r.run_uuid FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
@@ -123,8 +139,7 @@ def test_32_writers_lose_no_metric(database, tmp_path):
 def test_32_searches_in_one_database_lose_no_trial(database):
     import optuna
 
-    begin = soon(25)
-    run_all(SEARCH, *([f"{database}/optuna", begin, writer, NUM_TRIALS] for writer in range(NUM_WRITERS)))
+    run_writers(SEARCH, f"{database}/optuna", NUM_TRIALS)
     study = optuna.load_study(study_name="many writers", storage=open_store(f"{database}/optuna"))
     trials = study.get_trials()
     assert [trial.number for trial in trials] == list(range(NUM_WRITERS * NUM_TRIALS))

@@ -1,1 +1,1 @@
-"""Ray itself, the nodes and what fits on them, and what travels to a cluster with a job."""
+"""Starting Ray, its nodes and their resources, and the package that is sent to a cluster with a job."""

@@ -1,4 +1,4 @@
-"""The nodes of a cluster: waiting for them, and what they can see."""
+"""Waits for the nodes of a cluster, and checks which files they can read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from raysweep.storage.filesystems import open_filesystem
 
 
 def wait_for_nodes(config: ResourcesConfig, session: RaySession, say: Callable[[str], None]) -> Resources:
-    """Has the cluster's autoscaler bring what one training run lacks, and waits until it is there.
+    """Asks the autoscaler for the resources that one training run lacks, and waits until the cluster has them.
 
     Args:
-        config: what one training run takes, and how long to wait.
-        session: Ray.
-        say: told that there is something to wait for.
+        config: The resources of one training run, and how long to wait.
+        session: The Ray session.
+        say: Called with a message if it has to wait.
+
+    Returns:
+        The resources of the cluster.
 
     Raises:
-        ResourceError: one training run needs more than there is in the end.
+        ResourceError: One training run still needs more than the cluster has.
     """
     present, deadline, is_waiting = session.resources, time.monotonic() + config.wait_for_nodes_s, False
     while True:
@@ -45,7 +48,7 @@ def wait_for_nodes(config: ResourcesConfig, session: RaySession, say: Callable[[
 
 
 def _request_nodes(config: ResourcesConfig | None, on_gpus: bool = False) -> None:
-    """Tells the autoscaler what one training run needs; None: no more than what runs holds by itself."""
+    """Requests the resources of one training run from the autoscaler. None withdraws the request."""
     from ray.autoscaler.sdk import request_resources
 
     if config is None:
@@ -56,13 +59,13 @@ def _request_nodes(config: ResourcesConfig | None, on_gpus: bool = False) -> Non
 
 
 def check_nodes(places: Mapping[str, str]) -> None:
-    """Refuses files that some node of the cluster cannot see, before hours of work end on that node.
+    """Checks that every node can read the files, so that a sweep does not fail on one node after hours.
 
     Args:
-        places: paths or URIs, each with what a user calls it.
+        places: Paths or URIs, by the name that an error message gives them.
 
     Raises:
-        ResourceError: a node does not see one of them.
+        ResourceError: A node cannot read one of them.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -70,29 +73,31 @@ def check_nodes(places: Mapping[str, str]) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    look = ray.remote(num_cpus=0)(_unseen)
-    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    unseen = ray.get([look.options(scheduling_strategy=strategy).remote(dict(places)) for strategy in there])
+    task = ray.remote(num_cpus=0)(_missing_places)
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    missing = ray.get([task.options(scheduling_strategy=strategy).remote(dict(places)) for strategy in strategies])
     for name in places:
-        blind = sorted(node["NodeManagerAddress"] for node, keys in zip(nodes, unseen, strict=True) if name in keys)
-        if blind:
+        lacking = sorted(
+            node["NodeManagerAddress"] for node, names in zip(nodes, missing, strict=True) if name in names
+        )
+        if lacking:
             raise ResourceError(
-                f"{name} is not seen by {len(blind)} of {len(nodes)} nodes ({', '.join(blind[:5])}); accepted on "
+                f"{name} is not seen by {len(lacking)} of {len(nodes)} nodes ({', '.join(lacking[:5])}); accepted on "
                 "several nodes: a folder that all of them share, at the same path, or a bucket: s3://..., gs://..."
             )
 
 
-def _unseen(places: dict[str, str]) -> list[str]:
-    """The names of places that this node does not see."""
+def _missing_places(places: dict[str, str]) -> list[str]:
+    """Returns the names of the places that this node cannot read."""
     return [name for name, place in places.items() if not is_visible(place)]
 
 
 def is_visible(place: str) -> bool:
-    """Whether this machine can see a file or folder, by path or URI."""
+    """Returns whether this machine can read a file or folder, given by path or URI."""
     if "://" not in place:
         return os.path.exists(place)
     filesystem, inner = open_filesystem(place)
     try:
         return bool(filesystem.get_file_info(inner).type.value)
-    except OSError:  # no rights, or no such bucket
+    except OSError:  # no permission, or no such bucket
         return False

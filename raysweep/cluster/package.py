@@ -1,4 +1,4 @@
-"""What travels to a cluster with a submitted sweep: the working directory, the versions it needs, and local data."""
+"""Builds the package of a submitted sweep: the working directory, pinned requirements and local data."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from raysweep.images.tables import absolute_source
 from raysweep.storage.copies import is_bucket, upload
 from raysweep.storage.paths import signature
 
-LIMIT = 100 * 2**20  # bytes that the dashboard of Ray takes in one request
-# Whatever .gitignore says: secrets, and what a sweep leaves.
-LEFT_OUT = {
+LIMIT = 100 * 2**20  # bytes: the largest request that Ray's dashboard accepts
+# Secrets and the files of a sweep are excluded even if .gitignore does not list them.
+EXCLUDED = {
     ".git",
     ".venv",
     "venv",
@@ -38,16 +38,16 @@ LEFT_OUT = {
     "mlartifacts",
     "mlflow.db",
 }
-UPLOADED = "uploaded"  # folder of the package for what --upload-data adds
-CLUSTERS_OWN = {"ray"}  # whose version must be that of the nodes
+UPLOADED = "uploaded"  # folder in the package for the files that --upload-data adds
+PROVIDED_BY_NODES = {"ray"}  # the driver must use the version of the nodes
 CHUNK = 2**20
 
-Files = dict[str, Path]  # by name, with slashes, in the package
+Files = dict[str, Path]  # keys are names in the package, with slashes
 
 
 @dataclass(frozen=True)
 class LocalPath:
-    """A key of an experiment whose value is a file or folder of this machine; `path` is absolute."""
+    """A key of an experiment whose value is a local file or folder. `path` is absolute."""
 
     key: str
     value: str
@@ -55,20 +55,20 @@ class LocalPath:
 
     @property
     def is_relative(self) -> bool:
-        """Whether it means a place in the working directory, as it is and as the job finds it."""
+        """Whether the value is a relative path, so that it is valid in the job's working directory too."""
         return "://" not in self.value and not Path(self.value).expanduser().is_absolute()
 
     @property
     def folder(self) -> Path:
-        """What names within it are relative to: tables name their images relative to themselves."""
+        """The folder that file names are relative to. A table names its images relative to its own folder."""
         return self.path.parent if self.path.is_file() else self.path
 
 
 def local_paths(experiment: Experiment) -> list[LocalPath]:
-    """The images and weights of an experiment, in as far as they lie on this machine or claim to.
+    """Returns the images and weights of an experiment that are local paths.
 
     Raises:
-        ConfigError: a relative path leads nowhere.
+        ConfigError: A relative path does not exist.
     """
     values = {"data.source": experiment.data.source}
     for number, encoder in enumerate(experiment.encoders):
@@ -78,7 +78,7 @@ def local_paths(experiment: Experiment) -> list[LocalPath]:
     for key, value in values.items():
         absolute = absolute_source(value)
         local = LocalPath(key, value, Path(absolute))
-        # What is no path is the name of weights on the hub.
+        # A value that is not an existing path names weights on the Hugging Face hub.
         if "://" in absolute or not (local.path.exists() or key == "data.source"):
             continue
         if not local.path.exists() and local.is_relative:
@@ -95,26 +95,27 @@ def build_package(
     upload_data: bool,
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[str, list[str]]:
-    """Packs the working directory, as .gitignore says, with the experiment file and raysweep itself.
+    """Packs the working directory without ignored files (.gitignore), the experiment file and raysweep.
 
     Args:
-        target: the zip file to be made.
-        experiment_file: as it was named.
-        experiment: what is in it.
-        upload_data: whether local images and weights go along, into the storage where that is a bucket.
-        say: told what takes long.
+        target: The zip file to write.
+        experiment_file: Path of the experiment file, as the user gave it.
+        experiment: Its content.
+        upload_data: Whether local images and weights are sent too: to the storage if that is a bucket, else in the
+            package.
+        say: Called with a message before a long upload.
 
     Returns:
-        The experiment file's path within the package, and `KEY=VALUE` settings that lead to what was uploaded.
+        The experiment file's path in the package, and `KEY=VALUE` settings that point to the uploaded files.
 
     Raises:
-        ConfigError: the cluster would not see something that the experiment names, or the package is too large.
-        DataError: the images cannot be listed.
+        ConfigError: The cluster could not read a path that the experiment names, or the package is too large.
+        DataError: The images cannot be listed.
     """
     here = Path.cwd()
-    results = _name_inside(Path(experiment.storage).expanduser()) or ".."
+    results = _relative_name(Path(experiment.storage).expanduser()) or ".."
     files = {name: here / name for name in working_files(here) if not name.startswith(f"{results}/")}
-    inside = _name_inside(experiment_file)
+    inside = _relative_name(experiment_file)
     if inside not in files:
         inside = f"{UPLOADED}/{experiment_file.name}"
         files[inside] = experiment_file
@@ -124,16 +125,16 @@ def build_package(
         files |= {f"raysweep/{name}": folder / name for name in modules}
     settings = []
     for local in local_paths(experiment):
-        if not (local.is_relative or upload_data):  # it may be a place that all nodes share
+        if not (local.is_relative or upload_data):  # it may be a shared folder
             continue
         if not local.path.exists():
             raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
         paths = _files_of(local, experiment.data)
-        if local.is_relative and all(_name_inside(path) in files for path in paths):
+        if local.is_relative and all(_relative_name(path) in files for path in paths):
             continue
         if not upload_data:
-            raise ConfigError(_invisible(local))
-        place, added = _send(local, paths, experiment.storage, say)
+            raise ConfigError(_local_only_message(local))
+        place, added = _upload_or_pack(local, paths, experiment.storage, say)
         files |= added
         settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
     _write(target, files)
@@ -141,10 +142,10 @@ def build_package(
 
 
 def working_files(folder: Path) -> list[str]:
-    """Names of the files below a folder that no .gitignore keeps out, as git lists them; links are followed.
+    """Returns relative names of a folder's files that git tracks or does not ignore. Symbolic links are followed.
 
     Raises:
-        ConfigError: git is not there, or refuses.
+        ConfigError: git is not installed, or fails.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -156,7 +157,7 @@ def working_files(folder: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as empty:
         repository: list[str] = []
         is_outside = b"not a git repository" in git("rev-parse").stderr
-        if is_outside or git("check-ignore", "--quiet", str(folder)).returncode == 0:  # such as a home of dotfiles
+        if is_outside or git("check-ignore", "--quiet", str(folder)).returncode == 0:  # an outer repository ignores it
             git("init", "--quiet", empty)
             repository = [f"--git-dir={empty}/.git", f"--work-tree={folder}"]
         listed = git(*repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
@@ -165,29 +166,29 @@ def working_files(folder: Path) -> list[str]:
     found = []
     for name in os.fsdecode(listed.stdout).split("\0"):
         path = folder / name
-        if name and path.is_dir():  # a link to a folder, or a repository of its own
+        if name and path.is_dir():  # a link to a folder, or a nested repository
             within = working_files(path) if (path / ".git").exists() else local_files(str(path))
             found += [f"{name.rstrip('/')}/{inner}" for inner in within]
-        elif path.is_file():  # and not one that git knows, but that is gone
+        elif path.is_file():  # git also lists deleted files
             found.append(name)
-    return sorted(name for name in set(found) if not LEFT_OUT & set(name.split("/")))
+    return sorted(name for name in set(found) if not EXCLUDED & set(name.split("/")))
 
 
-def _name_inside(path: Path) -> str | None:
-    """A path relative to the working directory, None outside of it."""
+def _relative_name(path: Path) -> str | None:
+    """Returns a path relative to the working directory, or None if it is outside."""
     absolute, here = Path(os.path.abspath(path)), Path.cwd()
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else None
 
 
 def _files_of(local: LocalPath, data: DataConfig) -> list[Path]:
-    """The files that a local path stands for: of data the images and tables that would be read."""
+    """Returns the files of a local path. For `data.source` these are the images and tables that the sweep reads."""
     if local.key != "data.source":
         return [local.folder / name for name in local_files(str(local.folder))]
     paths = {Path(row.path) for row in list_source(data).rows if "://" not in row.path}
     return sorted(path for path in {*paths, local.path} if path.is_file())
 
 
-def _invisible(local: LocalPath) -> str:
+def _local_only_message(local: LocalPath) -> str:
     other = "images in a bucket or on the hub: s3://, gs://, hf://datasets/..."
     if local.key != "data.source":
         other = "weights in a bucket or on the hub: s3://, gs://, facebook/dinov2-base"
@@ -198,8 +199,10 @@ def _invisible(local: LocalPath) -> str:
     )
 
 
-def _send(local: LocalPath, paths: Sequence[Path], storage: str, say: Callable[[str], None]) -> tuple[str, Files]:
-    """Sends files to the bucket that is the storage, or has them packed; returns where the job finds them."""
+def _upload_or_pack(
+    local: LocalPath, paths: Sequence[Path], storage: str, say: Callable[[str], None]
+) -> tuple[str, Files]:
+    """Uploads files if the storage is a bucket. Returns where the job finds them, and the files to pack."""
     _check_relative(local, paths)
     names = {path.relative_to(local.folder).as_posix(): path for path in paths}
     rest = f"/{local.path.name}" if local.path.is_file() else ""
@@ -214,7 +217,7 @@ def _send(local: LocalPath, paths: Sequence[Path], storage: str, say: Callable[[
 
 
 def _check_relative(local: LocalPath, paths: Sequence[Path]) -> None:
-    """Refuses a table whose images the nodes would look for elsewhere than beside it."""
+    """Checks that a table names only images in its own folder or below, so that the nodes find them."""
     problem = next((path for path in paths if not path.is_relative_to(local.folder)), None)
     if problem is None and local.path.is_file() and local.path.suffix != ".parquet":
         table = local.path.read_text(encoding="utf-8-sig")
@@ -228,23 +231,23 @@ def _check_relative(local: LocalPath, paths: Sequence[Path]) -> None:
 
 
 def _write(target: Path, files: Mapping[str, Path]) -> None:
-    """Writes the zip file, and gives up as soon as it is too large."""
+    """Writes the zip file. Raises an error as soon as it is too large."""
     with zipfile.ZipFile(target, "w") as package, target.open("rb") as written:
         for name, path in sorted(files.items()):
-            with _naming(path):
+            with _name_file_in_error(path):
                 entry = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 with path.open("rb") as source, package.open(entry, "w", force_zip64=True) as packed:
                     while chunk := source.read(CHUNK):
                         packed.write(chunk)
                         if os.fstat(written.fileno()).st_size > LIMIT:
-                            raise ConfigError(_too_large(files))
-    if target.stat().st_size > LIMIT:  # of what was still on its way to the disk
-        raise ConfigError(_too_large(files))
+                            raise ConfigError(_too_large_message(files))
+    if target.stat().st_size > LIMIT:  # checked again, because the last bytes are written when the file is closed
+        raise ConfigError(_too_large_message(files))
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _name_file_in_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -252,7 +255,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: cannot be packed ({error.strerror or error}); {hint}") from error
 
 
-def _too_large(files: Mapping[str, Path]) -> str:
+def _too_large_message(files: Mapping[str, Path]) -> str:
     sizes = {name: path.stat().st_size for name, path in files.items()}
     largest = max(sizes, key=lambda name: sizes[name])
     return (
@@ -265,30 +268,30 @@ def _too_large(files: Mapping[str, Path]) -> str:
 
 
 def requirements(constraints: Path) -> list[str]:
-    """What raysweep needs beside Ray, and what that needs in turn, each pinned: `name==version`, sorted.
+    """Returns raysweep's direct and indirect requirements except Ray, pinned (`name==version`) and sorted.
 
     Args:
-        constraints: file of `name==version` lines; what it lacks has the version that is installed here.
+        constraints: File of `name==version` lines. A package that it lacks gets the version installed here.
     """
     lines = constraints.read_text().splitlines() if constraints.exists() else []
-    pins = {_normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
-    found: dict[str, str] = {}
-    waiting: list[tuple[str, Sequence[str]]] = [("raysweep", ())]
+    pins = {_normalized_name(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+    versions: dict[str, str] = {}
+    pending: list[tuple[str, Sequence[str]]] = [("raysweep", ())]
     seen = set()
-    while waiting:
-        name, extras = waiting.pop()
-        for needed, its_extras in _needs(name, extras):
+    while pending:
+        name, extras = pending.pop()
+        for needed, its_extras in _installed_requirements(name, extras):
             if (needed, its_extras) not in seen:
                 seen.add((needed, its_extras))
-                waiting.append((needed, its_extras))
-                if needed not in CLUSTERS_OWN:
-                    # Without a build's own name, as in 2.13.0+cpu: no index has that.
-                    found[needed] = pins.get(needed) or distribution(needed).version.partition("+")[0]
-    return [f"{name}=={version.strip()}" for name, version in sorted(found.items())]
+                pending.append((needed, its_extras))
+                if needed not in PROVIDED_BY_NODES:
+                    # A local version label, as in 2.13.0+cpu, is on no package index.
+                    versions[needed] = pins.get(needed) or distribution(needed).version.partition("+")[0]
+    return [f"{name}=={version.strip()}" for name, version in sorted(versions.items())]
 
 
-def _needs(name: str, extras: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Installed distributions that one needs, with the extras that it needs of them."""
+def _installed_requirements(name: str, extras: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns the installed distributions that one distribution requires, each with the required extras."""
     from packaging.requirements import Requirement
 
     needs = []
@@ -296,14 +299,14 @@ def _needs(name: str, extras: Sequence[str]) -> list[tuple[str, tuple[str, ...]]
         requirement = Requirement(text)
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            needed = _normal(requirement.name)
+            needed = _normalized_name(requirement.name)
             try:
                 distribution(needed)
-            except PackageNotFoundError:  # of another platform
+            except PackageNotFoundError:  # required on another platform only
                 continue
             needs.append((needed, tuple(sorted(requirement.extras))))
     return needs
 
 
-def _normal(name: str) -> str:
+def _normalized_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()

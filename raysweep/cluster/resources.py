@@ -1,4 +1,4 @@
-"""What CPUs and GPUs there are, and what fits on them; nothing here needs Ray."""
+"""CPUs and GPUs of a machine or cluster, and how many training runs fit on them. Nothing here needs Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raysweep.experiment.config import ResourcesConfig
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs, of a machine or a cluster; `nodes` holds (CPUs, GPUs) of each machine, where there are several."""
+    """CPUs and GPUs of a machine or a cluster. `nodes` holds (CPUs, GPUs) of each node of a cluster."""
 
     num_cpus: int
     num_gpus: int
@@ -21,46 +21,46 @@ class Resources:
 
     @property
     def num_nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return max(1, len(self.nodes))
 
     @property
     def by_node(self) -> tuple[tuple[int, int], ...]:
-        """(CPUs, GPUs) of each machine, where there is one too."""
+        """(CPUs, GPUs) of each machine, also if there is only one."""
         return self.nodes or ((self.num_cpus, self.num_gpus),)
 
     @property
     def cpus_by_node(self) -> tuple[int, ...]:
-        """CPUs of each node that has any: a head often has none, so that no work comes to it."""
+        """CPUs of each node that has any. A head often declares none, so that Ray schedules no work on it."""
         return tuple(num_cpus for num_cpus, _ in self.by_node if num_cpus)
 
 
 def local_resources() -> Resources:
-    """What this machine has, found without starting Ray or importing torch."""
+    """Returns the CPUs and GPUs of this machine, without starting Ray or importing torch."""
     num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         num_gpus = min(num_gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-    # macOS has no such call.
+    # macOS has no sched_getaffinity.
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Resources(num_cpus, num_gpus)
 
 
 def uses_gpu(config: ResourcesConfig, present: Resources) -> bool:
-    """Whether training runs on GPUs: as configured, or for `auto` when there is one."""
+    """Returns whether training runs use GPUs: as configured, or for `auto` if there is a GPU."""
     return present.num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
 
 
 def check_resources(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> None:
-    """Refuses what can never be scheduled: Ray would wait for it silently and for ever.
+    """Checks that a training run can be scheduled. Otherwise Ray would wait for ever, without a message.
 
     Args:
-        config: what one training run takes.
-        present: what there is.
-        reserved_cpus: CPUs that decode images for it meanwhile.
+        config: The resources of one training run.
+        present: The resources of the machine or cluster.
+        reserved_cpus: CPUs that decode images during training.
 
     Raises:
-        ResourceError: one training run needs more than there is.
+        ResourceError: One training run needs more than there is.
     """
     needed_cpus = config.num_workers * config.cpus_per_worker
     problems = []
@@ -89,12 +89,12 @@ def _describe(present: Resources) -> str:
 
 
 def num_fitting_workers(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
-    """How many workers there is room for: each lies on one node, and a share of a GPU on one GPU."""
+    """Returns how many workers fit. A worker needs one node, and a fraction of a GPU needs one GPU."""
     total = 0
     for num_cpus, num_gpus in present.by_node:
         fitting = num_cpus // config.cpus_per_worker
         if uses_gpu(config, present):
-            # With a margin, because five shares of 0.2 GPUs do not quite fit into one in floating point.
+            # The margin is needed because 1 / gpus_per_worker may be rounded to just below a whole number.
             fitting = min(fitting, num_gpus * int(1 / config.gpus_per_worker + 1e-6))
         total += fitting
     lacking = reserved_cpus - (present.num_cpus - total * config.cpus_per_worker)
@@ -102,7 +102,7 @@ def num_fitting_workers(config: ResourcesConfig, present: Resources, reserved_cp
 
 
 def num_concurrent_trials(config: ResourcesConfig, present: Resources, reserved_cpus: int = 0) -> int:
-    """How many training runs go on side by side, beside CPUs that decode images for them."""
+    """Returns how many training runs fit at a time, beside the CPUs that decode images for them."""
     fitting = num_fitting_workers(config, present, reserved_cpus) // config.num_workers
     limit = config.max_concurrent_trials
     return max(1, fitting if limit == "auto" else min(fitting, limit))

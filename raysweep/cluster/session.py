@@ -1,4 +1,4 @@
-"""Ray itself: starting it quietly, joining a cluster, and what its nodes have and see."""
+"""Starts Ray or joins a cluster, and tells which resources its nodes have."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from typing import Any
 from raysweep.cluster.resources import Resources, local_resources
 from raysweep.errors import ResourceError
 
-# A pass over the images and the worker of a training run each hold one.
+# The pass over the images and the worker of a training run each need one.
 MIN_LOGICAL_CPUS = 2
-SECONDS_BETWEEN_LOOKS = 2  # at the nodes of a cluster
+SECONDS_BETWEEN_LOOKS = 2  # between two queries for the nodes of a cluster
 PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker.train,raysweep.worker.evaluate"
 
 
 class RaySession:
-    """Ray, started at most once and in a thread of its own, so that a sweep reads its images meanwhile.
+    """Starts Ray at most once, in its own thread, so that the sweep can read its images at the same time.
 
-    The thread lives as long as Ray does: the processes that Ray starts die with the thread that started them
-    (PR_SET_PDEATHSIG), not with its process.
+    The thread must live until Ray is shut down: the kernel ends Ray's processes when the thread that started them ends
+    (PR_SET_PDEATHSIG), not when its process ends.
 
     Args:
-        verbose: whether Ray's own messages are shown.
-        on_start: told what the cluster has once Ray is up.
+        verbose: Whether Ray's own messages are shown.
+        on_start: Called with the resources of the cluster when Ray has started.
     """
 
     def __init__(self, verbose: bool, on_start: Callable[[Resources], None] = lambda _resources: None) -> None:
@@ -44,7 +44,7 @@ class RaySession:
         self._preparation: Future[None] | None = None
 
     def start(self) -> None:
-        """Begins to start Ray, or to join the cluster that RAY_ADDRESS names; returns at once."""
+        """Starts Ray in the background, or joins the cluster of RAY_ADDRESS. Does not wait."""
         if self._resources is None:
             self._resources = self._thread.submit(self._enter)
 
@@ -54,15 +54,15 @@ class RaySession:
         return resources
 
     def prepare(self, function: Callable[[], None]) -> None:
-        """Has something done in Ray's thread once Ray is up, without waiting for it; not if Ray is left before."""
+        """Schedules a function in Ray's thread after Ray's start. It does not run if `leave` is called before."""
         self._preparation = self._thread.submit(function)
 
     @property
     def resources(self) -> Resources:
-        """What the cluster has; starts Ray, and waits until it is up.
+        """The resources of the cluster. Starts Ray if needed, and waits for it.
 
         Raises:
-            ResourceError: nothing answers at RAY_ADDRESS.
+            ResourceError: No cluster answers at RAY_ADDRESS.
         """
         self.start()
         assert self._resources is not None
@@ -70,7 +70,7 @@ class RaySession:
 
     @property
     def resources_now(self) -> Resources:
-        """What the cluster has by now: nodes come and go. It is looked at every few seconds."""
+        """The current resources of the cluster, whose nodes can change. Queried at most every few seconds."""
         before = self.resources
         if not joins_cluster():
             return before
@@ -79,42 +79,42 @@ class RaySession:
         return self._seen[1]
 
     def leave(self) -> None:
-        """Leaves Ray, where it was started: nothing needs it any more. Its processes may end a little later.
+        """Shuts Ray down if it was started. Ray's processes may end a little later.
 
-        Waits until this process has let go of it: until then no reference to one of Ray's objects may be dropped
-        (see `_letting_go`), and whoever calls this holds some.
+        Waits until this process has disconnected from Ray. Before that, no reference to a Ray object may be deleted
+        (see `_no_garbage_collection`), and the caller holds such references.
         """
         if self._preparation is not None:
             self._preparation.cancel()
         if self._resources is not None:
-            left = self._thread.submit(self._stack.close)
-            while not left.done() and _holds_ray():
+            shutdown = self._thread.submit(self._stack.close)
+            while not shutdown.done() and _holds_ray():
                 time.sleep(0.01)
 
     def close(self) -> None:
-        """Waits until Ray has been left."""
+        """Shuts Ray down, and waits until this is done."""
         self.leave()
         self._thread.shutdown()
 
 
 @contextmanager
 def ray_session(verbose: bool) -> Iterator[Resources]:
-    """Starts Ray, or joins the cluster that RAY_ADDRESS names, and leaves it again.
+    """Starts Ray, or joins the cluster of RAY_ADDRESS. Shuts Ray down at the end.
 
     Args:
-        verbose: whether Ray's own messages are shown.
+        verbose: Whether Ray's own messages are shown.
 
     Yields:
-        What the cluster has.
+        The resources of the cluster.
 
     Raises:
-        ResourceError: nothing answers at RAY_ADDRESS.
+        ResourceError: No cluster answers at RAY_ADDRESS.
     """
-    # Ray reads these when it is imported or its processes start; anything the user set stays.
+    # Ray reads these at its import or at the start of its processes. Values that the user has set are kept.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-    # Tune would take an interrupt as "end this search", and the sweep would go on to the next study.
+    # On Ctrl-C, Tune would only end the current search, and the sweep would continue with the next study.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -122,12 +122,12 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not joins_cluster():
-        # The processes that Ray starts ahead import what takes them seconds while the driver reads the images.
+        # Ray's idle worker processes import these modules, which takes seconds, while the driver reads the images.
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
-        # Ray runs workers at niceness 15: beside anything else on the machine they would hardly run at all.
+        # Ray's default is niceness 15: workers would hardly run while other programs use the CPUs.
         os.environ.setdefault("RAY_worker_niceness", "0")
     if not verbose:
-        # Ray's C++ side writes to the terminal itself, past every logger; failures still arrive as exceptions.
+        # Ray's C++ code writes to the terminal without Python's loggers. Errors still arrive as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
@@ -139,54 +139,59 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if not verbose else "default")
         if started:
-            # "local", because Ray would else look for a cluster that runs on this machine, and join that one.
-            own: dict[str, Any] = {"address": "local", "num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus)}
-            own = {} if joins else own
+            # Without "local", Ray would look for a running cluster on this machine and join it.
+            options: dict[str, Any] = {
+                "address": "local",
+                "num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus),
+            }
+            options = {} if joins else options
             with nullcontext() if verbose else _silent_stderr():
-                ray.init(include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **own)
+                ray.init(
+                    include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **options
+                )
         if not verbose:
-            _quieten()
+            _silence_ray()
         import ray.data
 
-        # Or an error of ours would reach the driver as text, in a traceback of Ray Data's.
+        # Without this, our own errors reach the driver as text in a traceback of Ray Data.
         ray.data.DataContext.get_current().raise_original_map_exception = True
         try:
             yield present_resources()
         finally:
             if started:
-                with _letting_go():
+                with _no_garbage_collection():
                     ray.shutdown()
 
 
 def _holds_ray() -> bool:
-    """Whether this process is still a driver, for Ray's C++ side: `ray.is_initialized()` is true for longer."""
+    """Returns whether Ray's C++ code is still connected. `ray.is_initialized()` stays true for longer."""
     worker = sys.modules.get("ray._private.worker")
     return worker is not None and hasattr(worker.global_worker, "core_worker")
 
 
 @contextmanager
-def _letting_go() -> Iterator[None]:
-    """Keeps Python from collecting cycles.
+def _no_garbage_collection() -> Iterator[None]:
+    """Disables Python's garbage collection of reference cycles.
 
-    There may be references to Ray's objects among them, and Ray ends the process, with status 1 and without a word,
-    when one is dropped while it shuts down (`CoreWorkerProcessImpl::GetCoreWorker`).
+    Cycles may contain references to Ray objects. If one is deleted during Ray's shutdown, Ray ends the process with
+    status 1 and without a message (`CoreWorkerProcessImpl::GetCoreWorker`).
     """
-    was_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
 def joins_cluster() -> bool:
-    """Whether this sweep runs on a cluster that is there already, rather than on a Ray of its own."""
+    """Returns whether the sweep joins an existing cluster, instead of starting Ray itself."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def present_resources() -> Resources:
-    """What the nodes have that are alive."""
+    """Returns the resources of all nodes that are alive."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -195,10 +200,10 @@ def present_resources() -> Resources:
 
 
 def let_tune_use_started_workers() -> None:
-    """Lets Tune's actors run in processes that Ray has started ahead, on a Ray of our own.
+    """Lets Tune's actors use the worker processes that Ray has already started. Does nothing on a cluster.
 
-    Tune gives its actors a runtime environment with copies of the driver's variables, and Ray starts another process
-    for whatever has one. On one machine processes inherit those variables anyway (docs/decisions/0011).
+    Tune gives its actors a runtime environment with copies of the driver's variables, and Ray starts a new process for
+    each actor that has one. On one machine, processes inherit these variables anyway (docs/decisions/0011).
     """
     from ray.tune.execution import class_cache
 
@@ -208,7 +213,7 @@ def let_tune_use_started_workers() -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Knocks at `host:port` (or `ray://host:port`): Ray itself would try for two minutes, then end the process."""
+    """Checks that `[ray://]host:port` accepts connections. Ray would try for two minutes, then end the process."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return
@@ -220,26 +225,27 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keeps what is written to file descriptor 2 back, and shows it only when the block fails.
+    """Captures the output to file descriptor 2, and shows it only if the block raises an error.
 
-    Setting Ray's log level makes its C++ side say so, on a line of its own that no setting suppresses.
+    When its log level is set, Ray's C++ code prints a line about it, which no setting suppresses.
     """
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as held_back:
+    with tempfile.TemporaryFile() as captured:
         terminal = os.dup(2)
         try:
-            os.dup2(held_back.fileno(), 2)
+            os.dup2(captured.fileno(), 2)
             yield
         except BaseException:
-            held_back.seek(0)
-            os.write(terminal, held_back.read())
+            captured.seek(0)
+            os.write(terminal, captured.read())
             raise
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
 
 
-def _quieten() -> None:
+def _silence_ray() -> None:
+    """Turns off Ray Data's progress bars and the messages of Ray's loggers."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -247,6 +253,6 @@ def _quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.train", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # What they raise is told anyway; and Tune would print the traceback of every trial that it does again elsewhere.
+    # Their errors are raised anyway. Tune would also print a traceback for every trial that it runs again elsewhere.
     for name in ("ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

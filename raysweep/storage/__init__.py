@@ -1,1 +1,1 @@
-"""Where files are kept: every path, folders and buckets, and this node's copies of objects."""
+"""Files: the path of every file, file systems (folders and buckets), and local copies of objects in a bucket."""

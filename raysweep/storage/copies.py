@@ -1,8 +1,8 @@
-"""Where files are kept: in folders, or in buckets (`s3://`, `gs://`) of which every node has a copy of what it uses.
+"""Storage in folders or buckets (`s3://`, `gs://`). For a bucket, each node has local copies of the objects it uses.
 
-All code works on local paths. A path under `scratch()` is the copy of an object: `publish` uploads it once it is whole,
-`fetch` brings what another node has written, and `location` names it in words that mean the same on every node. For any
-other path they do next to nothing, since its folder is the thing itself.
+All code works on local paths. A path under `scratch()` is the copy of an object: `publish` uploads it when it is
+complete, `fetch` downloads what another node has written, and `location` returns its URI, which is valid on every node.
+For any other path these functions do almost nothing, because there is no copy.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from raysweep.storage.filesystems import BUCKETS, open_filesystem
 if TYPE_CHECKING:
     from pyarrow import fs
 
-SCRATCH = "RAYSWEEP_SCRATCH"
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job server
-TRANSFERS = 8  # files at a time
+SCRATCH_VARIABLE = "RAYSWEEP_SCRATCH"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job server
+MAX_TRANSFERS = 8  # files at a time
 
 
 def scratch() -> Path:
-    """The folder of this node's copies; `RAYSWEEP_SCRATCH` moves it."""
-    # Resolved, as paths of results and caches are: a link would hide that a path lies in here.
-    return Path(os.environ.get(SCRATCH) or "~/.cache/raysweep").expanduser().resolve()
+    """Returns the folder of this node's copies: `RAYSWEEP_SCRATCH`, or `~/.cache/raysweep`."""
+    # Resolved like the paths of results and caches, so that a symbolic link does not break `is_relative_to`.
+    return Path(os.environ.get(SCRATCH_VARIABLE) or "~/.cache/raysweep").expanduser().resolve()
 
 
 def in_a_job() -> bool:
-    """Whether this is the driver of a submitted job: its working directory is a copy that Ray removes."""
-    return JOB in os.environ
+    """Returns whether this is the driver of a submitted job. Its working directory is a copy that Ray deletes."""
+    return JOB_VARIABLE in os.environ
 
 
 def on_every_node(path: str) -> str:
-    """What worker processes call a file: in a job's working directory, of which every node has a copy, relative."""
+    """Returns a path that is valid on every node: relative inside a job's working directory, which each node has."""
     return path.removeprefix(f"{Path.cwd()}/") if in_a_job() else path
 
 
 def is_bucket(location: str) -> bool:
-    """Whether a location is a URI of a bucket."""
+    """Returns whether a location is the URI of a bucket."""
     return location.partition("://")[0] in BUCKETS and "://" in location
 
 
 def local_path(location: str) -> Path:
-    """Where a location lies on this node: for a bucket's URI where its copy does, if it has been fetched."""
+    """Returns the local path of a location. For the URI of a bucket it is the path of the copy, fetched or not."""
     if not is_bucket(location):
         return Path(location).expanduser()
     scheme, _, path = location.partition("://")
@@ -58,7 +58,7 @@ def local_path(location: str) -> Path:
 
 
 def location(path: Path) -> str:
-    """The inverse of `local_path`: what a path is called on every node."""
+    """Returns the location of a path, valid on every node. This is the inverse of `local_path`."""
     if not path.is_absolute() or not path.is_relative_to(scratch()):
         return str(path)
     scheme, *parts = path.relative_to(scratch()).parts or ("",)
@@ -66,36 +66,36 @@ def location(path: Path) -> str:
 
 
 def _remote(path: Path) -> tuple[fs.FileSystem, str] | None:
-    """File system and path within it of what a path is a copy of; None where it is no copy."""
+    """Returns the file system and path of the object that a path is a copy of, or None if it is no copy."""
     uri = location(path)
     return open_filesystem(uri) if is_bucket(uri) else None
 
 
 def publish(path: Path) -> None:
-    """Uploads a file that is whole, or a folder, of which what the bucket has beside it is removed.
+    """Uploads a complete file, or a folder. For a folder, all other objects under its prefix are deleted.
 
     Raises:
-        RaysweepError: the bucket cannot be written to.
+        RaysweepError: The bucket cannot be written to.
     """
     remote = _remote(path)
     if remote is None:
         return
-    with _reaching(path):
+    with _storage_errors(path):
         if path.is_dir():
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-            with ThreadPoolExecutor(TRANSFERS) as pool:
+            with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
                 list(pool.map(lambda name: _upload(path / name), sorted(files)))
-            for name in set(_listed(path)) - files:
+            for name in set(_list_objects(path)) - files:
                 remote[0].delete_file(f"{remote[1]}/{name}")
         else:
             _upload(path)
 
 
 def upload(files: Mapping[str, Path]) -> None:
-    """Copies files of this machine into a bucket, each to its URI; those that are there in their size already stay.
+    """Uploads local files, each to its URI. Skips files whose object exists with the same size.
 
     Raises:
-        RaysweepError: the bucket cannot be written to.
+        RaysweepError: The bucket cannot be written to.
     """
     from pyarrow import fs
 
@@ -108,7 +108,7 @@ def upload(files: Mapping[str, Path]) -> None:
         except OSError as error:
             raise RaysweepError(f"{uri}: cannot be written to ({' '.join(str(error).split())[:300]})") from error
 
-    with ThreadPoolExecutor(TRANSFERS) as pool:
+    with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(copy, files))
 
 
@@ -118,25 +118,28 @@ def _upload(path: Path) -> None:
     remote = _remote(path)
     assert remote is not None
     filesystem, inner = remote
-    # An object appears when it is whole: there is no need of another name meanwhile.
+    # An object becomes visible only when it is complete, so no temporary name is needed.
     fs.copy_files(str(path), inner, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
-    _stamp(path, filesystem.get_file_info(inner))
+    _set_object_time(path, filesystem.get_file_info(inner))
 
 
-def _stamp(path: Path, info: fs.FileInfo) -> None:
-    """Gives a copy the time of its object, by which it is known to be the same."""
+def _set_object_time(path: Path, info: fs.FileInfo) -> None:
+    """Sets a copy's modification time to that of its object. `_download` compares the two."""
     os.utime(path, ns=(info.mtime_ns, info.mtime_ns))
 
 
 def fetch(path: Path) -> Path:
-    """Brings this node's copy of a file up to date, where there is such an object; returns the path.
+    """Downloads an object if this node's copy is missing or old. Deletes the copy if there is no object.
+
+    Returns:
+        The path.
 
     Raises:
-        RaysweepError: the bucket cannot be read.
+        RaysweepError: The bucket cannot be read.
     """
     remote = _remote(path)
     if remote is not None:
-        with _reaching(path):
+        with _storage_errors(path):
             info = remote[0].get_file_info(remote[1])
             if info.is_file:
                 _download(path, info)
@@ -146,26 +149,26 @@ def fetch(path: Path) -> Path:
 
 
 def fetch_folder(folder: Path, wanted: Callable[[str], bool] = lambda _name: True) -> list[str]:
-    """Makes this node's copy of a folder what the bucket has, in as far as files are wanted.
+    """Updates this node's copy of a folder and its subfolders: downloads new objects, deletes copies without an object.
 
     Args:
-        folder: of any depth.
-        wanted: whether a file, by its path relative to the folder, is to be fetched, and removed where there is none.
+        folder: The local path of the folder.
+        wanted: Called with each file's path relative to the folder. Files for which it returns False are left alone.
 
     Returns:
-        Relative paths of the wanted files there are.
+        Relative paths of the wanted files that exist.
 
     Raises:
-        RaysweepError: the bucket cannot be read.
+        RaysweepError: The bucket cannot be read.
     """
     if _remote(folder) is None:
         return sorted(name for name in _files_in(folder) if wanted(name))
-    with _reaching(folder):
-        found = {name: info for name, info in _listed(folder).items() if wanted(name)}
+    with _storage_errors(folder):
+        found = {name: info for name, info in _list_objects(folder).items() if wanted(name)}
         for name in _files_in(folder):
             if wanted(name) and name not in found and not Path(name).name.startswith("."):
                 (folder / name).unlink(missing_ok=True)
-        with ThreadPoolExecutor(TRANSFERS) as pool:
+        with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
             list(pool.map(lambda name: _download(folder / name, found[name]), sorted(found)))
     return sorted(found)
 
@@ -174,8 +177,8 @@ def _files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _listed(folder: Path) -> dict[str, fs.FileInfo]:
-    """Objects under a folder's prefix, by relative path."""
+def _list_objects(folder: Path) -> dict[str, fs.FileInfo]:
+    """Returns the objects under a folder's prefix, by relative path."""
     from pyarrow import fs
 
     remote = _remote(folder)
@@ -198,83 +201,83 @@ def _download(path: Path, info: fs.FileInfo) -> None:
         fs.copy_files(
             remote[1], str(temporary), source_filesystem=remote[0], destination_filesystem=fs.LocalFileSystem()
         )
-        _stamp(temporary, info)
+        _set_object_time(temporary, info)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file, or such an object, whatever this node has a copy of.
+    """Returns whether a file exists. For a copy, the bucket is asked, not the local disk.
 
     Raises:
-        RaysweepError: the bucket cannot be read.
+        RaysweepError: The bucket cannot be read.
     """
     remote = _remote(path)
     if remote is None:
         return path.exists()
-    with _reaching(path):
+    with _storage_errors(path):
         return bool(remote[0].get_file_info(remote[1]).is_file)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, and what it is a copy of; nothing where there is none.
+    """Deletes a file or a folder if it exists. For a copy, the objects are deleted too.
 
     Raises:
-        RaysweepError: the bucket cannot be written to.
+        RaysweepError: The bucket cannot be written to.
     """
-    _unpublish(path)
+    _delete_objects(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _unpublish(path: Path) -> None:
-    """Removes what a file or folder is a copy of, and leaves the copy."""
+def _delete_objects(path: Path) -> None:
+    """Deletes the objects that a file or folder is a copy of, and keeps the copy."""
     remote = _remote(path)
     if remote is None:
         return
     filesystem, inner = remote
-    with _reaching(path):
+    with _storage_errors(path):
         is_file = filesystem.get_file_info(inner).is_file
-        for object_path in [inner] if is_file else [f"{inner}/{name}" for name in _listed(path)]:
-            with suppress(FileNotFoundError):  # another node removes it too
+        for object_path in [inner] if is_file else [f"{inner}/{name}" for name in _list_objects(path)]:
+            with suppress(FileNotFoundError):  # another node has deleted it
                 filesystem.delete_file(object_path)
 
 
 def written(folder: Path) -> dict[str, int]:
-    """When each object under a folder of a bucket was written, in ns by the bucket's clock, by its relative path.
+    """Returns when each object under a folder's prefix was written (ns, the bucket's clock), by relative path.
 
     Raises:
-        RaysweepError: the bucket cannot be read.
+        RaysweepError: The bucket cannot be read.
     """
-    with _reaching(folder):
-        return {name: info.mtime_ns for name, info in _listed(folder).items()}
+    with _storage_errors(folder):
+        return {name: info.mtime_ns for name, info in _list_objects(folder).items()}
 
 
 def forget(folder: Path) -> None:
-    """Removes this node's copy of a folder, where it is one: whatever needs it again fetches it."""
+    """Deletes this node's copy of a folder, and keeps the objects. A folder that is no copy is kept."""
     if _remote(folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _reaching(path: Path) -> Iterator[None]:
+def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # all that Arrow's file systems raise
+    except OSError as error:  # the only errors that Arrow's file systems raise
         reason = " ".join(str(error).split())[:300]
         raise RaysweepError(f"{location(path)}: the storage cannot be used ({reason})") from error
 
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Yields a temporary file beside `path` that takes its place when all went well, and is removed when not."""
+    """Yields a temporary file beside `path`. It replaces `path` at the end, or is deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(mode)  # mkstemp's files are for their owner alone
+        temporary.chmod(mode)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""File systems by URI: local folders, `s3://`, `gs://` and `hf://`."""
+"""Opens file systems by URI: local folders, `s3://`, `gs://` and `hf://`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REMOTE_SCHEMES = (*BUCKETS, "hf")
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-    """`s3://bucket/key?region=x` to `("s3", "bucket/key", "?region=x")`; a `?` in a key's name is left alone.
+    """Splits `s3://bucket/key?region=x` into `("s3", "bucket/key", "?region=x")`. A `?` inside a key stays in the key.
 
     Raises:
-        DataError: the URI carries credentials.
+        DataError: The URI contains credentials.
     """
     scheme, _, rest = uri.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
-    # They would be copied into caches, logs and MLflow with every path; "anonymous@" is Arrow's word for none.
+    # Credentials would be copied into caches, logs and MLflow with every path. In Arrow, "anonymous@" means none.
     if at and user != "anonymous":
         raise DataError(f"{scheme}://...@...: credentials belong into the environment, not into the URI")
     match = re.search(r"\?\w+=[^?]*$", rest)
@@ -31,13 +31,13 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """Opens the file system that a path or URI lies in.
+    """Opens the file system of a path or URI.
 
     Returns:
         The file system, and the path within it.
 
     Raises:
-        DataError: the scheme is not known, or the URI carries credentials.
+        DataError: The scheme is unknown, or the URI contains credentials.
     """
     scheme, path, query = split_uri(uri) if "://" in uri else ("", uri, "")
     if scheme not in ("", *REMOTE_SCHEMES):
@@ -60,7 +60,7 @@ def _connect(scheme: str, bucket: str, query: str) -> fs.FileSystem:
 
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     if scheme == "gs" and "retry_limit_seconds" not in query:
-        # Without it, a machine that has no network or no credentials waits for a quarter of an hour.
+        # Without this limit, a machine without network or credentials waits for 15 minutes.
         query = f"{query}&retry_limit_seconds=30" if query else "?retry_limit_seconds=30"
-    # Only the bucket goes through Arrow's URI parser, which would refuse or decode spaces and % in a key.
+    # Arrow's URI parser gets the bucket only, because it refuses or decodes spaces and % in a key.
     return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query}")[0] if scheme else fs.LocalFileSystem()

@@ -1,4 +1,4 @@
-"""Every file name that raysweep writes, and small files as text and JSON."""
+"""The path of every file that raysweep writes, and functions that read and write small text and JSON files."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ def signature(value: Any) -> str:
 
 
 def file_name(name: str) -> str:
-    """Returns `name` with everything that is awkward in a file name replaced by `-`."""
+    """Returns `name` with each group of unusual characters replaced by `-`."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "unnamed"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part of it."""
+    """Writes a file so that a reader sees either the old content or the new, never an incomplete file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     publish(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    """Writes `value` atomically as indented JSON. NaN raises an error, because it is not JSON."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        DataError: the file is missing or is not JSON.
+        DataError: The file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -51,67 +51,67 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class SweepPaths:
-    """Every place that a sweep writes to. Caches are shared by all sweeps of one storage.
+    """All paths that a sweep writes to. All sweeps of one storage share its caches.
 
     Raises:
-        ConfigError: the storage is not a folder that this machine can write to.
+        ConfigError: The storage is not a folder that this machine can write to.
     """
 
     storage: str
     name: str
 
     def __post_init__(self) -> None:
-        above = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if not above.is_dir():
-            raise ConfigError(f"storage: '{self.storage}' cannot be a folder: {above} is a file")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise ConfigError(f"storage: '{self.storage}' cannot be used: no permission to write to {above}")
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"storage: '{self.storage}' cannot be a folder: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"storage: '{self.storage}' cannot be used: no permission to write to {existing}")
 
     @property
     def root(self) -> Path:
-        """The sweep's own folder."""
+        """The folder of this sweep."""
         return local_path(self.storage).resolve() / self.name
 
     @property
     def caches(self) -> Path:
-        """Caches and what else all sweeps of one storage share."""
+        """The folder of caches and other files that all sweeps of one storage share."""
         return local_path(self.storage).resolve() / ".cache"
 
     def fetch(self) -> None:
-        """Brings what a sweep begins with from a bucket: all small files of its own, and what caches there are.
+        """Downloads what a sweep needs at its start from a bucket: its own small files, and the JSON files of caches.
 
         Raises:
-            RaysweepError: the bucket cannot be read.
+            RaysweepError: The bucket cannot be read.
         """
         if is_bucket(self.storage):
             fetch_folder(self.root, lambda name: not name.endswith(".safetensors"))
             fetch_folder(self.caches, lambda name: name.endswith(".json"))
 
     def cache(self, kind: str, key: str) -> Path:
-        """A feature or pixel cache, by signature."""
+        """The folder of a feature or pixel cache. `key` is its signature."""
         return self.caches / f"{kind}-{key}"
 
     @property
     def has_features(self) -> bool:
-        """Whether any sweep of this storage has cached features of any encoder."""
+        """Whether this storage has a feature cache, of any sweep and encoder."""
         return any(self.caches.glob("features-*/manifest.json"))
 
     @property
     def optuna_journal(self) -> Path:
-        """The Optuna studies of all invocations."""
+        """The journal of the Optuna studies, for all invocations of the sweep."""
         return self.root / "optuna.journal"
 
     @property
     def tune(self) -> Path:
-        """What Ray Tune writes while it runs."""
+        """The folder of Ray Tune's files."""
         return self.root / "tune"
 
     def study(self, study: str, key: str) -> Path:
-        """Checkpoints and the result of one study; `key` is the signature of all that its results depend on."""
+        """The folder of a study's checkpoints and result. `key` is the signature of all inputs of the result."""
         return self.root / "studies" / study / key
 
     def study_result(self, study: str, key: str) -> Path:
-        """What a finished study found; it is not evaluated again while this stands for the same trials."""
+        """The result of a finished study. The study is evaluated again only if its trials have changed."""
         return self.study(study, key) / "result.json"
 
     def model(self, study: str) -> Path:
@@ -135,5 +135,5 @@ class SweepPaths:
 
     @property
     def quarantine(self) -> Path:
-        """Images that could not be used, and why."""
+        """Table of the images that could not be used, with reasons."""
         return self.root / "quarantine.csv"
