@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install run test check bench ui schema clean
+# Test processes; each file of tests runs in one of them, since tests of a file share sweeps and clusters.
+PROCESSES ?= 2
+
+.PHONY: install run test test-fast check bench ui schema clean
 
 install: $(INSTALLED)
 
@@ -19,7 +22,11 @@ run: install
 	$(BIN)/python -m raysweep.run experiments/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
+# What needs neither Ray nor other processes: for every change while one works on the code.
+test-fast: install
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not ray and not end_to_end and not slow"
 
 check: install
 	$(BIN)/ruff check raysweep tests benchmarks
