@@ -1,1 +1,1 @@
-"""Benchmarks: what raysweep costs beside the work that cannot be avoided. `python -m benchmarks --help`."""
+"""Benchmarks: the overhead of raysweep over the necessary work. See `python -m benchmarks --help`."""

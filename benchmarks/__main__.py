@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 where a benchmark broke. A target that is missed breaks nothing."""
+    """Runs the command; returns 0, or 1 if a benchmark raised an error. A missed target is no error."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for measured in import_module(f"benchmarks.{name}").run(
                     Options(options.quick, options.images, Path(scratch))
                 ):
-                    # Tiny sizes meet or miss a target by chance.
+                    # With tiny sizes, a target is met or missed by chance.
                     figure = replace(measured, met=None) if options.quick else measured
                     figures.append(figure)
                     append_line(options.out, figure_line(figure, time.monotonic() - started))
@@ -77,6 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # An exit like any other, so that no sweep and no scratch folder is left behind.
+    # SIGTERM raises SystemExit, so that sweeps end and scratch folders are removed.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

@@ -28,7 +28,7 @@ BATCHES_AHEAD = 8
 
 
 def decode(encoder: Encoder, path: Path) -> np.ndarray:
-    """Returns the pixels of one file, uint8 (height, width, 3)."""
+    """Returns the pixels of one file, uint8 `(height, width, 3)`."""
     preprocessing = encoder.preprocessing
     return preprocessing.resize_and_crop(decode_image(path.read_bytes(), preprocessing.min_side))
 
@@ -36,7 +36,7 @@ def decode(encoder: Encoder, path: Path) -> np.ndarray:
 def decoded_batches(
     encoder: Encoder, paths: Sequence[Path], batch_size: int, num_threads: int
 ) -> Iterator[Sequence[np.ndarray]]:
-    """Yields batches of pixels, decoded as they are asked for, or by threads a few batches ahead."""
+    """Yields batches of pixels, decoded when needed, or a few batches ahead if there are threads."""
     chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     if num_threads == 0:
         yield from ([decode(encoder, path) for path in chunk] for chunk in chunks)
@@ -51,7 +51,7 @@ def decoded_batches(
 
 @torch.inference_mode()
 def forward(encoder: Encoder, pixels: Sequence[np.ndarray], device: torch.device, precision: str) -> None:
-    """Encodes one batch and fetches its features, as half floats."""
+    """Encodes one batch and copies its features to the CPU as float16."""
     images = torch.from_numpy(np.stack(pixels)).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         outputs = encoder(encoder.preprocessing.normalize(images))
@@ -60,7 +60,7 @@ def forward(encoder: Encoder, pixels: Sequence[np.ndarray], device: torch.device
 
 
 def best_batch_size(encoder: Encoder, paths: Sequence[Path], device: torch.device, precision: str) -> int:
-    """Returns the batch size that was fastest, of two tries each, on a few images."""
+    """Returns the fastest batch size on a few images; each size is tried twice."""
     pixels = [decode(encoder, path) for path in paths[:NUM_TRIED]]
     seconds: dict[int, float] = {}
     for size in BATCH_SIZES[device.type] * 2:

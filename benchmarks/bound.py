@@ -1,6 +1,6 @@
-"""A whole cold sweep against its bound, the bare loop that decodes and encodes every image once, at three sizes.
+"""A complete sweep without caches, compared at three sizes with the bare loop, which only decodes and encodes.
 
-Growth falls out of the same runs: what the second half of the images costs against the first, in time and memory.
+The same runs give the growth: the time and memory of the second half of the images, compared with the first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run_bare_loop(folder: Path, images: Path, encoder: dict[str, Any], *argument
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields the ratio at each size, then slope, fixed cost and growth."""
+    """Yields the ratio at each size, then slope, fixed cost, and growth of time and memory."""
     encoder = TINY_DINOV2 if options.quick else DINOV2_SMALL
     sizes = NUM_IMAGES_QUICK if options.quick else NUM_IMAGES
     files = source_images(options)
@@ -45,7 +45,9 @@ def run(options: Options) -> Iterator[Figure]:
         shutil.rmtree(folder)
         fastest = min(loops, key=lambda loop: float(loop["seconds"]))
         loops_by_threads = dict(zip(map(str, variants), loops, strict=True))
-        variants = (variants[loops.index(fastest)],)  # the faster of both at the smallest size stays the bound
+        variants = (
+            variants[loops.index(fastest)],
+        )  # the larger sizes run only the variant that is faster at the smallest size
         sweeps.append(sweep.seconds)
         bare.append(float(fastest["seconds"]))
         memory.append(sweep.peak_memory_bytes)

@@ -1,4 +1,4 @@
-"""A small data set whose features are cached already: what is left of a sweep is the search itself."""
+"""A small data set with cached features: a sweep on it does only the search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raysweep.training.population import FeatureSet
 
 @dataclass(frozen=True)
 class CachedData:
-    """A folder in which sweeps find every feature cached."""
+    """A folder whose caches hold all features of a sweep."""
 
     folder: Path
     source: str
@@ -60,7 +60,7 @@ def _has(cache: Path, parts: Iterable[str]) -> bool:
 
 
 def prepare(options: Options) -> CachedData:
-    """Fills the cache by a small sweep: beans through MobileNetV2 where both are, else digits through a tiny ViT."""
+    """Makes the cache with a small sweep: beans and MobileNetV2 if both are there, else digits and a tiny ViT."""
     images, weights = shared_folder("data/beans"), shared_folder("weights/mobilenet_v2")
     if options.quick or images is None or weights is None:
         data = CachedData(options.scratch / "cached", "sklearn://digits", TINY_DINOV2)

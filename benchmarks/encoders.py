@@ -1,4 +1,4 @@
-"""What a second encoder adds to a cold sweep, against a bare forward pass of it over pixels decoded before."""
+"""The time that a second encoder adds to a sweep without caches, compared with its forward pass on decoded pixels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.images import repeat_images, source_images
 from benchmarks.sweeps import DINOV2_SMALL, TINY_DINOV2, make_experiment, run_sweep
 
-NUM_TRIALS = 8  # few, as it is the pass that is measured
+NUM_TRIALS = 8  # few, because the benchmark measures the encoder pass
 
-# Of the same cost as dinov2-small: 196 patches and a class token, 12 blocks of width 384.
+# The same cost as dinov2-small: 196 patches and a class token, 12 blocks of width 384.
 CLIP_SMALL = {
     "type": "clip",
     "use_pretrained": False,

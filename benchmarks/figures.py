@@ -1,4 +1,4 @@
-"""Figures: what a benchmark yields, as JSON lines while it runs and as a table at the end."""
+"""Figures: the results of a benchmark, as JSON lines while it runs and as a table at the end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark is told.
+    """Options of every benchmark.
 
-    `quick` shrinks sizes until only the plumbing is tried; `images` is a folder of class folders, None for the
+    `quick` makes sizes so small that only the code is tested; `images` is a folder of class folders, None for the
     default; `scratch` is an empty folder, removed afterwards.
     """
 
@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number. `target` reads like `<= 1.05`; `met` is None where there is none."""
+    """One measured number. `target` is for example `<= 1.05`; `met` is None if there is no target."""
 
     benchmark: str
     name: str
@@ -55,7 +55,7 @@ class Figure:
 def make_figure(
     benchmark: str, name: str, value: float, unit: str, target: str | None = None, **details: Any
 ) -> Figure:
-    """Returns a figure, judged by its target."""
+    """Returns a figure; `met` is set if it has a target."""
     met = None
     if target is not None:
         sign, limit = target.split()
@@ -64,7 +64,7 @@ def make_figure(
 
 
 def machine_facts() -> dict[str, Any]:
-    """Returns what a figure depends on beside the code: cores, CPU, load, versions, commit."""
+    """Returns facts that figures depend on: cores, CPU, load, versions, commit."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -95,19 +95,19 @@ def _git(*arguments: str) -> str:
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Adds one JSON object to a file of lines, so that what is measured stays when a later benchmark breaks."""
+    """Appends one JSON line to a file, so that figures are kept if a later benchmark raises an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(value) + "\n")
 
 
 def figure_line(figure: Figure, seconds: float) -> dict[str, Any]:
-    """Returns a figure as a JSON-able dict, with the seconds since the benchmarks were started."""
+    """Returns a figure as a JSON-able dict, with the seconds since the start of the benchmarks."""
     return {**asdict(figure), "after_s": round(seconds, 1)}
 
 
 def print_table(figures: Sequence[Figure], console: Console) -> None:
-    """Prints every figure, with its target and whether it is met."""
+    """Prints every figure, its target, and whether it is met."""
     table = Table("benchmark", "figure", "value", "unit", "target", "met")
     table.columns[2].justify = "right"
     for figure in figures:

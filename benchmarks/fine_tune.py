@@ -1,7 +1,7 @@
-"""A fine-tuning epoch of raysweep against a hand-written PyTorch loop over the same preloaded pixels. Torch only.
+"""A fine-tuning epoch of raysweep compared with a hand-written PyTorch loop on the same pixels. Torch only.
 
-The hand-written loop crops at random offsets and flips, where raysweep resizes random crops; it takes whichever batches
-are faster, whole or in parts. On a GPU also: the share of its matrix rate, memory, and what waiting for pixels costs.
+The hand-written loop crops at random offsets and flips; raysweep resizes random crops. The hand-written loop uses the
+faster of whole batches and micro-batches. On a GPU also: share of the matrix rate, memory, and time to read pixels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AUGMENTATION = Augmentation(min_crop_scale=0.7, horizontal_flip=True)
 
 
 def make_model(block: dict[str, Any], device: torch.device) -> Classifier:
-    """Returns a classifier as a worker trains it."""
+    """Returns a classifier, prepared as in a worker."""
     encoder = build_encoder(block, 0)
     model = Classifier(encoder, Head(encoder.num_features("cls"), NUM_CLASSES), "cls")
     model.to(device, memory_format=torch.channels_last)
@@ -44,7 +44,7 @@ def make_model(block: dict[str, Any], device: torch.device) -> Classifier:
 
 
 def make_pixels(num_rows: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns noise `(num_rows, height, width, 3)` on the device, and labels on the CPU."""
+    """Returns random pixels, uint8 `(num_rows, height, width, 3)`, on the device, and int64 labels on the CPU."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (num_rows, *size, 3), generator=generator, dtype=torch.uint8)
     return pixels.to(device), torch.randint(NUM_CLASSES, (num_rows,), generator=generator)
@@ -83,7 +83,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def raysweep_epoch(model: Classifier, pixels: PixelRows, labels: Tensor, precision: str, folder: Path) -> float:
-    """Trains for an epoch; returns images per second, evaluation and checkpoint left out."""
+    """Trains for an epoch; returns images per second, without evaluation and checkpoint."""
     ranking = Ranking("val/loss", "minimize")
     options = LoopOptions(BATCH_SIZE, 0, ranking, patience=9, precision=precision, augmentation=AUGMENTATION)
     (folder / "last.safetensors").unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def raysweep_epoch(model: Classifier, pixels: PixelRows, labels: Tensor, precisi
 
 
 def on_disk(pixels: Tensor, folder: Path) -> PixelRows:
-    """Lays pixels out as a sweep's cache does."""
+    """Writes pixels to files as in a sweep's cache."""
     row_ids = np.arange(len(pixels))
     folder.mkdir()
     write_pixels(str(folder), row_ids, pixels.cpu().numpy())
@@ -105,7 +105,7 @@ def on_disk(pixels: Tensor, folder: Path) -> PixelRows:
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields the speeds of both loops and their ratio; on a GPU also what its matrix rate and memory say."""
+    """Yields the speeds of both loops and their ratio; on a GPU also the share of the matrix rate, and memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, block, num_rows, precision = "dinov2-small, fp32", DINOV2_SMALL, 128, "fp32"
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a GPU does: the encoder pass as a share of its measured matrix rate, heads, and the CPU cores that feed it."""
+"""A GPU's speed: the encoder pass as a share of its matrix rate, heads, and the CPU cores that it needs."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def matmul_rate(device: torch.device, side: int = MATRIX_SIDE, repeats: int = 20
 
 
 def flops_per_image(encoder: Encoder) -> int:
-    """Counts the flops of one forward pass, a multiplication and an addition as two."""
+    """Returns the flops of one forward pass; a multiplication and an addition count as two."""
     image = torch.zeros(1, 3, *encoder.preprocessing.output_size, device=next(encoder.parameters()).device)
-    # Not every fused attention is known to the counter; written out, all of its products are.
+    # The counter does not know every fused attention kernel; with the math backend it counts all products.
     with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
         encoder(image)
     return int(counter.get_total_flops())
 
 
 def decoded_per_second(encoder: Encoder, options: Options) -> float:
-    """Returns the images per second that one CPU core reads, decodes and resizes."""
+    """Returns how many images per second one CPU core reads, decodes and resizes."""
     paths = [path for paths in source_images(options).values() for path in paths]
     started = time.perf_counter()
     for path in paths:
@@ -53,7 +53,7 @@ def decoded_per_second(encoder: Encoder, options: Options) -> float:
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields figures of each encoder, then heads.
+    """Yields the figures of each encoder, then those of heads.
 
     Raises:
         Skipped: there is no CUDA device.

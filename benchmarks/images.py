@@ -1,4 +1,4 @@
-"""The images that benchmarks work on: real ones where they are, repeated to any number without being duplicates."""
+"""The images of benchmarks: real images if there are any, repeated to any number without equal files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.figures import ROOT, Options
 CLASSES = ("a", "b", "c")
 IMAGES_PER_CLASS = 40
 SIDE = 500
-# Of twenty images of a class in a row: 14 train, 3 validation, 3 test.
+# Of each 20 images of a class: 14 train, 3 validation, 3 test.
 SPLITS = ["train"] * 14 + ["validation"] * 3 + ["test"] * 3
 
 
@@ -25,7 +25,7 @@ def shared_folder(path: str) -> Path | None:
 
 
 def source_images(options: Options) -> dict[str, list[Path]]:
-    """Returns the image files by class: of `--images`, else photographs of bean leaves, else generated ones."""
+    """Returns the image files by class: from `--images`, else photographs of bean leaves, else generated images."""
     folder = options.images or shared_folder("data/beans_500_test")
     if folder is None:
         folder = options.scratch / "generated"
@@ -42,7 +42,7 @@ def source_images(options: Options) -> dict[str, list[Path]]:
 
 
 def generate_images(folder: Path, num_per_class: int = IMAGES_PER_CLASS, side: int = SIDE) -> None:
-    """Writes JPEGs whose detail, and so whose decoding time, is about that of photographs."""
+    """Writes JPEGs that take about as long to decode as photographs, because they have as much detail."""
     noise = np.random.default_rng(0)
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
@@ -52,9 +52,9 @@ def generate_images(folder: Path, num_per_class: int = IMAGES_PER_CLASS, side: i
 
 
 def repeat_images(images: dict[str, list[Path]], folder: Path, num_images: int) -> list[Path]:
-    """Writes `num_images` files as split/class/number.jpg, evenly over the classes, no two with the same bytes.
+    """Writes `num_images` files as split/class/number.jpg, evenly over the classes, each with different bytes.
 
-    A copy differs by a few bytes behind the JPEG's end, which no decoder reads.
+    A copy has a few bytes after the end of the JPEG, which decoders ignore.
     """
     written = []
     for number in range(num_images):

@@ -1,6 +1,6 @@
-"""What one more probe trial costs once features are cached: a sweep of many trials against one of few.
+"""The cost of one more probe trial on cached features: a sweep with many trials compared with a sweep with few.
 
-The same work is then done part by part in this process, without Tune, to say where that time goes.
+Then the same work is timed part by part in this process, without Tune.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BATCH_SIZE = 64
 
 
 def trial_counts(options: Options) -> tuple[int, int]:
-    """Returns the trials of the small and of the large sweep."""
+    """Returns the number of trials of the small and of the large sweep."""
     return (8, 16) if options.quick else (64, 256)
 
 
 def seconds_per_trial(options: Options, data: CachedData, repeats: int) -> tuple[float, dict[str, list[float]]]:
-    """Returns the marginal seconds of a trial, and the seconds of the sweeps, which alternate."""
+    """Returns the marginal seconds per trial, and the seconds of all sweeps; small and large sweeps alternate."""
     small, large = trial_counts(options)
     seconds: dict[str, list[float]] = {str(small): [], str(large): []}
     for repeat in range(repeats):
@@ -40,7 +40,7 @@ def seconds_per_trial(options: Options, data: CachedData, repeats: int) -> tuple
 
 
 def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
-    """Returns the milliseconds of a trial that its heads, Optuna and MLflow take, each by itself."""
+    """Returns the milliseconds per trial of heads, Optuna and MLflow, each measured alone."""
     train, validation, sources, num_classes = data.feature_sets()
     num_trials = trial_counts(options)[1]
     block = LinearProbeSearch(num_trials=num_trials)
@@ -86,12 +86,12 @@ def split_of_a_trial(options: Options, data: CachedData) -> dict[str, float]:
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields the marginal cost of a trial, then its parts, each measured alone."""
+    """Yields the marginal cost of a trial, then the cost of its parts, each measured alone."""
     data = prepare(options)
     marginal, seconds = seconds_per_trial(options, data, 1 if options.quick else 2)
     yield make_figure("marginal", "one more trial", 1000 * marginal, "ms", "<= 40", sweeps_s=seconds)
     parts = split_of_a_trial(options, data)
     for part, milliseconds in parts.items():
         yield make_figure("marginal", f"of which {part}, alone", milliseconds, "ms")
-    # Heads train and MLflow is written beside the search, so that the parts may add up to more than the whole.
+    # Training and MLflow run in parallel with the search, so the sum of the parts may exceed the whole.
     yield make_figure("marginal", "parts / whole", sum(parts.values()) / (1000 * marginal), "x")

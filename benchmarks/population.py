@@ -1,6 +1,6 @@
-"""100 probe heads as one stacked parameter, against a Python loop over heads that shares each batch, and one by one.
+"""100 probe heads as one stacked parameter, compared with a Python loop over heads on each batch, and one by one.
 
-The loop over heads is the pattern of DINOv2's eval/linear.py: one linear layer and one AdamW per head. Torch only.
+The loop over heads is as in DINOv2's eval/linear.py: one linear layer and one AdamW per head. Torch only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCES: dict[str, tuple[str, ...]] = {"cls": ("cls",)}
 
 
 def make_features(num_rows: int, num_features: int, num_classes: int, device: torch.device) -> FeatureSet:
-    """Returns random features that tell the classes apart, half floats as in a cache."""
+    """Returns random features that differ by class, float16 `(num_rows, num_features)` as in a cache."""
     generator = torch.Generator().manual_seed(num_rows)
     labels = torch.randint(num_classes, (num_rows,), generator=generator)
     centres = torch.randn(num_classes, num_features, generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def make_settings(num_heads: int, num_epochs: int) -> list[dict[str, Any]]:
 def train_by_loop(
     train: FeatureSet, validation: FeatureSet, settings: Sequence[dict[str, Any]], num_classes: int
 ) -> list[float]:
-    """Trains one layer per setting in a Python loop, all on the same batch; returns their validation accuracies."""
+    """Trains one layer per setting in a Python loop on each batch; returns their validation accuracies."""
     features, device = train.parts["cls"].shape[1], train.labels.device
     layers = [nn.Linear(features, num_classes, device=device) for _ in settings]
     optimizers = [
@@ -70,7 +70,7 @@ def train_by_loop(
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Returns the wall time of a call, with what it left queued on a GPU."""
+    """Returns the wall seconds of a call, including its queued work on a GPU."""
     started = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -79,7 +79,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def compare(options: Options, device: torch.device, benchmark: str) -> Iterator[Figure]:
-    """Yields stacked heads against the loop over heads, and against one head at a time, on a device."""
+    """Yields stacked heads compared with the loop over heads, and with one head at a time, on a device."""
     num_rows, num_features, num_classes = (200, 32, 3) if options.quick else (4_000, 768, 10)
     num_heads, num_alone, num_epochs, repeats = (20, 2, 2, 1) if options.quick else (100, 10, 10, 3)
     train, validation = (make_features(n, num_features, num_classes, device) for n in (num_rows, NUM_VALIDATION))
@@ -87,11 +87,16 @@ def compare(options: Options, device: torch.device, benchmark: str) -> Iterator[
     alone = settings[:: num_heads // num_alone]
 
     def stack(chosen: Sequence[dict[str, Any]]) -> None:
-        how: dict[str, Any] = {"sources": SOURCES, "num_classes": num_classes, "batch_size": BATCH_SIZE, "seed": SEED}
-        train_population(train, validation, chosen, **how)
+        training_options: dict[str, Any] = {
+            "sources": SOURCES,
+            "num_classes": num_classes,
+            "batch_size": BATCH_SIZE,
+            "seed": SEED,
+        }
+        train_population(train, validation, chosen, **training_options)
 
     by_loop = partial(train_by_loop, train, validation, num_classes=num_classes)
-    stack(settings[:2])  # what torch sets up on first use
+    stack(settings[:2])  # warm-up of torch
     stacked, loop, single = [], [], []
     for _ in range(repeats):
         stacked.append(seconds_of(partial(stack, settings), device))

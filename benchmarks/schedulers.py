@@ -1,7 +1,7 @@
-"""What stopping bad trials early gains: the same 27 settings of a CNN from scratch, with ASHA and without a scheduler.
+"""The gain of early stopping: the same 27 settings of a CNN from scratch, with ASHA and without a scheduler.
 
-Whole sweeps, on handwritten digits. A setting counts as found when its trial has ended and reached, at its best, within
-half a point of the best validation accuracy of all.
+Complete sweeps, on handwritten digits. A setting counts as good if the best validation accuracy of its trial is within
+half a percentage point of the best of all trials; its time is the end of that trial.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from benchmarks.sweeps import run_sweep
 
 NUM_TRIALS = NUM_EPOCHS = 27
 NUM_SEEDS = 3
-POINT = 0.01
+PERCENTAGE_POINT = 0.01
 NETWORK = {"type": "stacked_cnn", "image_size": 16, "config": {"channels": [16, 32]}}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial that has ended: seconds since the first one began, its best validation accuracy (0 where it was stopped
-    early, for it is not chosen from), its epochs."""
+    """A trial that ended: seconds since the start of the first trial, best validation accuracy, number of epochs.
+
+    The accuracy is 0 if the trial was stopped early, because such a trial is not chosen.
+    """
 
     after: float
     accuracy: float
@@ -36,7 +38,7 @@ class Ended:
 
 
 def make_experiment(scheduler: str, seed: int, num_trials: int) -> dict[str, Any]:
-    """Returns an experiment whose settings depend on the seed alone."""
+    """Returns an experiment whose settings depend only on the seed."""
     space = {
         "learning_rate": {"low": 1e-5, "high": 1e-1, "log": True},
         "weight_decay": {"low": 1e-4, "high": 1.0, "log": True},
@@ -57,7 +59,7 @@ def make_experiment(scheduler: str, seed: int, num_trials: int) -> dict[str, Any
 
 
 def ended_trials(journal: Path) -> list[Ended]:
-    """Reads a sweep's one study, in the order in which its trials ended."""
+    """Reads the trials of a sweep with one study, in the order of their ends."""
     storage = JournalStorage(JournalFileBackend(str(journal)))
     (name,) = optuna.get_all_study_names(storage)
     trials = optuna.load_study(study_name=name, storage=storage).get_trials()
@@ -73,12 +75,12 @@ def ended_trials(journal: Path) -> list[Ended]:
 
 
 def seconds_until(trials: list[Ended], accuracy: float) -> float:
-    """Seconds until a trial had ended with that accuracy; those of the whole search where none has."""
+    """Returns the seconds until a trial ended with that accuracy; those of the whole search if none did."""
     return next((trial.after for trial in trials if trial.accuracy >= accuracy), trials[-1].after)
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields medians over a few seeds of what ASHA takes over what no scheduler does."""
+    """Yields medians, over a few seeds, of the ratio of ASHA to no scheduler."""
     num_trials, num_seeds = (4, 1) if options.quick else (NUM_TRIALS, NUM_SEEDS)
     ratios: dict[str, list[float]] = {"found": [], "all": [], "epochs": [], "accuracy": []}
     seconds: dict[str, list[float]] = {"none": [], "asha": []}
@@ -89,14 +91,14 @@ def run(options: Options) -> Iterator[Figure]:
             run_sweep(options.scratch, experiment)
             trials[scheduler] = ended_trials(options.scratch / "runs" / experiment["name"] / "optuna.journal")
         best = {scheduler: max(trial.accuracy for trial in ended) for scheduler, ended in trials.items()}
-        found = {s: seconds_until(ended, max(best.values()) - POINT / 2) for s, ended in trials.items()}
+        found = {s: seconds_until(ended, max(best.values()) - PERCENTAGE_POINT / 2) for s, ended in trials.items()}
         for scheduler, after in found.items():
             seconds[scheduler].append(after)
         ratios["found"].append(found["asha"] / found["none"])
         ratios["all"].append(trials["asha"][-1].after / trials["none"][-1].after)
         num_epochs = {s: sum(trial.num_epochs for trial in ended) for s, ended in trials.items()}
         ratios["epochs"].append(num_epochs["asha"] / num_epochs["none"])
-        ratios["accuracy"].append((best["asha"] - best["none"]) / POINT)
+        ratios["accuracy"].append((best["asha"] - best["none"]) / PERCENTAGE_POINT)
     middle = {name: statistics.median(values) for name, values in ratios.items()}
     yield make_figure("schedulers", "no scheduler: until a good setting", statistics.median(seconds["none"]), "s")
     yield make_figure("schedulers", "asha: until a good setting", statistics.median(seconds["asha"]), "s", **seconds)

@@ -1,6 +1,6 @@
-"""Heads trained on features that are read from disk as they are needed, against the same features in memory.
+"""Heads trained on features that are read from disk when needed, compared with the same features in memory.
 
-A million rows of 768 half floats, 1.5 GB. Each training runs in a process of its own, so that its memory is its own.
+A million rows of 768 float16 numbers, 1.5 GB. Each training runs in a separate process, to measure its memory alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ NUM_CLASSES, NUM_HEADS, NUM_VALIDATION, ROWS_PER_BLOCK = 10, 8, 10_000, 4_096
 
 
 def random_blocks(num_rows: int, num_features: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (places, features), a block at a time, as a cache's files are read."""
-    noise = np.random.default_rng(0)
+    """Yields `(positions, features)`, one block at a time, as from the files of a cache."""
+    generator = np.random.default_rng(0)
     for start in range(0, num_rows, ROWS_PER_BLOCK):
         places = np.arange(start, min(start + ROWS_PER_BLOCK, num_rows))
-        yield places, noise.standard_normal((len(places), num_features), np.float32).astype(np.float16)
+        yield places, generator.standard_normal((len(places), num_features), np.float32).astype(np.float16)
 
 
 def train(path: Path, num_features: int, where: str) -> dict[str, Any]:
-    """Trains eight heads for one epoch; returns seconds and how far the resident set grew above that of before."""
+    """Trains eight heads for one epoch; returns seconds, and the growth of the resident set in bytes."""
     rows = DiskRows.open(path, num_features)
     features = rows if where == "disk" else torch.from_numpy(np.fromfile(path, np.float16)).view(rows.shape)
     labels = torch.randint(NUM_CLASSES, (len(rows),), generator=torch.Generator().manual_seed(0))
@@ -55,14 +55,14 @@ def train(path: Path, num_features: int, where: str) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Returns the present resident set of this process."""
+    """Returns the current resident set of this process."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields the growth of memory, and the time against that of features in memory."""
+    """Yields the growth of memory, and the time relative to features in memory."""
     num_rows, num_features = (20_000, 64) if options.quick else (1_000_000, 768)
     path = options.scratch / "rows.f16"
     DiskRows.create(path, num_rows, num_features, random_blocks(num_rows, num_features))

@@ -1,4 +1,4 @@
-"""Whole sweeps, as a user runs them: each in a process of its own, in a clean environment, timed from outside."""
+"""Complete sweeps, as users run them: each in a separate process, in a clean environment, timed from outside."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from benchmarks.figures import ROOT
 
 SEED = 42
-# Of dinov2-small, with random weights: the time does not depend on their values.
+# The size of dinov2-small. Weights are random, because the time does not depend on them.
 DINOV2_SMALL = {
     "type": "dinov2",
     "use_pretrained": False,
@@ -30,14 +30,14 @@ TINY_DINOV2 = {
     "image_size": 28,
     "config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-FOREIGN = ("RAY_", "TUNE_", "MLFLOW_", "OPTUNA_", "PYTHONPATH")
-STAMPED = re.compile(r"\[ *([\d.]+) s\] (.*)")
-SECONDS_BETWEEN_LOOKS = 0.05
+REMOVED_PREFIXES = ("RAY_", "TUNE_", "MLFLOW_", "OPTUNA_", "PYTHONPATH")
+PROGRESS_LINE = re.compile(r"\[ *([\d.]+) s\] (.*)")
+SECONDS_BETWEEN_POLLS = 0.05
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended well: wall seconds, its own peak resident set (0 without /proc), what it wrote."""
+    """A command that succeeded: wall seconds, its own peak resident set (0 without /proc), and its output."""
 
     seconds: float
     peak_memory_bytes: int
@@ -45,13 +45,13 @@ class Finished:
     stderr: str
 
     def stamp(self, text: str) -> float:
-        """Returns the seconds that the first progress line with `text` in it is stamped with.
+        """Returns the seconds in the first progress line that contains `text`.
 
         Raises:
             LookupError: there is no such line.
         """
         for line in self.stderr.splitlines():
-            found = STAMPED.match(line)
+            found = PROGRESS_LINE.match(line)
             if found and text in found[2]:
                 return float(found[1])
         raise LookupError(f"no progress line holds '{text}':\n{self.stderr}")
@@ -61,9 +61,9 @@ def run_command(arguments: Sequence[str], folder: Path) -> Finished:
     """Runs this Python with `arguments` in a folder.
 
     Raises:
-        RuntimeError: it failed; the message holds what it wrote to stderr.
+        RuntimeError: it failed; the message contains its stderr.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED_PREFIXES)}
     out, err = folder / "stdout.txt", folder / "stderr.txt"
     memory, started = 0, time.perf_counter()
     with out.open("w") as stdout, err.open("w") as stderr:
@@ -78,7 +78,7 @@ def run_command(arguments: Sequence[str], folder: Path) -> Finished:
         try:
             while process.poll() is None:
                 memory = max(memory, peak_memory_bytes(process.pid))
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(SECONDS_BETWEEN_POLLS)
         finally:
             process.kill()
     seconds = time.perf_counter() - started
@@ -88,7 +88,7 @@ def run_command(arguments: Sequence[str], folder: Path) -> Finished:
 
 
 def peak_memory_bytes(process: int | str = "self") -> int:
-    """Returns the largest resident set that a process had; its children, as rusage counts them, left out."""
+    """Returns the largest resident set of a process, without its children, which rusage would include."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -100,7 +100,7 @@ def peak_memory_bytes(process: int | str = "self") -> int:
 def make_experiment(
     name: str, source: Path | str, encoders: Sequence[dict[str, Any]], num_trials: int = 64, **search: Any
 ) -> dict[str, Any]:
-    """Returns an experiment that probes encoders, everything else at its default."""
+    """Returns an experiment with linear probes of encoders, and defaults for all other keys."""
     return {
         "name": name,
         "seed": SEED,
@@ -112,7 +112,7 @@ def make_experiment(
 
 
 def run_sweep(folder: Path, experiment: dict[str, Any], *arguments: str) -> Finished:
-    """Runs `raysweep.run` in a folder. An MLflow store a name: a sweep never meets the runs of another."""
+    """Runs `raysweep.run` in a folder. Each name has its own MLflow store, so that sweeps do not share runs."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{experiment['name']}.yaml"
     tracking = {"uri": f"sqlite:///mlflow-{experiment['name']}.db"}
@@ -121,6 +121,6 @@ def run_sweep(folder: Path, experiment: dict[str, Any], *arguments: str) -> Fini
 
 
 def leaderboard(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Reads the rows that a sweep of that name left in a folder."""
+    """Reads the leaderboard of a sweep in a folder."""
     rows: list[dict[str, Any]] = json.loads((folder / "runs" / name / "leaderboard.json").read_text())
     return rows

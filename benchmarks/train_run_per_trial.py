@@ -1,6 +1,6 @@
-"""Trials a minute, against one Ray Train run per Tune trial as Ray's guide to tuning Ray Train shows it.
+"""Trials per minute, compared with one Ray Train run per Tune trial, as in Ray's guide to tuning Ray Train.
 
-Both on the same cached features; the guide's trials run two at once, each with one worker of one CPU.
+Both use the same cached features. The guide's trials run two at a time, each with one worker of one CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def train_head(config: dict[str, Any]) -> None:
 
 
 def train_driver(config: dict[str, Any]) -> None:
-    """The Tune trial: starts a Train run and passes its reports on."""
+    """The Tune trial: starts a Train run, and passes its reports on."""
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -59,12 +59,12 @@ def train_driver(config: dict[str, Any]) -> None:
 
 
 def seconds_of_train_runs(features: Path, scratch: Path) -> float:
-    """Returns the seconds of `Tuner.fit`, Ray being up."""
+    """Returns the seconds of `Tuner.fit`, without the start of Ray."""
     with ray_session(verbose=False):
         from ray import tune
 
         tuner = tune.Tuner(
-            # Next to nothing: the workers' placement groups lie outside of the trial.
+            # One byte of memory: the workers' placement groups lie outside the trial.
             tune.with_resources(train_driver, {"memory": 1}),
             param_space={
                 "features": str(features),
@@ -95,7 +95,7 @@ def run(options: Options) -> Iterator[Figure]:
     ours = 60 / marginal
     yield make_figure("train_run_per_trial", "raysweep, each further trial", ours, "trials/min", sweeps_s=seconds)
     yield make_figure("train_run_per_trial", "raysweep / one Train run per trial", ours / guide, "x", ">= 200")
-    # The start included on both sides, and on ours the whole command.
+    # Both include the start; for raysweep, it is the whole command.
     num_trials = trial_counts(options)[1]
     whole = 60 * num_trials / seconds[str(num_trials)][0]
     name = f"a whole sweep of {num_trials} trials / one Train run per trial"

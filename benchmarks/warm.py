@@ -1,4 +1,4 @@
-"""What a person waits for when there is little to do: a sweep on cached features, the same again, a plan, the help."""
+"""Waiting times with little work: a sweep on cached features, the same sweep again, a plan, the help."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RAY_IS_UP, DONE = "Ray is up", "done:"
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Yields seconds of the whole command, and of what follows Ray's start; medians of three."""
+    """Yields the seconds of the whole command, and of the part after Ray's start; medians of three."""
     data = prepare(options)
     num_trials, repeats = (8, 1) if options.quick else (64, 3)
     finished = [data.sweep(f"warm-{repeat}", num_trials) for repeat in range(repeats)]

@@ -1,1 +1,1 @@
-"""What comes out: tracking, selection, models and the leaderboard."""
+"""Results: MLflow tracking, progress, exported models and the leaderboard."""

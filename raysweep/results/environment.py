@@ -1,4 +1,4 @@
-"""What a sweep ran with: versions of packages, and the git commit of the working directory."""
+"""The environment of a sweep: versions of packages, and the git commit of the working directory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-ROOT_TAG = "raysweep.root"  # where a sweep keeps its results
+ROOT_TAG = "raysweep.root"  # location of a sweep's results
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
 
 
 def environment_tags(root: str) -> dict[str, str]:
-    """Returns tags: where a sweep keeps its results, versions of packages, and the working directory's git commit."""
+    """Returns tags: location of the results, versions of packages, and git commit of the working directory."""
     tags = {ROOT_TAG: root, **{f"version.{name}": package_version(name) for name in PACKAGES}}
     tags["version.python"] = platform.python_version()
     commit = _git_commit()
@@ -27,7 +27,7 @@ def _git_commit() -> str:
 
 
 def package_version(name: str) -> str:
-    """Returns the version of an installed package, `unknown` where there is none."""
+    """Returns the version of a package, or `unknown` if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The leaderboard: rows, files, and the table on the terminal."""
+"""The leaderboard: its rows, files, and table on the terminal."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class Row:
     Attributes:
         study: name of the study or baseline.
         encoder: name of the encoder.
-        mode: of the study, or the baseline's name.
-        shots: training images a class, or `all`.
-        num_seeds: few-shot draws that the figures are means over.
-        num_trials: settings that were tried.
-        best_params: the setting that was best on validation.
+        mode: mode of the study, or the baseline's name.
+        shots: training images per class, or `all`.
+        num_seeds: number of few-shot draws; the metrics are means over them.
+        num_trials: number of tried settings.
+        best_params: the best setting on validation.
         val_accuracy: accuracy of the best setting on validation.
         test_accuracy: its accuracy on test.
         test_accuracy_low: lower end of the 95 % interval of the test accuracy.
         test_accuracy_high: upper end of that interval.
         test_macro_f1: macro F1 on test.
-        num_test: images of the test split.
-        encoder_passes: how often the encoder ran over the images; for features in this invocation: 1, or 0.
-        train_seconds: what the model cost from images to weights: the pass that made its cache, and its training.
-        study_seconds: wall time of all work for the study, trials side by side added up.
+        num_test: number of test images.
+        encoder_passes: passes of the encoder over the images; for features those of this invocation, 1 or 0.
+        train_seconds: wall time from images to weights: the pass that made its cache, plus its training.
+        study_seconds: wall time of all work for the study; times of parallel trials are added.
         peak_memory_bytes: largest resident set of a process that worked for it.
-        peak_gpu_memory_bytes: most GPU memory that tensors took in such a process.
+        peak_gpu_memory_bytes: largest GPU memory of tensors in such a process.
         images_per_second: speed of the encoder pass, or of the training loop.
-        mlflow_run_id: its MLflow run.
-        model_path: location of the exported model; None where there is none.
-        tied_with_best: whether the test split cannot tell it from the best row.
+        mlflow_run_id: id of its MLflow run.
+        model_path: location of the exported model; None if there is none.
+        tied_with_best: whether its difference from the best row is not significant on the test split.
     """
 
     study: str
@@ -74,16 +74,16 @@ class Row:
 
 
 def rank_rows(rows: Sequence[Row], correct: Sequence[Sequence[float]], seed: int) -> list[Row]:
-    """Sorts rows by test accuracy, then cost, and marks those that the test split cannot tell from the best.
+    """Sorts rows by test accuracy, then cost, and marks rows that do not differ significantly from the best.
 
-    Each row is compared with the best of the same number of shots: more training images win whatever the encoder.
+    Each row is compared with the best row of the same shots, because more training images help every encoder.
 
     Args:
-        rows: a row per study and baseline.
-        correct: per row, how right its model was on each test row: 0 or 1, or the share of few-shot seeds.
-        seed: of the paired bootstrap.
+        rows: one row per study and baseline.
+        correct: for each row, floats `(num_test,)`: 0 or 1, or the share of few-shot seeds whose model is right.
+        seed: seed of the paired bootstrap (`training.evaluation.differs`).
     """
-    from raysweep.training.evaluation import differs  # imports torch, which a dry run has no time for
+    from raysweep.training.evaluation import differs  # imports torch, which is too slow for a dry run
 
     order = sorted(range(len(rows)), key=lambda index: (-rows[index].test_accuracy, rows[index].train_seconds))
     best: dict[int | str, np.ndarray] = {}
@@ -97,7 +97,7 @@ def rank_rows(rows: Sequence[Row], correct: Sequence[Sequence[float]], seed: int
 
 
 def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> None:
-    """Writes the rows as a JSON list and as a CSV table with `best_params` as JSON."""
+    """Writes the rows as a JSON list, and as a CSV table with `best_params` as JSON."""
     records = [asdict(row) for row in rows]
     write_json(json_path, records)
     text = io.StringIO()
@@ -108,7 +108,7 @@ def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> N
 
 
 def render_leaderboard(rows: Sequence[Row]) -> Table:
-    """Returns the table for the terminal: encoder, mode, accuracy with interval, what it cost; a section per shots."""
+    """Returns the table for the terminal: encoder, mode, accuracy with interval, cost; one section per shots."""
     from rich import box
     from rich.table import Table
 
@@ -116,7 +116,7 @@ def render_leaderboard(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.title, table.title_justify = "Leaderboard (test split)\n", "left"
     for name in ("", "encoder", "mode"):
-        # On a narrow terminal it is the encoder's name that is folded.
+        # On a narrow terminal only the encoder's name is folded.
         table.add_column(name, no_wrap=name != "encoder", overflow="fold")
     memory = "GPU\nmemory" if on_gpu else "memory"
     for name in ("accuracy\n\\[95 % interval]", "tried", "train\ntime", memory):
@@ -133,7 +133,7 @@ def render_leaderboard(rows: Sequence[Row]) -> Table:
 
 
 def _by_shots(rows: Sequence[Row]) -> list[list[Row]]:
-    """Groups ranked rows by their number of shots, all images first, then from many to few."""
+    """Groups ranked rows by shots: all images first, then from many to few."""
     found = sorted({row.shots for row in rows}, key=lambda shots: -math.inf if shots == "all" else -int(shots))
     return [[row for row in rows if row.shots == shots] for shots in found]
 
@@ -160,8 +160,8 @@ def _legend(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_setting(setting: Setting) -> str:
-    """Returns a setting in a few words: `lr 0.003, 15 epochs, cls`, `k 10, cls`, `strength 0.3, cls, standardize`."""
-    words = {
+    """Returns a short text for a setting: `lr 0.003, 15 epochs, cls`, `k 10, cls`, `strength 0.3, cls, standardize`."""
+    formats = {
         "learning_rate": "lr {:.2g}",
         "epochs": "{} epochs",
         "k": "k {}",
@@ -169,7 +169,7 @@ def describe_setting(setting: Setting) -> str:
         "features": "{}",
         "normalize": "{}",
     }
-    return ", ".join(text.format(setting[name]) for name, text in words.items() if name in setting)
+    return ", ".join(text.format(setting[name]) for name, text in formats.items() if name in setting)
 
 
 def describe_seconds(seconds: float) -> str:

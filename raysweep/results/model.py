@@ -1,4 +1,4 @@
-"""Exported models: a folder of safetensors and JSON that loads anywhere raysweep is installed, with no network."""
+"""Exported models: folders with safetensors and JSON, which raysweep loads without network access."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BATCH = 32
 
 
 def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], about: dict[str, Any]) -> None:
-    """Writes a model folder, replacing an older one whole.
+    """Writes a model folder, and replaces an older one completely.
 
     Args:
-        folder: `model.json` (encoder architecture, preprocessing, head, labels, `about`) and `model.safetensors`
-            (every weight of encoder and head) go here.
+        folder: folder for `model.json` (encoder architecture, preprocessing, head, labels, `about`) and
+            `model.safetensors` (all weights of encoder and head).
         classifier: the trained model.
         classes: class names, in the order of the logits.
-        about: where the model comes from, JSON-able.
+        about: origin of the model, JSON-able.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -55,7 +55,7 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
-        # Both are made for their owner alone, and a model is there to be served by others.
+        # Both are created for their owner only, but other users may serve the model.
         (temporary / WEIGHTS).chmod(0o644)
         temporary.chmod(0o755)
         if folder.exists():
@@ -69,7 +69,7 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: encoded images in, probabilities out."""
+    """A loaded model: predicts class probabilities of encoded images; `labels` are the class names."""
 
     classifier: Classifier
     labels: tuple[str, ...]
@@ -84,18 +84,18 @@ class Model:
         return preprocessing.resize_for_training(decode_image(image, preprocessing.min_side))
 
     def logits(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
-        """Logits float32 `(len(pixels), num_classes)` of images from `preprocess`."""
+        """Returns float32 logits `(len(pixels), num_classes)` of images from `preprocess`."""
         batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
         results = [predict_logits(self.classifier, torch.from_numpy(batch)).cpu() for batch in batches]
         return torch.cat(results) if results else torch.empty(0, len(self.labels))
 
     def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Softmax probabilities `(len(pixels), num_classes)`."""
+        """Returns float32 softmax probabilities `(len(pixels), num_classes)` of images from `preprocess`."""
         return self.logits(pixels).softmax(-1).numpy()
 
 
 def load_model(folder: Path) -> Model:
-    """Loads what `export_model` wrote.
+    """Loads a model folder from `export_model`.
 
     Raises:
         RaysweepError: the folder is not an exported model, or is damaged.
@@ -117,7 +117,7 @@ def load_model(folder: Path) -> Model:
         raise RaysweepError(f"{folder}: not an exported model; expected a folder with {wanted} ({error})") from error
     except RaysweepError as error:
         raise type(error)(f"{folder}: {error}") from error
-    except Exception as error:  # whatever a part that is missing or altered makes json, safetensors or torch raise
+    except Exception as error:  # json, safetensors and torch raise many types for missing or changed parts
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise RaysweepError(f"{folder}: the exported model is damaged ({reason})") from error
     return Model(classifier.eval().requires_grad_(False), labels)
@@ -130,16 +130,16 @@ def _check_format(description: dict[str, Any]) -> None:
 
 
 class PyfuncModel:
-    """The MLflow pyfunc: a DataFrame with a column `image` of encoded bytes in, labels and probabilities out."""
+    """The MLflow pyfunc: predicts labels and probabilities of a DataFrame with encoded bytes in a column `image`."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def predict(self, images: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
-        """Returns `label`, `probability` and one `probability_<class>` per class.
+        """Returns columns `label`, `probability` and `probability_<class>` per class.
 
         Raises:
-            DataError: an image cannot be decoded; the message says which row.
+            DataError: an image cannot be decoded; the message names the row.
         """
         import pandas as pd
 

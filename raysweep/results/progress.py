@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: bars on a terminal, plain lines elsewhere. All of it on stderr."""
+"""Progress of a sweep on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Stages with a count, a note such as the best so far, and the time left; several may go on at once.
+    """Stages with a count, a note such as the best result, and the remaining time; several may run at once.
 
-    Used as a context manager, so that the terminal is left as it was found.
+    It is a context manager, so that the terminal is restored at the end.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _own_console()
+        self.console = console or _stderr_console()
         self._started = time.monotonic()
         self._bar: RichProgress | None = None
         if self.console.is_terminal:
@@ -48,16 +48,16 @@ class Progress:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Prints a line, stamped with the seconds since the start."""
+        """Prints a line with the seconds since the start."""
         self.console.print(f"[{self.elapsed:6.1f} s] {text}", markup=False, emoji=False)
 
     def warn(self, text: str) -> None:
-        """Prints a line that a person should not miss."""
+        """Prints a warning in yellow."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, emoji=False)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since this object was made."""
+        """Seconds since this object was created."""
         return time.monotonic() - self._started
 
     def stage(self, label: str, total: int) -> Stage:
@@ -74,7 +74,7 @@ class Stage:
         self._task = bar.add_task(label, total=total, note="") if bar else None
 
     def update(self, done: int, note: str = "") -> None:
-        """Shows how far the stage is; late news, after `finish`, are ignored."""
+        """Shows the number of steps done; ignored after `finish`."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif not self._bar and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < self._total:
@@ -82,14 +82,14 @@ class Stage:
             self._progress.say(f"{self._label}: {done}/{self._total}{', ' + note if note else ''}")
 
     def finish(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
 
 
-def _own_console() -> Console:
-    """A console on a copy of stderr, which Ray's start redirects for a while (`cluster.ray_session`)."""
+def _stderr_console() -> Console:
+    """Returns a console on a copy of stderr, because Ray's start redirects stderr (`cluster.session`)."""
     try:
         is_stderr = sys.stderr.fileno() == 2
     except (OSError, ValueError):

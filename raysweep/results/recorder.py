@@ -1,7 +1,7 @@
-"""The one writer to MLflow, in a process of its own: logging a trial takes longer than training a probe's head.
+"""Writes to MLflow in a separate process, because to log a trial takes longer than to train a probe's head.
 
-MLflow's import and its SQLite schema take seconds, and every logged trial takes some 25 ms of Python: with a thread of
-the driver the search would be that much slower. Calls are made in order; an error shows at the next call.
+MLflow's import and its SQLite schema take seconds, and each logged trial takes about 25 ms of Python. In a thread of
+the driver, this time would slow the search down. Calls run in order; an error is raised at the next call.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ SECONDS_TO_CLOSE = 60
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
-_trackers: list[Tracker] = []  # in the writing process, its tracker
+_trackers: list[Tracker] = []  # the tracker; used only in the process that writes
 
 
 def start_recorder(uri: str, experiment: str, say: Callable[[str], None] = lambda _text: None) -> Recorder:
-    """Starts a process that writes to MLflow, and returns at once; a store that cannot be used shows later.
+    """Starts a process that writes to MLflow, and returns at once; a later call raises if the store is unusable.
 
     Args:
         uri: MLflow tracking URI.
         experiment: name of the MLflow experiment.
-        say: told when it takes long to wait for MLflow.
+        say: prints a line when MLflow takes long.
     """
-    # Spawned, because a fork of a process with threads may hang; one worker keeps the order.
+    # Spawn, because a fork of a process with threads may hang. One worker keeps the order of calls.
     process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare_process)
     return Recorder(uri, process, process.submit(_open, uri, experiment), say)
 
 
 class Recorder:
-    """Has methods of a `Tracker` called in another process, one after another; made by `start_recorder`.
+    """Calls methods of a `Tracker` in another process, one after another; made by `start_recorder`.
 
     Methods are given as functions, such as `Tracker.log_metrics`, so that mypy checks their arguments.
     """
@@ -63,16 +63,16 @@ class Recorder:
         *arguments: Arguments.args,
         **options: Arguments.kwargs,
     ) -> Future[Answer]:
-        """Has a method called, without waiting for it; returns what it will return.
+        """Calls a method without waiting; returns a future of its result.
 
         Raises:
-            RaysweepError: an earlier call has failed.
+            RaysweepError: an earlier call failed.
         """
-        with self._explained():
-            self._drop_done()
-            sent = self._process.submit(_call, self.uri, method, arguments, options)
-            self._sent.append(sent)
-        return sent
+        with self._convert_errors():
+            self._remove_finished()
+            future = self._process.submit(_call, self.uri, method, arguments, options)
+            self._sent.append(future)
+        return future
 
     def call(
         self,
@@ -80,10 +80,10 @@ class Recorder:
         *arguments: Arguments.args,
         **options: Arguments.kwargs,
     ) -> Answer:
-        """Has a method called, after all that was sent before, and returns what it returned.
+        """Calls a method after all earlier calls, waits, and returns its result.
 
         Raises:
-            RaysweepError: this or an earlier call has failed.
+            RaysweepError: this or an earlier call failed.
         """
         answer = self.send(method, *arguments, **options)
         self.wait()
@@ -93,13 +93,13 @@ class Recorder:
         """Waits until all calls are done.
 
         Raises:
-            RaysweepError: a call has failed.
+            RaysweepError: a call failed.
         """
-        with self._explained():
-            self._drop_done(waiting=True)
+        with self._convert_errors():
+            self._remove_finished(waiting=True)
 
-    def _drop_done(self, waiting: bool = False) -> None:
-        """Forgets calls that are done, or waits for all; one that has failed stays, and raises each time."""
+    def _remove_finished(self, waiting: bool = False) -> None:
+        """Removes finished calls, or waits for all calls. A failed call stays, and raises each time."""
         limit: float | None = SECONDS_UNTIL_SAID
         while self._sent and (waiting or self._sent[0].done()):
             if waiting and wait_for([self._sent[0]], limit).not_done:
@@ -109,7 +109,7 @@ class Recorder:
             self._sent.popleft()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except BrokenProcessPool as error:
@@ -117,10 +117,10 @@ class Recorder:
             raise RaysweepError(f"tracking.uri: the process that writes to '{self.uri}' has died; {lost}") from error
 
     def close(self) -> None:
-        """Ends every run that is still open as FAILED, and then the process; called however a sweep ends."""
+        """Ends open runs as FAILED, and then the process; called at the end of every sweep, failed or not."""
         for future in self._sent:
             future.cancel()
-        # MLflow tries a lost server for minutes; the process ends with the driver in any case.
+        # MLflow retries a lost server for minutes. The process ends with the driver in any case.
         is_over = True
         with suppress(BrokenProcessPool):
             closing = self._process.submit(_call, self.uri, Tracker.close, (), {})
@@ -129,7 +129,7 @@ class Recorder:
 
 
 def _prepare_process() -> None:
-    """Leaves signals to the driver, ends the process when the driver dies, and hides MLflow's warnings."""
+    """Ignores signals, which the driver handles; ends with the driver; hides MLflow's warnings."""
     warnings.simplefilter("ignore")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -148,7 +148,7 @@ def _open(uri: str, experiment: str) -> None:
 
 
 def _call(uri: str, method: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-    if not _trackers:  # the store could not be opened, as its own call has said
+    if not _trackers:  # the store could not be opened, and the call that opens it has raised
         return None
     try:
         with reported_as_ours(uri):

@@ -1,7 +1,7 @@
-"""MLflow: the only importer of it, and the only writer to it.
+"""MLflow: only this module imports it and writes to it.
 
-Runs form a tree, sweep > study > trial. Each carries a `raysweep.key` tag and is looked up by it before it is created,
-so that a resumed sweep goes on in the runs it had.
+Runs form a tree: sweep > study > trial. Each run has a tag `raysweep.key`. A run is searched by this tag before it is
+created, so that a resumed sweep continues its runs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 METRICS_PER_BATCH = 1_000  # the server's limit
-MAX_TAG_LENGTH = 5_000  # likewise
+MAX_TAG_LENGTH = 5_000  # the server's limit
 MODEL_URI = "raysweep.model_uri"
-# Without the kind, the UI opens on its pages for language models.
+# Without this tag, the UI shows its pages for language models first.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -37,9 +37,9 @@ KEY, LEVEL, PARENT = "raysweep.key", "raysweep.level", "mlflow.parentRunId"
 
 @dataclass(frozen=True)
 class LoggedTrial:
-    """What is logged of a trial that is over: `history` from `first_epoch` on, `final` what it is ranked by.
+    """A trial that ended, for MLflow: `history` from `first_epoch` on, and `final`, the metrics that rank it.
 
-    A trial that a scheduler stopped early is KILLED.
+    If a scheduler stopped the trial early, its status is KILLED.
     """
 
     setting: Mapping[str, Any]
@@ -55,25 +55,25 @@ def open_tracker(uri: str, experiment: str) -> Tracker:
 
     Args:
         uri: MLflow tracking URI.
-        experiment: name of the MLflow experiment; created when missing.
+        experiment: name of the MLflow experiment; created if missing.
 
     Raises:
-        RaysweepError: there is no such store, or it cannot be reached.
+        RaysweepError: the store does not exist, or cannot be reached.
     """
-    # MLflow sets its own logger's level when it is imported.
+    # MLflow sets its logger's level when it is imported.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # For every run it would print where a server shows it.
+    # Otherwise MLflow prints the URL of every run.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # The model flavours take the URI from here alone.
+    # The model flavours read only this global URI.
     mlflow.set_tracking_uri(uri)
-    # Whatever a store raises, from a missing database driver to a folder that cannot be made, the URI is at fault.
+    # A store raises many types, from a missing driver to a folder that cannot be created; the cause is the URI.
     try:
         _check_postgresql_answers(uri)
-        with _one_try(), _only_opener(uri):
+        with _without_retries(), _schema_lock(uri):
             client = mlflow.MlflowClient(tracking_uri=uri)
             client.get_experiment_by_name(experiment)
         return Tracker(client, _experiment_id(client, experiment))
@@ -82,14 +82,14 @@ def open_tracker(uri: str, experiment: str) -> Tracker:
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
-    """Returns the id of an experiment, which is created or restored where needed."""
+    """Returns the id of an experiment; creates or restores it if needed."""
     from mlflow import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name, tags=EXPERIMENT_TAGS))
-        except MlflowException:  # another sweep was quicker
+        except MlflowException:  # another sweep has just created it
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -102,8 +102,8 @@ class Tracker:
     """Writes one sweep to MLflow; made by `open_tracker`.
 
     Args:
-        client: of the store.
-        experiment_id: of the MLflow experiment.
+        client: client of the store.
+        experiment_id: id of the MLflow experiment.
     """
 
     def __init__(self, client: MlflowClient, experiment_id: str) -> None:
@@ -114,7 +114,7 @@ class Tracker:
     def start_run(
         self, key: str, name: str, level: str, parent: str | None = None, tags: Mapping[str, str] | None = None
     ) -> tuple[str, bool]:
-        """Returns the run that carries `key` under `parent`, and whether it had to be created."""
+        """Returns the id of the run with `key` under `parent`, and whether it was created now."""
         known = self._runs_under(parent)
         own_tags = {KEY: key, LEVEL: level, **SOURCE_TAGS, **(tags or {})}
         if key in known:
@@ -130,22 +130,22 @@ class Tracker:
         return run.info.run_id, True
 
     def _runs_under(self, parent: str | None) -> dict[str, Run]:
-        """Runs of ours by key; found once, then kept up to date by `start_run`."""
-        slot = parent or ""
-        if slot not in self._children:
+        """Returns raysweep's runs by key; searched once, then updated by `start_run`."""
+        parent_key = parent or ""
+        if parent_key not in self._children:
             level = "tags.`raysweep.level` = 'sweep'"
             where = f"tags.`{PARENT}` = '{parent}'" if parent else level
-            self._children[slot], token = {}, None
+            self._children[parent_key], token = {}, None
             while True:
                 page = self.client.search_runs([self.experiment_id], where, max_results=1000, page_token=token)
-                self._children[slot] |= {run.data.tags[KEY]: run for run in page if KEY in run.data.tags}
+                self._children[parent_key] |= {run.data.tags[KEY]: run for run in page if KEY in run.data.tags}
                 token = page.token
                 if not token:
                     break
-        return self._children[slot]
+        return self._children[parent_key]
 
     def log_once(self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> None:
-        """Logs parameters and tags in one call; a parameter that already stands must have the same value."""
+        """Logs parameters and tags in one call. A parameter that is already logged must have the same value."""
         from mlflow.entities import Param, RunTag
 
         entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
@@ -153,8 +153,8 @@ class Tracker:
         self.client.log_batch(run_id, params=entries, tags=run_tags)
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], first_epoch: int = 0) -> None:
-        """Logs one dict of metrics per epoch; the step is the number of epochs done."""
-        metrics = _curve(history, first_epoch)
+        """Logs one dict of metrics per epoch; the step is the number of finished epochs."""
+        metrics = _to_metrics(history, first_epoch)
         for start in range(0, len(metrics), METRICS_PER_BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
@@ -168,12 +168,12 @@ class Tracker:
         self.log_history(run_id, [metrics], epoch)
 
     def log_trial(self, parent: str, key: str, name: str, trial: LoggedTrial) -> None:
-        """Logs a trial that is over, and ends its run; in as few calls as may be, since there can be hundreds."""
+        """Logs a trial that ended, and ends its run; in few calls, because there can be hundreds of trials."""
         from mlflow.entities import Param, RunTag
 
         run_id, created = self.start_run(key, name, "trial", parent)
         best = {f"best/{name}": value for name, value in trial.final.items() if name.startswith("val/")}
-        metrics = [*_curve(trial.history, trial.first_epoch), *_curve([best], -1)]
+        metrics = [*_to_metrics(trial.history, trial.first_epoch), *_to_metrics([best], -1)]
         params = [Param(name, str(value)) for name, value in trial.setting.items()] if created else []
         tags = [RunTag("raysweep.error", trial.error[:MAX_TAG_LENGTH])] if trial.error else []
         tags += [RunTag("raysweep.pruned", "true")] if trial.status == "KILLED" else []
@@ -183,19 +183,19 @@ class Tracker:
         self.finish(run_id, trial.status)
 
     def catch_up(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
-        """Logs trials `(key, name, trial)` that are not there whole: a sweep was killed, or has a new store."""
+        """Logs trials `(key, name, trial)` that are incomplete: the sweep was killed, or the store is new."""
         for key, name, trial in trials:
             run = self._runs_under(parent).get(key)
             if run is None or run.info.status != trial.status:
                 self.log_trial(parent, key, name, trial)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float | None]) -> None:
-        """Logs final figures, leaving out those that there are none of."""
+        """Logs final metrics, except those that are None."""
         known = {name: float(value) for name, value in metrics.items() if value is not None}
         self.log_history(run_id, [known], first_epoch=-1)
 
     def log_dataset(self, run_id: str, name: str, digest: str, source: str, profile: str) -> None:
-        """Records what a run was trained on, as an MLflow dataset input."""
+        """Logs the data of a run as an MLflow dataset input."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(name=name[:500], digest=digest, source_type="raysweep", source=source, profile=profile)
@@ -211,9 +211,9 @@ class Tracker:
         self.client.log_dict(run_id, value, name)
 
     def log_model(self, run_id: str, folder: Path, classes: Sequence[str]) -> str:
-        """Logs an exported model as a pyfunc: encoded images in, label and probabilities out. Returns its URI.
+        """Logs an exported model as a pyfunc from encoded images to label and probabilities; returns its URI.
 
-        By loader module, so that no pickle is written.
+        It is logged with a loader module, so that no pickle is written.
         """
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
@@ -238,13 +238,13 @@ class Tracker:
         return str(info.model_uri)
 
     def register(self, model_uri: str, name: str) -> str:
-        """Registers a logged model, unless it already is a version of that name; returns the version."""
+        """Registers a logged model, unless a version of that name has it already; returns the version."""
         import mlflow
 
         for known in self.client.search_model_versions(f"name = '{name}'"):
             if known.tags.get(MODEL_URI) == model_uri:
                 return str(known.version)
-        with redirect_stderr(io.StringIO()):  # it prints what the caller is about to say
+        with redirect_stderr(io.StringIO()):  # MLflow prints the version, and so does the caller
             return str(mlflow.register_model(model_uri, name, tags={MODEL_URI: model_uri}).version)
 
     def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
@@ -253,7 +253,7 @@ class Tracker:
         self._open.discard(run_id)
 
     def fail_abandoned(self, root: str) -> None:
-        """Ends what killed invocations left running of every sweep kept in `root`, which the caller has locked."""
+        """Ends runs that killed invocations left running, of all sweeps in `root`; the caller holds its lock."""
         for run in self._runs_under(None).values():
             if run.data.tags.get(ROOT_TAG) != root:
                 continue
@@ -267,22 +267,22 @@ class Tracker:
                 self.finish(run_id, "FAILED")
 
     def fail_left_running(self, parent: str) -> None:
-        """Ends runs under `parent` that an earlier, killed invocation left running."""
-        self._children.pop(parent, None)  # what is known of a run is its state when it was found
+        """Ends runs under `parent` that a killed invocation left running, as FAILED."""
+        self._children.pop(parent, None)  # the stored runs have the status from the time of the search
         for run in self._runs_under(parent).values():
             if run.info.status == "RUNNING" and run.info.run_id not in self._open:
                 self.finish(run.info.run_id, "FAILED")
 
     def close(self) -> None:
-        """Ends every run that is still open as FAILED; called on the way out of a sweep, however it went."""
+        """Ends open runs as FAILED; called at the end of every sweep, failed or not."""
         from mlflow import MlflowException
 
-        with _one_try(), suppress(MlflowException):  # a store that is gone must not hide why the sweep ends
+        with _without_retries(), suppress(MlflowException):  # an error of a lost store must not hide why the sweep ends
             for run_id in list(self._open):
                 self.finish(run_id, "FAILED")
 
 
-def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Metric]:
+def _to_metrics(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Metric]:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -294,7 +294,7 @@ def _curve(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Met
 
 
 def _check_postgresql_answers(uri: str) -> None:
-    """Connects once to a PostgreSQL server, and raises where it does not answer: MLflow would try for minutes."""
+    """Connects once to a PostgreSQL server, and raises if it does not answer: MLflow would retry for minutes."""
     scheme, _, rest = uri.partition("://")
     if scheme.partition("+")[0] == "postgresql":
         import psycopg
@@ -303,8 +303,8 @@ def _check_postgresql_answers(uri: str) -> None:
 
 
 @contextmanager
-def _one_try() -> Iterator[None]:
-    """Makes MLflow's HTTP client try once: by default it tries for minutes before it says that there is no server."""
+def _without_retries() -> Iterator[None]:
+    """Makes MLflow's HTTP client try only once; by default it retries for minutes before it raises."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
     os.environ[name] = before or "0"
@@ -317,7 +317,7 @@ def _one_try() -> Iterator[None]:
 
 @contextmanager
 def reported_as_ours(uri: str) -> Iterator[None]:
-    """Turns MLflow's own errors into a clear one: the store was fine when the sweep started.
+    """Converts MLflow's errors, because the store worked when the sweep started.
 
     Raises:
         RaysweepError: MLflow raised.
@@ -333,13 +333,13 @@ def reported_as_ours(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _only_opener(uri: str) -> Iterator[None]:
-    """Lets one process at a time make or migrate a SQLite store's schema: two at once leave it broken for good."""
+def _schema_lock(uri: str) -> Iterator[None]:
+    """Locks a SQLite store while its schema is created or migrated: two processes at once would break it for good."""
     if not uri.startswith("sqlite:///"):
         yield
         return
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if not path.parent.is_dir():  # FileLock would make it, wherever a mistyped URI points
+    if not path.parent.is_dir():  # FileLock would create the folder of a mistyped URI
         raise FileNotFoundError(f"no such folder: '{path.parent}'")
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield

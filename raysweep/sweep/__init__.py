@@ -1,1 +1,1 @@
-"""The driver of a sweep: which studies run, in which order, and what they leave. Only here optuna and ray.tune."""
+"""The driver of a sweep: which studies run, in which order, and their outcomes. Only this folder imports optuna."""

@@ -1,4 +1,4 @@
-"""Which caches the studies of a sweep train on; those that are missing are made in one pass over the images."""
+"""Finds the caches that the studies of a sweep train on, and makes missing ones in one pass over the images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from raysweep.images.streaming import DECODING_CPUS
 from raysweep.sweep.encoder_card import LazyEncoder
 from raysweep.sweep.state import SweepState
 
-FREE_DISK_SHARE = 0.8  # that pixel caches may take, unless the experiment says how much
-TIMED_IMAGES = 2  # a forward pass, when precisions are compared on a CPU
+FREE_DISK_SHARE = 0.8  # for pixel caches, unless the experiment sets a limit
+TIMED_IMAGES = 2  # per forward pass, when precisions are compared on a CPU
 
 
 def find_or_make_caches(state: SweepState, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
-    """Returns the cache that each study trains on, by its name; those that are missing are made now, in one pass.
+    """Returns the cache of each study, by study name. Makes missing caches in one pass.
 
     Raises:
-        ResourceError: pixels have no room on the disk, and there is no CPU to decode them anew.
+        ResourceError: the pixels do not fit on the disk, and no CPU is left to decode them in every epoch.
     """
     folders = {config.name: _cache_folder(state, config) for config in configs}
     wanted: dict[Path, StudyConfig] = {}
@@ -60,7 +60,7 @@ def _feature_folder(state: SweepState, encoder: LazyEncoder, precision: str) -> 
 
 
 def _streamed(state: SweepState, wanted: Mapping[Path, StudyConfig]) -> set[Path]:
-    """Returns pixel caches that are missing and for which the disk has no room: their studies decode anew."""
+    """Returns missing pixel caches that do not fit on the disk. Their studies decode images in every epoch."""
     needed = {
         folder: pixel_bytes(state.index, state.encoder(config).spec.preprocessing)
         for folder, config in wanted.items()
@@ -77,11 +77,11 @@ def _streamed(state: SweepState, wanted: Mapping[Path, StudyConfig]) -> set[Path
 
 
 def _disk_budget(state: SweepState, folders: Sequence[Path]) -> float:
-    """Bytes that the pixel caches in these folders may take."""
+    """Returns how many bytes the pixel caches in these folders may take."""
     limit = state.experiment.resources.pixel_disk_gb
     if limit != "auto":
         return limit * 1e9
-    # A pass that was cut short has left files, which will be replaced.
+    # An interrupted pass left files, which the new pass replaces.
     replaced = sum(map(num_leftover_bytes, folders))
     return FREE_DISK_SHARE * (shutil.disk_usage(state.paths.caches).free + replaced)
 
@@ -110,7 +110,7 @@ def _make_caches(
     )
     stage.finish()
     seconds = sum(cache.seconds for cache in caches if cache.made_now)
-    if seconds:  # else another sweep made them all in the meantime
+    if seconds:  # 0 if another sweep made all of them in the meantime
         num_images = len(state.index.table)
         speed = f"{seconds:.1f} s ({num_images / seconds:.0f} images/s)"
         state.progress.say(f"{label}: {num_images:,} images in {speed}")
@@ -122,10 +122,10 @@ def _make_caches(
 
 
 def precision_of(state: SweepState, config: RowConfig) -> str:
-    """Returns what a study computes in: `fp32` or `bf16`, as configured; for `auto` bf16 where that is faster.
+    """Returns the precision of a study, `fp32` or `bf16`: as configured; for `auto`, bf16 where it is faster.
 
-    GPUs that have bf16 are always faster with it. On CPUs the encoder pass is measured, unless there are features of
-    one or the other; training stays in fp32.
+    A GPU that supports bf16 is always faster with it. On a CPU the encoder pass is timed in both, unless features in
+    one of them are cached; training on a CPU uses fp32.
     """
     wanted = state.experiment.train.precision
     if wanted != "auto":
@@ -159,7 +159,7 @@ def _gpus_support_bf16(state: SweepState) -> bool:
     cuda = torch.device("cuda")
     if torch.cuda.is_available():
         return supports_bf16(cuda)
-    import ray  # this process has no GPU, but the cluster has some: one of them is asked
+    import ray  # this process has no GPU: a process on a node with a GPU checks
 
-    ask = ray.remote(supports_bf16).options(num_gpus=min(1, state.experiment.resources.gpus_per_worker))
-    return bool(ray.get(ask.remote(cuda)))
+    check = ray.remote(supports_bf16).options(num_gpus=min(1, state.experiment.resources.gpus_per_worker))
+    return bool(ray.get(check.remote(cuda)))

@@ -1,8 +1,8 @@
-"""What is known of an encoder without loading it: its specification and the signature of its weights, in a small file.
+"""Encoder cards: small files with the specification of an encoder and the signature of its weights.
 
-Importing transformers and loading weights takes seconds, and a sweep whose features are cached needs neither until it
-exports its models. So the first sweep that loads an encoder leaves a card beside the caches. The card is named after
-all that the encoder depends on; files of weights count by size and time of change.
+Importing transformers and loading weights takes seconds. A sweep whose features are cached needs neither until it
+exports its models. So the first sweep that loads an encoder writes a card beside the caches. The card's name is a hash
+of everything that the encoder depends on; files of weights count by size and modification time.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from raysweep.errors import EncoderError
 from raysweep.experiment.studies import EncoderConfig
 from raysweep.storage.paths import read_json, signature, write_json
 
-_loading = ThreadPoolExecutor(1, "encoders")  # one after another: building an encoder seeds a generator they share
+_loading = ThreadPoolExecutor(1, "encoders")  # one thread: building an encoder seeds a generator that all share
 
 
 def read_card(config: EncoderConfig, seed: int, folder: Path) -> LazyEncoder:
-    """Reads an encoder's card; where there is none yet, loads the encoder and writes it.
+    """Reads an encoder's card. If there is none, loads the encoder and writes the card.
 
     Args:
         config: the encoder's entry in the experiment.
-        seed: of random weights.
-        folder: of the cards.
+        seed: seed of random weights.
+        folder: folder of the cards.
 
     Raises:
-        EncoderError: the weights cannot be had, or are not what the entry says.
+        EncoderError: the weights cannot be found, or do not match the entry.
     """
     card = folder / f"encoder-{signature(_identity(config, seed))}.json"
-    if card.exists():
-        content = read_json(card)
-        return LazyEncoder(config, seed, EncoderSpec.from_dict(content["spec"]), str(content["weights"]))
-    model = build_encoder(config.model_dump(), seed)
-    weights = weights_signature(model)
-    write_json(card, {"spec": model.spec.to_dict(), "weights": weights})
-    encoder = LazyEncoder(config, seed, model.spec, weights)
-    encoder.model = model
+    model = None
+    if not card.exists():
+        model = build_encoder(config.model_dump(), seed)
+        write_json(card, {"spec": model.spec.to_dict(), "weights": weights_signature(model)})
+    content = read_json(card)  # also where it is new: JSON may change a value, and signatures depend on the spec
+    encoder = LazyEncoder(config, seed, EncoderSpec.from_dict(content["spec"]), str(content["weights"]))
+    if model is not None:
+        encoder.model = model
     return encoder
 
 
 def _identity(config: EncoderConfig, seed: int) -> list[Any]:
-    """All that an encoder depends on."""
+    """Returns everything that an encoder depends on."""
     code = Path(raysweep.encoders.__file__).parent.glob("*.py")
     versions = [version("torch"), version("transformers")]
     identity = [config.model_dump(), seed, versions, [path.read_text() for path in sorted(code)]]
     name, is_pretrained = config.pretrained_model_name_or_path, config.use_pretrained
-    # Random weights of a known variant need no file; those of another need its configuration.
+    # Random weights of a known variant need no file. Those of other models need their configuration file.
     if not FAMILIES[config.type].has_weights or (not is_pretrained and name in VARIANTS):
         return identity
     assert name is not None, "an experiment fills in the default weights"
     files_of = find_pretrained(name, config.revision, with_weights=is_pretrained)
     files = sorted(path for path in files_of.folder.iterdir() if path.is_file())
-    # Files in the hub's cache are links to files that are named after their content.
+    # Files in Hugging Face's cache are links to files whose names are hashes of their content.
     stats = [(path.name, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return [*identity, files_of.revision, stats]
 
 
 class LazyEncoder:
-    """An encoder of a sweep: described at once, loaded when its weights are needed; made by `read_card`.
+    """An encoder whose weights are loaded when they are first needed; made by `read_card`.
 
     Attributes:
-        spec: everything but its weights.
+        spec: its specification: everything but the weights.
         weights: signature of its weights.
-        precision: `fp32` or `bf16`, once its pass has been decided on; else empty.
+        precision: precision of its pass over the images, `fp32` or `bf16`; empty until it is chosen.
     """
 
     def __init__(self, config: EncoderConfig, seed: int, spec: EncoderSpec, weights: str) -> None:
@@ -81,7 +81,7 @@ class LazyEncoder:
         self._reference: Any = None
 
     def load_ahead(self) -> None:
-        """Begins to load the weights, without waiting for them."""
+        """Starts to load the weights in a thread, and does not wait."""
         if self._loaded is None and "model" not in vars(self):
             self._loaded = _loading.submit(build_encoder, self._config.model_dump(), self._seed)
 
@@ -100,7 +100,7 @@ class LazyEncoder:
         return encoder
 
     def put(self) -> Any:
-        """Returns a reference to the weights in Ray's object store, shared by all studies of the encoder."""
+        """Returns a Ray object reference to the weights as numpy arrays; all studies of the encoder share it."""
         import ray
 
         if self._reference is None:

@@ -1,4 +1,4 @@
-"""What becomes a row of the leaderboard: its signature, its folder, its MLflow run, and its outcome in the end."""
+"""Studies and baselines, which become rows of the leaderboard: signature, folder, MLflow run and outcome."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from raysweep.worker.job import Job, StudySpec, TestResult
 
 
 class Entry(ABC):
-    """A classifier that is chosen on validation and then meets the test split once: a study or a baseline.
+    """A study or a baseline: its classifier is chosen on the validation split and then tested once.
 
     Args:
-        state: what the studies share.
+        state: state that all studies share.
         config: encoder, mode or baseline, and shots.
-        cache: of what it trains on.
-        key: signature of all that its row depends on; how much is tried is not part of it.
-        draws: its few-shot draws, None where all rows train.
-        run_id: its MLflow run.
+        cache: the features or pixels that it trains on.
+        key: signature of everything that its row depends on, without the number of trials.
+        draws: its few-shot draws; None if it trains on all rows.
+        run_id: id of its MLflow run.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Entry(ABC):
         self.name, self._row_config = config.name, config
         self.encoder = state.encoder(config)
         self.folder = state.paths.study(config.name, key)
-        self.seconds = cache.seconds if cache.made_now else 0.0  # that all its work took in this invocation
+        self.seconds = cache.seconds if cache.made_now else 0.0  # wall time of all its work in this invocation
         self.outcome: Outcome | None = None
         self.failure: str | None = None
         self._model_uri: Future[str] | None = None
@@ -49,27 +49,27 @@ class Entry(ABC):
     @property
     @abstractmethod
     def is_settled(self) -> bool:
-        """Whether an earlier invocation has left nothing to do."""
+        """Whether earlier invocations have done all of its work."""
 
     @property
     def spec(self) -> StudySpec:
-        """What a worker needs to know of it."""
+        """What a worker needs to know about it."""
         return StudySpec(self.name, location(self.folder), self.draws)
 
     @abstractmethod
     def settle(self, tested: TestResult, job: Job) -> None:
-        """Takes the result of its test."""
+        """Makes the outcome from the result of its test, and finishes."""
 
     @property
     def _result_path(self) -> Path:
         return self.state.paths.study_result(self.name, self.key)
 
     def earlier_outcome(self) -> Outcome | None:
-        """Returns the outcome of an earlier invocation, where there is one."""
+        """Returns the outcome of an earlier invocation; None if there is none."""
         return read_outcome(self._result_path)
 
     def finish(self, outcome: Outcome) -> None:
-        """Keeps the outcome, logs it and writes it: a sweep that is killed from here on need not test it again."""
+        """Logs the outcome and writes it to disk: a sweep that is killed later does not test it again."""
         earlier = self.earlier_outcome()
         seconds = self.seconds + (earlier.row.study_seconds if earlier else 0.0)
         self.outcome = replace(outcome, row=replace(outcome.row, study_seconds=seconds))
@@ -77,14 +77,14 @@ class Entry(ABC):
         write_outcome(self._result_path, self.outcome)
 
     def conclude(self) -> Outcome:
-        """Returns the outcome, writes it and ends the MLflow run.
+        """Completes the outcome, writes it, ends the MLflow run, and returns the outcome.
 
         Raises:
-            TrialError: there is none.
+            TrialError: it failed, and has no outcome.
         """
         if self.failure:
             raise TrialError(self.failure)
-        outcome = self.outcome or self._reused()
+        outcome = self.outcome or self._update_earlier_outcome()
         model_uri = outcome.model_uri
         if self._model_uri is not None:
             self.state.recorder.wait()
@@ -94,8 +94,8 @@ class Entry(ABC):
         self.state.recorder.send(Tracker.finish, self.run_id)
         return outcome
 
-    def _reused(self) -> Outcome:
-        """Brings the outcome of an earlier invocation up to date."""
+    def _update_earlier_outcome(self) -> Outcome:
+        """Returns the outcome of an earlier invocation, updated for this one."""
         outcome = self.earlier_outcome()
         assert outcome is not None, self.name
         num_passes = int(self.cache.made_now and self._row_config.reads_features)
@@ -116,7 +116,7 @@ class BaselineEntry(Entry):
 
     @cached_property
     def is_settled(self) -> bool:
-        """As `Entry.is_settled`."""
+        """See `Entry.is_settled`."""
         earlier = self.earlier_outcome()
         if earlier is None or earlier.row.model_path is None:
             return earlier is not None
@@ -124,11 +124,11 @@ class BaselineEntry(Entry):
 
     @property
     def spec(self) -> StudySpec:
-        """As `Entry.spec`."""
+        """See `Entry.spec`."""
         return replace(super().spec, baseline=self.config.baseline)
 
     def settle(self, tested: TestResult, job: Job) -> None:  # noqa: ARG002
-        """As `Entry.settle`."""
+        """See `Entry.settle`."""
         assert tested.fit is not None, "a baseline's test says how it was chosen"
         self.finish(
             baseline_outcome(self.state, self.config, key=self.key, cache=self.cache, fit=tested.fit, tested=tested)
@@ -143,34 +143,35 @@ def open_baseline(state: SweepState, config: BaselineConfig, cache: Cache) -> Ba
 
 
 def draws_of(state: SweepState, config: RowConfig) -> Draws | None:
-    """Draws an entry's few-shot subsets; None where all rows train.
+    """Draws an entry's few-shot subsets; None if it trains on all rows.
 
-    Training all weights for more than one draw takes too long: it takes the first, as does a probe's exported model.
+    Training all weights on several draws takes too long, so such a study uses only the first draw. The exported model
+    of a probe is from the first draw, too.
     """
     num_draws = state.experiment.data.few_shot_seeds if config.uses_every_draw else 1
     return draw_subsets(state.rows, config.shots, num_draws, state.experiment.seed)
 
 
 def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | None) -> list[Any]:
-    """Returns all that a row depends on; how much is tried is not part of it."""
+    """Returns everything that a row depends on, without the number of trials."""
     experiment, encoder = state.experiment, state.encoder(config)
     num_draws = draws.num_draws if draws else 1
     return [
         [state.index.fingerprint, sorted(state.bad_rows)],
         [encoder.spec.to_dict(), encoder.weights, config.kind, config.shots, num_draws],
         [experiment.metric, experiment.seed],
-        # Features of another precision are other features.
+        # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]
 
 
 def start_run(state: SweepState, config: RowConfig, key: str, draws: Draws | None) -> str:
-    """Starts the MLflow run of an entry, or goes on in the one that there is; returns its id."""
+    """Starts the MLflow run of an entry, or reopens the existing run; returns its id."""
     run_id, is_new = state.recorder.call(Tracker.start_run, key, config.name, "study", state.run_id)
     if is_new:
         spec = state.encoder(config).spec
         num_rows = {split: len(rows) for split, rows in state.rows.items()}
-        if draws:  # what one model sees
+        if draws:  # rows of one model
             num_rows |= {"train": draws.train.shape[1], "validation": draws.validation.shape[1]}
         params = {
             "encoder": config.encoder_name,

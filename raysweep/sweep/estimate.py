@@ -1,7 +1,8 @@
-"""How long a plan will take on a cluster: a few images are decoded, encoded and trained on by one of its nodes.
+"""Estimates how long a plan takes on a cluster: one node decodes, encodes and trains on a few images.
 
-From what that took follows the rest by counting: images, epochs, trials, and what works side by side. Epochs count in
-the middle of what is searched. Trials that stop early make it less; a sweep's start, files and MLflow make it more.
+The measured times are multiplied by the number of images, epochs and trials, and divided by what runs in parallel. The
+number of epochs is the middle of its search space. Early stopping makes the real time shorter; the start of a sweep,
+files and MLflow make it longer.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SAMPLE = 16  # images that are decoded; as many are encoded on a CPU, and trained on
+SAMPLE = 16  # images that are decoded; a CPU encodes or trains on as many
 GPU_SAMPLE = 128
-MAX_ROWS = 4096  # of features on which a Population is timed for one epoch
-SECONDS_FOR_ROOM = 30
-START_SECONDS = {"pass": 8.0, "trial": 1.0}  # of a pass, and of a trial that trains alone, measured on two cores
+MAX_ROWS = 4096  # of features, in the timed epoch of a Population
+SECONDS_TO_WAIT = 30
+START_SECONDS = {"pass": 8.0, "trial": 1.0}  # of an encoder pass, of a trial that trains alone; on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class SampleJob:
-    """What one node is told to time.
+    """The work that one node times.
 
     Attributes:
-        mode: of the study.
-        encoder: of the study.
-        weights: object reference of its state dict as numpy arrays.
+        mode: mode of the study.
+        encoder: encoder of the study.
+        weights: object reference of the encoder's state dict as numpy arrays.
         index: the images.
         num_classes: number of classes.
-        num_train: training images.
+        num_train: number of training images.
         num_heads: heads of a Population.
-        batch_size: of a training step.
+        batch_size: rows per training step.
         num_threads: CPUs of the node.
-        on_gpu: whether it works on a GPU.
+        on_gpu: whether the sample runs on a GPU.
     """
 
     mode: Mode
@@ -69,13 +70,13 @@ class SampleJob:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What a sample took.
+    """Times measured on a sample.
 
     Attributes:
-        decode: seconds an image, on one core.
-        encode: seconds an image, on one device with all cores of its node.
-        train: seconds an image of a training step.
-        head_epoch: seconds of an epoch of one of many heads.
+        decode: seconds per image, on one core.
+        encode: seconds per image, on one device with all cores of its node.
+        train: seconds per image of a training step.
+        head_epoch: seconds per epoch and head of a Population.
     """
 
     decode: float
@@ -85,9 +86,9 @@ class Speeds:
 
 
 def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources) -> list[str]:
-    """Times a sample of the work on one node; returns what each part of the plan will take, and all of it.
+    """Times a sample of the work on one node; returns lines with the estimated time of each study and of all.
 
-    Must be called with Ray up. Loads each encoder. Where no node is free, a line says that there is no estimate.
+    Ray must be running. Loads every encoder. If no node is free, a line says that there is no estimate.
 
     Raises:
         RaysweepError: an encoder cannot be loaded, or no image of the sample can be decoded.
@@ -107,7 +108,7 @@ def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources
             seconds += START_SECONDS["pass"] + pass_seconds
             work = f"pass at {num_images / pass_seconds:,.0f} images/s, then "
         block = experiment.search.block(study.mode)
-        epochs = _middle(block.space["epochs"])
+        epochs = _midpoint(block.space["epochs"])
         if study.mode.trains_together:
             seconds += block.num_trials * epochs * speeds.head_epoch
         else:
@@ -119,9 +120,9 @@ def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources
             seconds += num_images * speeds.decode / present.num_cpus
         if block.time_budget_s:
             seconds = min(seconds, block.time_budget_s)
-        lines.append(f"  {study.name}: {work}{block.num_trials} trials of {epochs:.0f} epochs: {_about(seconds)}")
+        lines.append(f"  {study.name}: {work}{block.num_trials} trials of {epochs:.0f} epochs: {_rounded(seconds)}")
         total += seconds
-    lines.append(f"  all: {_about(total)}; less where trials stop early, or where caches are there already")
+    lines.append(f"  all: {_rounded(total)}; less where trials stop early, or where caches are there already")
     return lines
 
 
@@ -132,38 +133,38 @@ def _pass_seconds_per_image(speeds: Speeds, present: Resources, on_gpu: bool) ->
 
 
 def _is_room(on_gpu: bool) -> bool:
-    """Waits for a while until some node could work on the sample at once."""
+    """Waits at most `SECONDS_TO_WAIT` for a free CPU or GPU; returns whether there is one."""
     import ray
 
-    look = ray.remote(_nothing).options(**_place(on_gpu)).remote()
-    ready, _ = ray.wait([look], timeout=SECONDS_FOR_ROOM)
+    task = ray.remote(_do_nothing).options(**_task_resources(on_gpu)).remote()
+    ready, _ = ray.wait([task], timeout=SECONDS_TO_WAIT)
     if not ready:
-        ray.cancel(look)
+        ray.cancel(task)
     return bool(ready)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def _place(on_gpu: bool) -> dict[str, int]:
-    """What a sample is worked on with."""
+def _task_resources(on_gpu: bool) -> dict[str, int]:
+    """Returns the Ray resources of the task that times the sample."""
     return {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
 
 
-def _about(seconds: float) -> str:
+def _rounded(seconds: float) -> str:
     return f"about {describe_seconds(float(f'{seconds:.1g}') if seconds < 10 else float(f'{seconds:.2g}'))}"
 
 
-def _middle(dimension: Dimension) -> float:
-    """The middle of what is searched."""
+def _midpoint(dimension: Dimension) -> float:
+    """Returns the middle of a search dimension: the mean of its choices, or of its ends."""
     if isinstance(dimension, Choices):
         return float(np.mean([float(choice) for choice in dimension.choices]))
     return float((dimension.low + dimension.high) / 2)
 
 
 def _speeds(study: StudyConfig, experiment: Experiment, index: ImageIndex, present: Resources) -> Speeds:
-    """Has one node time the work of a study."""
+    """Times the work of a study on one node."""
     import ray
 
     from raysweep.encoders.build import build_encoder
@@ -183,12 +184,12 @@ def _speeds(study: StudyConfig, experiment: Experiment, index: ImageIndex, prese
         num_threads=min(present.cpus_by_node),
         on_gpu=on_gpu,
     )
-    speeds: Speeds = ray.get(ray.remote(time_study).options(**_place(on_gpu)).remote(job))
+    speeds: Speeds = ray.get(ray.remote(time_study).options(**_task_resources(on_gpu)).remote(job))
     return speeds
 
 
 def time_study(job: SampleJob) -> Speeds:
-    """Times the work of a study in this process, each part after a first run that does not count.
+    """Times the work of a study in this process. Each part runs once before it is timed.
 
     Raises:
         DataError: no image of the sample can be decoded.
@@ -219,13 +220,13 @@ def time_study(job: SampleJob) -> Speeds:
         return replace(speeds, train=_time_training(encoder, images, job, device) / count)
     precision = "bf16" if device.type == "cuda" else "fp32"
     encoding = _timed(lambda: encode(encoder, images, device, precision))[0] / count
-    if device.type == "cpu":  # in one task with decoding, on all cores
+    if device.type == "cpu":  # one task decodes and encodes, on all cores
         encoding += speeds.decode / job.num_threads
     return replace(speeds, encode=encoding, head_epoch=_time_heads(encoder, job, device) / job.num_heads)
 
 
 def _sample(rows: pa.Table) -> pa.Table:
-    """A few rows from all over the index."""
+    """Returns a few rows, evenly spaced over the index."""
     return rows.take(np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(np.int64)))
 
 
@@ -237,7 +238,7 @@ def _timed(function: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def _time_training(encoder: Encoder, images: np.ndarray, job: SampleJob, device: torch.device) -> float:
-    """Seconds of a forward and a backward pass over some images."""
+    """Returns the seconds of a forward and a backward pass over images, uint8 `(count, height, width, 3)`."""
     import torch
 
     from raysweep.encoders.head import Classifier, Head
@@ -261,7 +262,7 @@ def _time_training(encoder: Encoder, images: np.ndarray, job: SampleJob, device:
 
 
 def _time_heads(encoder: Encoder, job: SampleJob, device: torch.device) -> float:
-    """Seconds of an epoch of a Population on features of random numbers."""
+    """Returns the seconds of an epoch of a Population on random features."""
     import torch
 
     from raysweep.training.population import FeatureSet, train_population

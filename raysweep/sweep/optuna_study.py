@@ -1,7 +1,7 @@
-"""One study as Optuna keeps it: which settings come next, what became of each trial, and which one is the best.
+"""A study in Optuna: its next settings, the result of each trial, and the best trial.
 
-The only importer of optuna. The study in its journal is the truth: every trial told is there, a resumed sweep opens
-it again and goes on, and Tune is started afresh for what is left of the budget.
+The only module that imports optuna. The journal is the only record of a study: every trial that ended is in it. A
+resumed sweep opens it again, and starts a new Tune run for the rest of the budget.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ if TYPE_CHECKING:
 
 SECONDS_TO_CONNECT = 10
 SCHEMA_LOCK = 0x7261797377656570  # "raysweep"
-RUNG = "completed_rung_"  # where Optuna's asha notes, in a trial's system attributes, what it has compared
-STOPPED = "stopped"  # user attribute of a trial that its scheduler wants stopped
-MEDIAN_NEEDS = 4  # trials that ran to their end, before others are compared with them
-RESULT = "record"  # user attribute of a trial that is over: its TrialResult
+RUNG_PREFIX = "completed_rung_"  # prefix of the system attributes in which Optuna's ASHA stores compared values
+STOPPED = "stopped"  # user attribute of a trial that its scheduler stops
+MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
+RESULT = "record"  # user attribute of a trial that has ended: its TrialResult
 
 
 def open_optuna_study(
     store: Path | str, name: str, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking, seed: int
 ) -> OptunaStudy:
-    """Opens or creates a study, and makes it ready to be asked: interrupted trials are to be run again.
+    """Opens or creates a study, and enqueues its interrupted trials again.
 
     Args:
-        store: what `open_store` takes; holds the studies of all invocations.
-        name: of the study; made unique by the signature of all that its results depend on.
+        store: argument of `open_store`; holds the studies of all invocations.
+        name: name of the study; unique, because it holds a signature of everything that the results depend on.
         block: sampler, scheduler and budget.
-        space: from `study_space`.
+        space: search space from `study_space`.
         ranking: how trials are ranked.
-        seed: of the sampler.
+        seed: seed of the sampler.
 
     Raises:
         ConfigError: the store cannot be used.
     """
     import optuna
 
-    if block.sampler == "grid":  # an encoder that lacks a feature source has fewer points than the block
+    if block.sampler == "grid":  # an encoder without some feature source has fewer grid points
         block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -69,7 +69,7 @@ def open_optuna_study(
             load_if_exists=True,
         )
     past = opened.get_trials(deepcopy=False)
-    # A resumed sampler must not draw again what it drew before.
+    # A resumed sampler must not draw the same settings again.
     opened.sampler = _sampler(block.sampler, seed + len(past))
     study = OptunaStudy(opened, block, space, ranking)
     study.enqueue_first(past)
@@ -78,9 +78,9 @@ def open_optuna_study(
 
 
 class OptunaStudy:
-    """An Optuna study with its budget: asks for settings, is told results, survives being killed.
+    """An Optuna study with its budget; nothing is lost when the sweep is killed.
 
-    Made by `open_optuna_study`; its arguments are the same.
+    Made by `open_optuna_study`, which describes the arguments.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class OptunaStudy:
         self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
 
     def enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
-        """Enqueues the recommendations, or the grid, as far as they are not there: the budget may have grown."""
+        """Enqueues the recommended settings, or the grid, without those in `past`: the budget may have grown."""
         failed = {result.number for result in self.results if result.error is not None}
         known = [t.system_attrs.get("fixed_params", t.params) for t in past if t.number not in failed]
         if self.block.sampler == "grid":
@@ -104,21 +104,21 @@ class OptunaStudy:
                 self.study.enqueue_trial(setting)
 
     def continue_interrupted(self) -> None:
-        """Ends trials that an earlier invocation left running, and enqueues each again with what it has reported."""
+        """Ends trials that an earlier invocation left running, and enqueues each again with its reported values."""
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if RESULT in trial.user_attrs:  # it was over, but the sweep ended before Optuna was told
+            if RESULT in trial.user_attrs:  # it had ended, but the sweep was killed before it told Optuna
                 self._tell(trial.number, read_result(trial.user_attrs[RESULT]))
                 continue
             self.study.tell(trial.number, state=TrialState.FAIL)
             self.study.add_trial(self._continuation(trial))
 
     def _continuation(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-        """What `enqueue_trial` would add, and with it what has been reported: no epoch is judged twice."""
+        """Returns a waiting trial as from `enqueue_trial`, plus the reported values: no epoch is compared twice."""
         from optuna.trial import TrialState, create_trial
 
-        rungs = {name: value for name, value in trial.system_attrs.items() if name.startswith(RUNG)}
+        rungs = {name: value for name, value in trial.system_attrs.items() if name.startswith(RUNG_PREFIX)}
         return create_trial(
             state=TrialState.WAITING,
             system_attrs={"fixed_params": trial.params, **rungs},
@@ -130,26 +130,26 @@ class OptunaStudy:
         )
 
     def folder_number(self, number: int) -> int:
-        """The trial in whose folder this one works: itself, or the interrupted one that it continues."""
+        """Returns the number that names a trial's folder: its own, or that of the trial that it continues."""
         trial = self.study.get_trials(deepcopy=False)[number]
         return int(trial.user_attrs.get("continues", number))
 
     @property
     def results(self) -> list[TrialResult]:
-        """Every trial that came to an end, failed ones included, interrupted ones not."""
+        """Results of all trials that ended: failed ones included, interrupted ones not."""
         trials = self.study.get_trials(deepcopy=False)
         return [read_result(trial.user_attrs[RESULT]) for trial in trials if RESULT in trial.user_attrs]
 
     @property
     def num_done(self) -> int:
-        """Trials that came to an end without an error."""
+        """Number of trials that ended without an error."""
         return sum(result.error is None for result in self.results)
 
     @property
     def num_remaining(self) -> int:
-        """Trials left of the budget; those that an error ended are tried again by the next invocation.
+        """Number of trials left in the budget; the next invocation tries failed trials again.
 
-        None are left when the time budget is spent, whatever invocation spent it, unless nothing succeeded so far.
+        0 when all invocations together have spent the time budget, unless no trial has succeeded.
         """
         num_done = self.num_done
         budget = self.block.time_budget_s
@@ -159,7 +159,7 @@ class OptunaStudy:
 
     @property
     def seconds_spent(self) -> float:
-        """Wall time in which trials of this study ran, over all invocations; trials side by side count once."""
+        """Wall time with a running trial of this study, over all invocations; parallel trials count once."""
         trials = self.study.get_trials(deepcopy=False)
         spans = sorted(
             (t.datetime_start, t.datetime_complete) for t in trials if t.datetime_start and t.datetime_complete
@@ -171,29 +171,29 @@ class OptunaStudy:
         return seconds
 
     def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
-        """Draws settings for a Population."""
+        """Draws the settings of a Population."""
         return [self.study.ask(self.distributions) for _ in range(num_trials)]
 
     def should_stop(self, trial: optuna.trial.Trial, history: Sequence[Mapping[str, float]]) -> bool:
         """Reports a trial's last epoch to the scheduler; returns whether it stops the trial.
 
-        What is compared is the best epoch so far, since that is what a trial is ranked by in the end.
+        The reported value is that of the best epoch so far, because the best epoch ranks the trial in the end.
         """
         if self.block.scheduler == "none":
             return False
         step, reported = len(history), self.study.get_trials(deepcopy=False)[trial.number].last_step
-        if reported is not None and step <= reported:  # a trial that goes on passes its earlier epochs on again
+        if reported is not None and step <= reported:  # a continued trial passes its earlier epochs on again
             return step == reported and STOPPED in trial.user_attrs
         trial.report(max(history, key=self.ranking.key)[self.ranking.metric], step)
         stops = step < trial.params["epochs"] and trial.should_prune()
         if stops:
-            trial.set_user_attr(STOPPED, True)  # a sweep that is killed before it can tell so does not train it on
+            trial.set_user_attr(STOPPED, True)  # after a kill, the next sweep does not train it further
         return stops
 
     def stopped_result(
         self, trial: optuna.trial.Trial, study: str, history: Sequence[Mapping[str, float]]
     ) -> TrialResult:
-        """Returns what is known of a trial that was stopped after an epoch."""
+        """Returns the result of a trial that its scheduler stopped, from its epochs so far."""
         best = max(range(len(history)), key=lambda epoch: self.ranking.key(history[epoch]))
         return TrialResult(
             study=study,
@@ -208,7 +208,7 @@ class OptunaStudy:
         )
 
     def tell(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
-        """Records a trial's end; one without a finite value failed, and is never left running."""
+        """Records the end of a trial. A trial without a finite value fails, so that none stays RUNNING."""
         trial.set_user_attr(RESULT, field_values(result))
         self._tell(trial.number, result)
 
@@ -216,20 +216,20 @@ class OptunaStudy:
         from optuna.trial import TrialState
 
         if result.pruned:
-            self.study.tell(number, state=TrialState.PRUNED)  # with the last value reported
+            self.study.tell(number, state=TrialState.PRUNED)  # with the last reported value
         elif self.is_usable(result):
             self.study.tell(number, result.final[self.ranking.metric])
         else:
             self.study.tell(number, state=TrialState.FAIL)
 
     def is_usable(self, result: TrialResult) -> bool:
-        """Whether a trial has a value to be ranked by."""
+        """Whether a trial has a finite value to be ranked by."""
         return result.error is None and self.ranking.is_usable(result.final)
 
     def best(self) -> TrialResult:
-        """Returns the trial with the best value; among equals the one with the lowest validation loss, then the first.
+        """Returns the trial with the best value; the lowest validation loss, then the lowest number break ties.
 
-        Trials that were stopped early are not chosen, since their weights are not kept.
+        Trials that were stopped early are left out, because their weights are deleted.
 
         Raises:
             TrialError: no trial ran to its end without an error.
@@ -237,25 +237,25 @@ class OptunaStudy:
         results = self.results
         usable = [result for result in results if self.is_usable(result) and not result.pruned]
         if not usable:
-            why = "; ".join(sorted({self._why_not(result) for result in results})[:3]) or "none was run"
+            why = "; ".join(sorted({self._reason_unusable(result) for result in results})[:3]) or "none was run"
             raise TrialError(f"{self.study.study_name}: no trial succeeded; {why}")
         return max(usable, key=lambda result: (self.ranking.key(result.final), -result.number))
 
-    def _why_not(self, result: TrialResult) -> str:
+    def _reason_unusable(self, result: TrialResult) -> str:
         if result.pruned:
             return f"{self.block.scheduler} stopped some early"
         return result.error or f"{self.ranking.metric} was not a finite number"
 
 
 def read_result(values: Mapping[str, Any]) -> TrialResult:
-    """Reads a result out of Optuna's journal; that of version 0.1 has no study and keeps the costs under `details`."""
+    """Reads a result from Optuna's journal. In version 0.1 it has no study, and its costs are under `details`."""
     found = {"study": "", **values, **values.get("details", {}), "history": tuple(values["history"])}
     found.pop("details", None)
     return TrialResult(**found)
 
 
 def open_store(store: Path | str) -> optuna.storages.BaseStorage:
-    """Opens what keeps Optuna's studies: a journal, in a file that is made where missing, or a PostgreSQL database.
+    """Opens Optuna's storage: a journal file, which is created if missing, or a PostgreSQL database.
 
     Raises:
         ConfigError: the database cannot be used.
@@ -272,14 +272,14 @@ def open_store(store: Path | str) -> optuna.storages.BaseStorage:
         import psycopg
 
         with psycopg.connect(store, connect_timeout=SECONDS_TO_CONNECT) as connection:
-            # Several sweeps may be the first at once, and Optuna makes its tables without a lock. This one ends with
-            # the connection.
+            # Optuna creates its tables without a lock, and several sweeps may start at once. This lock ends with the
+            # connection.
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            # psycopg 3, and a connection that the server has closed meanwhile is noticed before it is used.
+            # psycopg 3; the pre-ping notices a connection that the server has closed.
             uri = f"postgresql+psycopg://{store.partition('://')[2]}"
-            patience = {"connect_timeout": SECONDS_TO_CONNECT}
-            return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True, "connect_args": patience})
-    except Exception as error:  # whatever the driver raises, from a wrong host to a missing right
+            connect_args = {"connect_timeout": SECONDS_TO_CONNECT}
+            return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True, "connect_args": connect_args})
+    except Exception as error:  # the driver's many types, from a wrong host to a missing privilege
         reason = " ".join(str(error).split())[:300]
         hint = "it needs a database of its own, since MLflow's has a table of the same name"
         raise ConfigError(f"tracking.optuna_uri: '{store}' cannot be used by Optuna ({reason}); {hint}") from error
@@ -295,18 +295,19 @@ def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if kind == "tpe":
-            # The constant liar keeps the settings of one Population, all asked for at once, apart.
+            # The constant liar makes the settings of a Population differ, although all are asked for at once.
             return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        return optuna.samplers.RandomSampler(seed=seed)  # a grid's settings are enqueued, none is drawn
+        return optuna.samplers.RandomSampler(seed=seed)  # all settings of a grid are enqueued, none is drawn
 
 
 def _pruner(scheduler: Scheduler) -> optuna.pruners.BasePruner:
+    """ASHA: Li et al. 2020; median stopping rule: Golovin et al. 2017."""
     import optuna
 
     if scheduler == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     if scheduler == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_NEEDS, n_warmup_steps=1)
+        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=1)
     return optuna.pruners.NopPruner()
 
 

@@ -1,4 +1,4 @@
-"""What a study or a baseline leaves: its row of the leaderboard, its exported model, and its figures in MLflow."""
+"""The outcome of a study or a baseline: its row of the leaderboard, its exported model, its figures in MLflow."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from raysweep.worker.job import BaselineFit, Job, TestResult, TrialResult
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished study or baseline leaves.
+    """The outcome of a finished study or baseline.
 
     Attributes:
-        row: of the leaderboard; its `mlflow_run_id` and `study_seconds` are filled in at the end.
-        validation: metrics of the validation split of what was chosen.
-        test: metrics of the test split of what was chosen.
-        checkpoint: location of its weights; None where it has none.
-        best_trial: number of the trial that was chosen; None for a baseline.
-        num_records: trials that there were; None for a baseline.
-        model_uri: MLflow's URI of the exported model; None where there is none.
+        row: its row of the leaderboard; `mlflow_run_id` and `study_seconds` are filled in at the end.
+        validation: metrics of the chosen classifier on the validation split.
+        test: its metrics on the test split.
+        checkpoint: location of its weights; None if there are none.
+        best_trial: number of the chosen trial; None for a baseline.
+        num_records: number of trials that ended; None for a baseline.
+        model_uri: MLflow's URI of the exported model; None if there is none.
     """
 
     row: Row
@@ -56,12 +56,12 @@ def write_outcome(path: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(path: Path) -> Outcome | None:
-    """Reads what `write_outcome` wrote; None where there is no such file."""
+    """Reads a file from `write_outcome`; returns None if there is no such file."""
     if not path.exists():
         return None
     values = read_json(path)
     test = values["test"]
-    if "values" not in test:  # of version 0.1, which kept the metrics side by side with the rest
+    if "values" not in test:  # version 0.1 stored the metrics one level higher
         test |= {"values": {name: test[name] for name in METRICS}, "correct": values["correct"]}
     return TypeAdapter(Outcome).validate_python(values)
 
@@ -80,14 +80,14 @@ def study_outcome(
     """Exports the model of a study's chosen trial and makes its row.
 
     Args:
-        state: what the studies share.
+        state: state that all studies share.
         config: the study.
-        key: its signature.
-        job: what its trials shared.
-        cache: what they trained on.
-        results: of its trials.
-        best: the chosen one.
-        tested: of the chosen one.
+        key: signature of the study.
+        job: the job of its trials.
+        cache: the features or pixels that they trained on.
+        results: results of its trials.
+        best: result of the chosen trial.
+        tested: test result of the chosen trial.
     """
     assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
     assert tested.metrics is not None
@@ -100,23 +100,9 @@ def study_outcome(
     _export(state, config, classifier, key, best.setting, tested.metrics, {"trial": best.number})
     if config.reads_features and config.encoder.saved_weights_in_checkpoint:
         _add_encoder_weights(checkpoint, classifier)
-    succeeded = [result for result in results if result.error is None]
-    row = _row(state, config, cache, best.setting, best.final, tested)
-    row = replace(
-        row,
-        num_trials=len(succeeded),
-        train_seconds=best.train_seconds + cache.seconds,
-        # Nobody has measured the memory of trials that were stopped early.
-        peak_memory_bytes=max(cache.peak_memory_bytes, *(result.peak_memory_bytes for result in succeeded)),
-        peak_gpu_memory_bytes=max(row.peak_gpu_memory_bytes, *(result.peak_gpu_memory_bytes for result in succeeded)),
-        model_path=location(state.paths.model(config.name)),
-    )
-    if not config.reads_features:
-        num_epochs = sum(len(result.history) for result in succeeded)
-        row = replace(row, encoder_passes=num_epochs, images_per_second=best.images_per_second)
     return Outcome(
-        row=row,
-        validation=_of_validation(best.final),
+        row=_study_row(state, config, cache, results, best, tested),
+        validation=_val_metrics(best.final),
         test=tested.metrics,
         checkpoint=best.checkpoint,
         best_trial=best.number,
@@ -124,10 +110,36 @@ def study_outcome(
     )
 
 
+def _study_row(
+    state: SweepState,
+    config: StudyConfig,
+    cache: Cache,
+    results: Sequence[TrialResult],
+    best: TrialResult,
+    tested: TestResult,
+) -> Row:
+    """Makes the row of a study, with the costs of its cache and its trials."""
+    succeeded = [result for result in results if result.error is None]
+    row = _row(state, config, cache, best.setting, best.final, tested)
+    row = replace(
+        row,
+        num_trials=len(succeeded),
+        train_seconds=best.train_seconds + cache.seconds,
+        # The memory of trials that were stopped early is not measured.
+        peak_memory_bytes=max(cache.peak_memory_bytes, *(result.peak_memory_bytes for result in succeeded)),
+        peak_gpu_memory_bytes=max(row.peak_gpu_memory_bytes, *(result.peak_gpu_memory_bytes for result in succeeded)),
+        model_path=location(state.paths.model(config.name)),
+    )
+    if config.reads_features:
+        return row
+    num_epochs = sum(len(result.history) for result in succeeded)
+    return replace(row, encoder_passes=num_epochs, images_per_second=best.images_per_second)
+
+
 def baseline_outcome(
     state: SweepState, config: RowConfig, *, key: str, cache: Cache, fit: BaselineFit, tested: TestResult
 ) -> Outcome:
-    """Makes the row of a baseline, and exports its model where it is a head on the encoder."""
+    """Makes the row of a baseline, and exports its model if that is a head on the encoder."""
     assert tested.metrics is not None
     if fit.checkpoint is not None:
         classifier = _probe_classifier(state, config, local_path(fit.checkpoint))
@@ -139,7 +151,7 @@ def baseline_outcome(
         peak_memory_bytes=max(cache.peak_memory_bytes, fit.peak_memory_bytes),
         model_path=location(state.paths.model(config.name)) if fit.checkpoint else None,
     )
-    return Outcome(row=row, validation=_of_validation(fit.validation), test=tested.metrics, checkpoint=fit.checkpoint)
+    return Outcome(row=row, validation=_val_metrics(fit.validation), test=tested.metrics, checkpoint=fit.checkpoint)
 
 
 def _row(
@@ -150,7 +162,7 @@ def _row(
     validation: Mapping[str, float],
     tested: TestResult,
 ) -> Row:
-    """Returns what rows have in common, and says the result; costs are those of the cache alone."""
+    """Makes the columns that all rows share, and prints the result; costs are those of the cache alone."""
     test = tested.metrics
     assert test is not None
     accuracy = test.values["accuracy"]
@@ -181,12 +193,12 @@ def _row(
     )
 
 
-def _of_validation(metrics: Mapping[str, float]) -> dict[str, float]:
+def _val_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.startswith("val/")}
 
 
 def _probe_classifier(state: SweepState, config: RowConfig, checkpoint: Path) -> Classifier:
-    """Returns the frozen encoder with a checkpoint's head, that of the first few-shot draw."""
+    """Returns the frozen encoder with the head from a checkpoint: that of the first few-shot draw."""
     (head, *_), source = load_heads(checkpoint)
     return Classifier(state.encoder(config).model, head, source)
 
@@ -200,27 +212,27 @@ def _export(
     test: TestMetrics,
     more: Mapping[str, Any],
 ) -> None:
-    """Writes the study's model folder; the test accuracy beside it is that of the draw that is exported."""
+    """Writes the study's model folder. The test accuracy in it is that of the exported draw."""
     about = {"study": config.name, "key": key, **more, "setting": setting, "test_accuracy": test.accuracies[0]}
     export_model(state.paths.model(config.name), classifier, state.index.classes, about)
 
 
 def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
-    """Puts the frozen encoder's weights beside the head in a probe's checkpoint (`saved_weights_in_checkpoint`)."""
+    """Adds the frozen encoder's weights to a probe's checkpoint (`saved_weights_in_checkpoint`)."""
     tensors, metadata = load_checkpoint(checkpoint)
     weights = {f"encoder.{name}": tensor for name, tensor in classifier.encoder.state_dict().items()}
     save_checkpoint(checkpoint, tensors | weights, metadata)
 
 
 def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | None = None) -> bool:
-    """Whether the exported model is that of this study and trial: a study of that name may have been another."""
+    """Whether the exported model is from this study and trial: another study may have had the same name."""
     description = state.paths.model(config.name) / "model.json"
     about = read_json(description)["about"] if description.exists() else {}
     return about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
 def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str] | None:
-    """Logs a study's figures, confusion matrix, best checkpoint and model to its run; returns the model's URI to be."""
+    """Logs metrics, confusion matrix, best checkpoint and model to a study's run; returns the model's future URI."""
     send, row, test = state.recorder.send, outcome.row, outcome.test
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}

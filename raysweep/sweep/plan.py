@@ -1,4 +1,4 @@
-"""The plan of a sweep, for `--dry-run`: what would run, on which images, with what resources. Starts nothing."""
+"""The plan of a sweep, for `--dry-run`: its studies, images and resources. Does not start Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def cluster_lines(present: Resources) -> list[str]:
-    """What a cluster has, node by node, equal ones together."""
+    """Returns lines with the CPUs and GPUs of a cluster: in total, and by kind of node."""
     kinds = Counter(present.by_node)
     lines = [f"cluster: {present.num_nodes} nodes, {present.num_cpus} CPUs, {present.num_gpus} GPUs"]
     for (num_cpus, num_gpus), count in sorted(kinds.items(), reverse=True):
@@ -25,16 +25,16 @@ def cluster_lines(present: Resources) -> list[str]:
 
 
 def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources, *, may_grow: bool = False) -> list[str]:
-    """The plan of a sweep, for `--dry-run`: images, studies, passes, resources.
+    """Returns lines with the plan of a sweep, for `--dry-run`: images, studies, passes, resources.
 
     Args:
-        experiment: what is planned.
+        experiment: the planned experiment.
         index: its images.
-        present: what there is to run on.
-        may_grow: whether nodes may join that are not there yet.
+        present: resources that are there now.
+        may_grow: whether more nodes may join.
 
     Raises:
-        ResourceError: the plan cannot run on what is present, nor on what may come.
+        ResourceError: the plan cannot run on the present resources, and no nodes may join.
     """
     lacking = ""
     try:

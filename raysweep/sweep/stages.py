@@ -26,7 +26,7 @@ from raysweep.sweep.study_group import StudyGroup
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep leaves behind: the ranked rows, and how much had to be done for them this time."""
+    """The result of a sweep: the ranked rows, and how much work this invocation did."""
 
     rows: Sequence[Row]
     num_new_trials: int
@@ -35,11 +35,11 @@ class SweepResult:
 
 
 def check_studies(state: SweepState) -> None:
-    """Looks at every encoder and search space, so that what is wrong with the last study shows at once.
+    """Checks every encoder and search space, so that an error in the last study shows at once.
 
     Raises:
         EncoderError: weights cannot be loaded.
-        ConfigError: an encoder has none of the feature sources asked for, or Optuna's database cannot be used.
+        ConfigError: an encoder has none of the requested feature sources, or Optuna's database cannot be used.
     """
     experiment = state.experiment
     if experiment.tracking.optuna_uri is not None:
@@ -50,9 +50,12 @@ def check_studies(state: SweepState) -> None:
 
 
 def run_stages(state: SweepState) -> SweepResult:
-    """Makes the caches, works through both stages and concludes.
+    """Makes the caches, runs both stages and writes the leaderboard.
 
-    Studies that read features come first: fine-tuning starts from the best probe's head.
+    Studies that read features come first, because fine-tuning starts from the head of the best probe.
+
+    Raises:
+        TrialError: no study has a result.
     """
     configs = state.experiment.studies()
     caches = find_or_make_caches(state, configs)
@@ -73,7 +76,7 @@ def run_stages(state: SweepState) -> SweepResult:
     for entry in sorted(entries, key=lambda entry: order.get(entry.name, len(order))):
         try:
             outcomes.append(entry.conclude())
-        except TrialError as error:  # what is wrong with one study need not be wrong with the others
+        except TrialError as error:  # the other studies may still have results
             failures.append(str(error))
             state.progress.warn(f"{entry.name} has no result: {error}")
     if not outcomes:
@@ -83,8 +86,8 @@ def run_stages(state: SweepState) -> SweepResult:
 
 
 def start_sweep_run(state: SweepState) -> str:
-    """Starts the sweep's MLflow run, or goes on in the one that there is; returns its id."""
-    # How much is tried, where it runs and where it is kept may change between invocations of one sweep.
+    """Starts the sweep's MLflow run, or reopens the existing run; returns its id."""
+    # Between invocations of one sweep, the budget, the resources and the storage may change.
     settings = state.experiment.model_dump(exclude={"tracking", "resources", "storage"})
     for block in settings["search"].values():
         for name in ("num_trials", "time_budget_s", "population", "baselines"):
@@ -104,7 +107,7 @@ def start_sweep_run(state: SweepState) -> str:
 
 
 def open_groups(state: SweepState, configs: Sequence[StudyConfig], caches: Mapping[str, Cache]) -> list[StudyGroup]:
-    """Opens studies, those that share their features as one group, with the baselines on the same features."""
+    """Opens studies and baselines. Those that read the same features form one group."""
     shared: dict[str, list[StudyConfig]] = {}
     for config in configs:
         shared.setdefault(config.encoder_name if config.reads_features else config.name, []).append(config)
@@ -121,25 +124,25 @@ def open_groups(state: SweepState, configs: Sequence[StudyConfig], caches: Mappi
 
 
 def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
-    """Works through groups side by side, as many as fit."""
+    """Runs as many groups in parallel as the resources allow."""
     from raysweep.sweep.tune_run import run_groups  # imports Ray Tune, which a finished sweep does not need
 
     for group in groups:
-        group.first.encoder.load_ahead()  # for the export of its models, while they are trained
+        group.first.encoder.load_ahead()  # the export of its models needs it; it loads while they train
     resources = state.experiment.resources
     reserved_cpus = max(group.reserved_cpus for group in groups)
     check_resources(resources, state.resources, reserved_cpus)
 
-    told = False
+    warned = False
 
     def num_runs() -> int:
-        nonlocal told
+        nonlocal warned
         present = state.ray.resources_now
-        if num_fitting_workers(resources, present, reserved_cpus) < resources.num_workers and not told:
+        if num_fitting_workers(resources, present, reserved_cpus) < resources.num_workers and not warned:
             state.progress.warn("too few nodes are there by now for a training run; waiting for others to join")
-            told = True
+            warned = True
         fitting = num_concurrent_trials(resources, present, reserved_cpus)
-        # One that waits for room is what makes an autoscaler bring nodes.
+        # An autoscaler adds nodes only while a run waits for resources.
         return fitting + 1 if resources.wait_for_nodes_s and resources.max_concurrent_trials == "auto" else fitting
 
     limit = resources.max_concurrent_studies
@@ -147,10 +150,10 @@ def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
 
 
 def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
-    """Ranks the studies, writes the leaderboard, registers the winner, and ends the sweep's MLflow run.
+    """Ranks the studies, writes the leaderboard, registers the best model, and ends the sweep's MLflow run.
 
-    The leaderboard is ordered by the test split; the model that is registered is the best by validation, so that
-    nothing is chosen on test.
+    The leaderboard is ordered by test accuracy. The registered model is the best on validation, because the test
+    split must not choose.
     """
     experiment, recorder, run_id = state.experiment, state.recorder, state.run_id
     rows = rank_rows(
@@ -159,23 +162,23 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     write_leaderboard(rows, state.paths.leaderboard_json, state.paths.leaderboard_csv)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
         recorder.send(Tracker.log_file, run_id, path)
-    winner = best_by_validation(state, outcomes)
-    if winner is not None:
-        recorder.send(Tracker.log_metrics, run_id, {"test/accuracy": winner.row.test_accuracy})
+    best = best_by_validation(state, outcomes)
+    if best is not None:
+        recorder.send(Tracker.log_metrics, run_id, {"test/accuracy": best.row.test_accuracy})
         if name := experiment.tracking.register_model:
-            assert winner.model_uri is not None
-            version = recorder.call(Tracker.register, winner.model_uri, name)
-            state.progress.say(f"registered {winner.row.study}, the best by validation, as {name} version {version}")
+            assert best.model_uri is not None
+            version = recorder.call(Tracker.register, best.model_uri, name)
+            state.progress.say(f"registered {best.row.study}, the best by validation, as {name} version {version}")
     recorder.send(Tracker.finish, run_id)
     recorder.wait()
     return rows
 
 
 def best_by_validation(state: SweepState, outcomes: Sequence[Outcome]) -> Outcome | None:
-    """Returns the best outcome that has a model, of those with the most training images.
+    """Returns the best outcome that has a model, among those with the most training images; None if there is none.
 
-    Few-shot scores are means over capped validation splits: they compare among themselves only.
+    Few-shot scores are means over capped validation splits, so they compare only with one another.
     """
     most = max((outcome.row.shots for outcome in outcomes), key=lambda n: float("inf") if n == "all" else int(n))
-    exported = [one for one in outcomes if one.model_uri is not None and one.row.shots == most]
+    exported = [outcome for outcome in outcomes if outcome.model_uri is not None and outcome.row.shots == most]
     return max(exported, key=lambda outcome: state.ranking.key(outcome.validation), default=None)

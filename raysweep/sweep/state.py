@@ -1,4 +1,4 @@
-"""What the studies of one sweep share: the images, the encoders, Ray, MLflow, and what has been found so far."""
+"""The state that the studies of one sweep share: images, encoders, Ray, MLflow, and what was found so far."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class SweepState:
     """The state that the studies of one sweep share.
 
     Attributes:
-        experiment: what is asked for.
-        paths: where everything is written.
+        experiment: the validated experiment.
+        paths: paths of all files.
         index: the images.
         recorder: writes to MLflow.
-        progress: what a person sees.
+        progress: writes progress to the terminal.
         ray: starts Ray, or joins a cluster.
-        run_id: the sweep's MLflow run, once it has been started.
-        encoders: by name, as far as they have been asked for.
+        run_id: id of the sweep's MLflow run; empty before its start.
+        encoders: encoders used so far, by name.
         bad_rows: rows that a pass could not decode, by row id.
-        best_heads: checkpoints of the probes that are done, by encoder and shots.
-        gpu_precision: what GPUs compute in, `fp32` or `bf16`, once it is known.
+        best_heads: checkpoints of finished probes, by encoder and shots.
+        gpu_precision: precision on GPUs, `fp32` or `bf16`; None before it is known.
         num_new_trials: trials that this invocation has run.
-        num_encoder_passes: passes that this invocation has made.
+        num_encoder_passes: encoder passes that this invocation has made.
     """
 
     experiment: Experiment
@@ -68,13 +68,13 @@ class SweepState:
 
     @cached_property
     def resources(self) -> Resources:
-        """What there is to run on; starts Ray on first use, since a sweep with nothing left to do never needs it."""
+        """Resources to run on. Starts Ray on first use, because a finished sweep does not need it."""
         present = wait_for_nodes(self.experiment.resources, self.ray, self.progress.say)
         self._check_places()
         return present
 
     def _check_places(self) -> None:
-        """Refuses a storage or a source that some node cannot see."""
+        """Raises an error if some node cannot see the storage or the source."""
         mark = self.paths.caches / f".seen-{uuid.uuid4().hex}"
         places = {f"storage: '{self.experiment.storage}'": location(mark)}
         first = self.index.table.slice(0, 1).to_pylist()[0]
@@ -88,21 +88,21 @@ class SweepState:
 
     @property
     def present(self) -> Resources:
-        """What there is to run on; found without starting Ray where that is this machine."""
+        """Resources to run on. Ray is not started for this if the sweep runs on this machine."""
         return self.resources if joins_cluster() else local_resources()
 
     @cached_property
     def rows(self) -> Rows:
-        """Usable rows of each split; to be asked for when every cache is there."""
+        """Usable rows of each split. Read it only after every cache exists, because passes find bad rows."""
         return select_rows(self.index, list(self.bad_rows.values()))
 
     @cached_property
     def index_reference(self) -> IndexReference:
-        """The index in Ray's object store, for training runs that decode images themselves."""
+        """Reference to the index in Ray's object store, for training runs that decode images themselves."""
         return put_index(self.index)
 
     def encoder(self, config: RowConfig) -> LazyEncoder:
-        """Returns the encoder of a study, which is loaded only where nothing is known of it yet."""
+        """Returns the encoder of a study; loads it only if it has no card yet."""
         name = config.encoder_name
         if name not in self.encoders:
             self.encoders[name] = read_card(config.encoder, self.experiment.seed, self.paths.caches)

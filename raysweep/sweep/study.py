@@ -1,4 +1,4 @@
-"""A study: the search for one encoder and mode, trial by trial, from Optuna's first setting to the chosen trial."""
+"""A study: searches the setting for one encoder and mode, from Optuna's first trial to the chosen one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from raysweep.worker.job import EpochReport, Job, TestResult, TrialResult, Trial
 if TYPE_CHECKING:
     import optuna
 
-# Keys of `train` that change how something is computed, and not what.
-HOW_NOT_WHAT = ("micro_batch_size", "gradient_checkpointing", "compile")
+# Keys of `train` that change how results are computed, but not the results.
+KEYS_WITHOUT_EFFECT_ON_RESULTS = ("micro_batch_size", "gradient_checkpointing", "compile")
 
 
 def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
-    """Opens a study with what earlier invocations found, and starts or finds its MLflow run.
+    """Opens a study with the trials of earlier invocations, and starts or reopens its MLflow run.
 
     Raises:
-        ConfigError: the encoder has none of the feature sources asked for, or Optuna's database cannot be used.
+        ConfigError: the encoder has none of the requested feature sources, or Optuna's database cannot be used.
     """
     experiment = state.experiment
     block = experiment.search.block(config.mode)
     space = study_space(block, list(state.encoder(config).spec.sources), config.encoder_name)
-    head = None  # that fine-tuning starts from (LP-FT): of the best probe of the same encoder and shots
+    head = None  # LP-FT (Kumar et al. 2022) starts from the head of the best probe of the same encoder and shots
     if config.mode.starts_from == "best_probe":
         head = state.best_heads.get((config.encoder_name, config.shots))
     draws = draws_of(state, config)
@@ -51,13 +51,13 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
             {name: dimension.model_dump() for name, dimension in space.items()},
             block.sampler,
             *([] if block.scheduler == "none" else [block.scheduler]),
-            experiment.train.model_dump(exclude=set(HOW_NOT_WHAT)),
+            experiment.train.model_dump(exclude=set(KEYS_WITHOUT_EFFECT_ON_RESULTS)),
             weights_signature(load_heads(head)[0][0]) if head else None,
         ]
     )
     run_id = start_run(state, config, key, draws)
     name, database = f"{config.name}-{key}", experiment.tracking.optuna_uri
-    if database:  # which sweeps share, unlike their trials' weights
+    if database:  # sweeps share the database, but not the weights of their trials
         name = f"{experiment.name}-{signature(location(state.paths.root))}-{name}"
     store = database or state.paths.optuna_journal
     found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed)
@@ -70,14 +70,14 @@ class Study(Entry):
     """A study whose setting is searched with Optuna. Made by `open_study`.
 
     Args:
-        state: what the studies share.
+        state: state that all studies share.
         config: encoder, mode and shots.
-        cache: of what it trains on.
-        key: signature of all that its results depend on.
-        draws: its few-shot draws.
-        run_id: its MLflow run.
-        optuna_study: its trials, as Optuna keeps them.
-        head: checkpoint of the probe that fine-tuning starts from.
+        cache: the features or pixels that it trains on.
+        key: signature of everything that its results depend on.
+        draws: its few-shot draws; None if it trains on all rows.
+        run_id: id of its MLflow run.
+        optuna_study: its trials in Optuna.
+        head: checkpoint of the probe that fine-tuning starts from; None for a new head.
     """
 
     def __init__(
@@ -96,37 +96,37 @@ class Study(Entry):
         self.num_left = optuna_study.num_remaining
         self.num_done, self.total = optuna_study.num_done, optuna_study.block.num_trials
         self.waiting: dict[int, optuna.trial.Trial] = {}
-        self.histories: dict[int, list[Mapping[str, float]]] = {}  # of trials that still run, as far as they are logged
+        self.histories: dict[int, list[Mapping[str, float]]] = {}  # logged epochs of trials that still run
         self.stopped: set[int] = set()
         self.errors: set[str] = set()
         self._stage: Stage | None = None
-        self._asked: float | None = None
+        self._started: float | None = None
 
     def log_earlier_trials(self) -> None:
-        """Logs trials of earlier invocations that are not in MLflow whole."""
-        trials = [self._logged(result) for result in self.optuna_study.results]
+        """Logs trials of earlier invocations that are not completely in MLflow."""
+        trials = [self._to_logged_trial(result) for result in self.optuna_study.results]
         self.state.recorder.send(Tracker.catch_up, self.run_id, trials)
 
     @cached_property
     def is_settled(self) -> bool:
-        """As `Entry.is_settled`."""
+        """See `Entry.is_settled`."""
         earlier = self.earlier_outcome()
         if self.num_left or earlier is None or earlier.num_records != len(self.optuna_study.results):
             return False
         return is_exported(self.state, self.config, self.key, self.optuna_study.best().number)
 
     def ask(self) -> list[TrialSpec]:
-        """Draws the settings of the next Population; none when the budget or the time for them is spent."""
+        """Draws the settings of the next Population; none if the budget of trials or time is spent."""
         budget = self.optuna_study.block.time_budget_s
-        if self._asked is None:
-            self._asked = time.monotonic() - self.optuna_study.seconds_spent
-        # The first Population always runs: a study without a trial has no answer.
-        elif budget is not None and time.monotonic() - self._asked > budget:
+        if self._started is None:
+            self._started = time.monotonic() - self.optuna_study.seconds_spent
+        # The first Population always runs: a study without a trial has no result.
+        elif budget is not None and time.monotonic() - self._started > budget:
             self.num_left = 0
         trials = self.optuna_study.ask(min(population_size(self.optuna_study.block), self.num_left))
         self.num_left -= len(trials)
         self.waiting |= {trial.number: trial for trial in trials}
-        if not self.config.mode.trains_together:  # it leaves checkpoints under its number before it is told
+        if not self.config.mode.trains_together:  # a trial writes checkpoints under its number before `tell`
             self._publish_journal()
         return [
             TrialSpec(
@@ -144,10 +144,10 @@ class Study(Entry):
             publish(self.state.paths.optuna_journal)
 
     def on_epoch(self, report: EpochReport) -> bool:
-        """Logs an epoch of a trial that is still running; returns whether the trial is to be stopped."""
+        """Logs an epoch of a trial that is still running; returns whether to stop the trial."""
         number, metrics = report.number, report.metrics
         trial, history = self.waiting[number], self.histories.setdefault(number, [])
-        if report.epoch < len(history):  # the trial began again from its last epoch, with less memory
+        if report.epoch < len(history):  # the trial started again from its last epoch, with smaller micro-batches
             return False
         history.append(metrics)
         key, name = f"{self.key}/{number}", f"{self.name}-{number}"
@@ -160,7 +160,7 @@ class Study(Entry):
         return number in self.stopped
 
     def ask_to_stop(self, number: int) -> None:
-        """Writes the file that the worker processes of a trial look for, since Tune cannot reach them."""
+        """Writes the file that the worker processes of a trial look for, because Tune cannot stop them."""
         write_atomically(self._stop_file(number), "")
 
     def _stop_file(self, number: int) -> Path:
@@ -174,30 +174,30 @@ class Study(Entry):
         elif result is None:
             result = TrialResult(self.name, number, dict(trial.params), error=reason)
         self.optuna_study.tell(trial, result)
-        # A Population's trials are told together; the others one by one, each the work of minutes.
+        # Publish once per Population; a trial that trains alone takes minutes, so publish after each.
         if not self.config.mode.trains_together or not self.waiting:
             self._publish_journal()
-        self._tidy(result)
-        self.state.recorder.send(Tracker.log_trial, self.run_id, *self._logged(result, len(history)))
+        self._remove_unneeded_files(result)
+        self.state.recorder.send(Tracker.log_trial, self.run_id, *self._to_logged_trial(result, len(history)))
         self.num_done += 1
         self.state.num_new_trials += 1
-        self._say_how_it_ended(result)
+        self._show_end(result)
 
-    def _tidy(self, result: TrialResult) -> None:
-        """Removes what a trial that is over needs no more."""
+    def _remove_unneeded_files(self, result: TrialResult) -> None:
+        """Removes files that are not needed after the end of a trial."""
         if result.number in self.stopped:
             remove(self._stop_file(result.number))
         if result.checkpoint:  # the optimiser's state takes twice the model's size
             remove(local_path(result.checkpoint).with_name("last.safetensors"))
         if result.pruned:
-            self._discard(result.number)
+            self._delete_folders(result.number)
 
-    def _discard(self, number: int) -> None:
-        """Deletes what a stopped trial wrote: its weights are not kept."""
-        for writer in {number, self.optuna_study.folder_number(number)}:
-            remove(self.folder / "trials" / str(writer))
+    def _delete_folders(self, number: int) -> None:
+        """Deletes the files of a stopped trial, because its weights are not needed."""
+        for folder_number in {number, self.optuna_study.folder_number(number)}:
+            remove(self.folder / "trials" / str(folder_number))
 
-    def _say_how_it_ended(self, result: TrialResult) -> None:
+    def _show_end(self, result: TrialResult) -> None:
         if result.error and result.error not in self.errors:
             self.errors.add(result.error)
             self.state.progress.warn(f"{self.name}: trial {result.number} failed: {result.error}")
@@ -208,9 +208,9 @@ class Study(Entry):
         if not self.waiting:
             self._show(self._best_so_far())
 
-    def _logged(self, result: TrialResult, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
+    def _to_logged_trial(self, result: TrialResult, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
         history = list(result.history[num_logged:])
-        if self.config.mode.trains_together:  # hundreds of trials, whose epochs take no time of their own
+        if self.config.mode.trains_together:  # the time of an epoch is shared by hundreds of trials
             history = [{k: v for k, v in epoch.items() if not k.startswith("time/")} for epoch in history]
         trial = LoggedTrial(result.setting, history, result.final, self._status(result), result.error, num_logged)
         return f"{self.key}/{result.number}", f"{self.name}-{result.number}", trial
@@ -231,17 +231,17 @@ class Study(Entry):
             value = self.optuna_study.best().final[metric]
         except TrialError:
             return "no trial has succeeded yet"
-        return ", ".join(filter(None, [f"best {metric} {value:.3f}", self._how_many_stopped()]))
+        return ", ".join(filter(None, [f"best {metric} {value:.3f}", self._describe_stopped()]))
 
-    def _how_many_stopped(self) -> str:
+    def _describe_stopped(self) -> str:
         num_stopped = sum(result.pruned for result in self.optuna_study.results)
         return f"{num_stopped} of {self.num_done} trials stopped early" if num_stopped else ""
 
     def choose(self) -> str | None:
-        """Returns the checkpoint of the best trial; None when every trial failed, which ends the study."""
+        """Ends the search; returns the checkpoint of the best trial, or None if no trial succeeded."""
         if self._stage is not None:
             self._stage.finish()
-            if stopped := self._how_many_stopped():
+            if stopped := self._describe_stopped():
                 self.state.progress.say(f"{self.name}: {stopped} ({self.optuna_study.block.scheduler})")
         try:
             best = self.optuna_study.best()
@@ -254,7 +254,7 @@ class Study(Entry):
         return best.checkpoint
 
     def settle(self, tested: TestResult, job: Job) -> None:
-        """As `Entry.settle`; removes what the trials left, but for the best one's checkpoint."""
+        """See `Entry.settle`. Removes all checkpoints but the best one."""
         results, best = self.optuna_study.results, self.optuna_study.best()
         self.finish(
             study_outcome(
@@ -271,11 +271,11 @@ class Study(Entry):
         for result in results:  # eight fine-tunes of a large encoder would keep 10 GB
             if result.checkpoint and result.checkpoint != best.checkpoint:
                 remove(local_path(result.checkpoint))
-            if result.pruned:  # a worker on its way out may have written once more
-                self._discard(result.number)
+            if result.pruned:  # a worker may have written again while it stopped
+                self._delete_folders(result.number)
 
     def conclude(self) -> Outcome:
-        """As `Entry.conclude`."""
+        """See `Entry.conclude`."""
         if self.outcome is None and self.failure is None:
             self.state.progress.say(f"{self.name}: all {self.num_done} trials are there, nothing left to do")
         return super().conclude()

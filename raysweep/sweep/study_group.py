@@ -1,7 +1,7 @@
-"""Studies that share one job, and the pieces of work into which they are cut for Ray Tune.
+"""Studies that share one job, split into pieces of work for Ray Tune.
 
-The probes of one encoder are one group, over every number of shots: they read the same features, so that one Population
-holds the next settings of each. A study that trains on pixels is a group of its own.
+The probes of one encoder, with every number of shots, form one group: they read the same features, so one Population
+holds the next settings of each. A study that trains on pixels forms a group alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from raysweep.worker.tune_trial import rows_to_begin_with
 
 
 class StudyGroup:
-    """Hands out Populations until the budget of its studies is spent, then the test of what they chose.
+    """Returns Populations until the budget of its studies is spent, then the test of the chosen classifiers.
 
     Args:
-        state: what the studies share.
-        studies: of one encoder and mode.
-        baselines: on the same features.
+        state: state that all studies share.
+        studies: studies of one encoder and mode.
+        baselines: baselines on the same features.
     """
 
     def __init__(self, state: SweepState, studies: Sequence[Study], baselines: Sequence[BaselineEntry] = ()) -> None:
@@ -39,7 +39,7 @@ class StudyGroup:
         self.first = self.studies[0]
         self.name, self.mode = self.first.name, self.first.config.mode
         self.num_running, self.is_tested = 0, False
-        self.micro_batch_size: int | None = None  # the largest that fits, once memory has run out
+        self.micro_batch_size: int | None = None  # the largest that fits; None before memory runs out
         self._job: Job | None = None
 
     @property
@@ -49,23 +49,23 @@ class StudyGroup:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything is left to do, as far as that is known before it is begun."""
+        """Whether a study or baseline has work left."""
         return not all(entry.is_settled for entry in self.entries)
 
     @property
     def reserved_cpus(self) -> int:
-        """CPUs that must stay free beside the training runs."""
+        """CPUs that training runs must leave free."""
         return DECODING_CPUS if self.first.cache.streamed else 0
 
     @property
     def job(self) -> Job:
-        """What all its work shares, from `build_job`."""
+        """The job that all its work shares, from `build_job`."""
         assert self._job is not None, "build_job comes first"
         return self._job
 
     def next_work(self) -> Work | None:
-        """Returns the next piece of work; None while the rest depends on what is running, or when there is none."""
-        # Populations run one by one, each learning from those before it.
+        """Returns the next piece of work; None while the rest depends on running work, or if none is left."""
+        # Populations run one after another, because the sampler learns from each.
         if self.is_tested or (self.num_running and self.mode.trains_together):
             return None
         trials = [trial for study in self.studies if study.num_left for trial in study.ask()]
@@ -82,23 +82,23 @@ class StudyGroup:
         return TestWork(self.name, time.time(), chosen, baselines)
 
     def choose(self) -> dict[str, str]:
-        """Ends the searches; returns the checkpoints that are still to be tested, by study."""
+        """Ends the searches; returns the checkpoints that still need a test, by study."""
         self.is_tested = True
         checkpoints = {study: study.choose() for study in self.studies}
         return {study.name: path for study, path in checkpoints.items() if path and not study.is_settled}
 
     def on_epoch(self, report: EpochReport) -> bool:
-        """Passes an epoch of a single trial on; returns whether the trial is to be stopped."""
+        """Passes an epoch of a single trial to its study; returns whether to stop the trial."""
         self._note_micro_batch_size(report.metrics.get("train/micro_batch_size"))
         stops = self.first.on_epoch(report)
         if stops and self.job.resources.num_workers > 1:
-            # Tune would end its own process, and Train's placement group would never be removed (docs/decisions/0013).
+            # Tune would end only its own process, and Train's placement group would stay (docs/decisions/0013).
             self.first.ask_to_stop(report.number)
             return False
         return stops
 
     def _note_micro_batch_size(self, size: float | None) -> None:
-        """Lets later trials begin with what has fitted, where memory has run out."""
+        """Makes later trials start with the size that fits, after memory ran out."""
         if size is not None and size < (before := self.micro_batch_size or rows_to_begin_with(self.job)):
             self.micro_batch_size = int(size)
             batch_size = self.job.loop.batch_size
@@ -108,7 +108,7 @@ class StudyGroup:
             )
 
     def take(self, work: Work, report: WorkReport) -> None:
-        """Takes what came of a piece of work from `next_work`."""
+        """Records the report of a piece of work from `next_work`."""
         self.num_running -= 1
         entries = {entry.name: entry for entry in self.entries}
         for name in work.studies:
@@ -131,10 +131,10 @@ class StudyGroup:
             studies[trial.study].tell(trial.number, result, report.error or "no result came back")
 
     def build_job(self, num_side_by_side: int) -> Job:
-        """Builds what all work of the group shares.
+        """Builds the job that all work of the group shares.
 
         Args:
-            num_side_by_side: groups that may run at the same time.
+            num_side_by_side: number of groups that may run at the same time.
         """
         state, first = self.state, self.first
         experiment, spec = state.experiment, first.encoder.spec
@@ -160,7 +160,7 @@ class StudyGroup:
         return self._job
 
     def _num_threads(self, num_side_by_side: int) -> int:
-        """CPU threads of a worker, beside the workers that may run at the same time."""
+        """Returns the CPU threads of a worker, given the number of workers that may run at the same time."""
         resources, present = self.state.experiment.resources, self.state.resources
         num_concurrent = min(
             num_concurrent_trials(resources, present, self.reserved_cpus),
@@ -170,7 +170,7 @@ class StudyGroup:
         return max(1, num_cpus // max(len(present.cpus_by_node), num_concurrent * resources.num_workers))
 
     def _checkpoints_gradients(self) -> bool:
-        """Whether to do what `train.gradient_checkpointing` says; warns where the encoder cannot."""
+        """Whether to use gradient checkpointing; warns if the experiment asks for it and the encoder cannot."""
         if self.mode.trains != "all" or not self.state.experiment.train.gradient_checkpointing:
             return False
         if not self.first.encoder.model.supports_gradient_checkpointing:
@@ -179,7 +179,7 @@ class StudyGroup:
         return True
 
     def _rows(self) -> Rows:
-        """Probes read all rows, and take their draws as places in them; the others read just their own."""
+        """Returns the rows to read: probes read all rows, and use draws as positions; others read only their draw."""
         rows, draws = self.state.rows, self.first.draws
         if self.mode.reads == "features" or draws is None:
             return rows
@@ -192,7 +192,7 @@ class StudyGroup:
 
 
 def loop_options(experiment: Experiment, ranking: Ranking, precision: str) -> LoopOptions:
-    """Returns the options of the training loop that an experiment asks for."""
+    """Returns an experiment's options of the training loop."""
     train = experiment.train
     return LoopOptions(
         batch_size=train.batch_size,

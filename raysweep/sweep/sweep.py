@@ -1,4 +1,4 @@
-"""One sweep, from the experiment to the leaderboard: the order of things, and what is started early."""
+"""One sweep, from the experiment to the leaderboard: the order of the steps, and what starts early."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
-    """Runs every study of an experiment, or what is left of them, and writes the leaderboard.
+    """Runs the studies of an experiment, without the work that is already done, and writes the leaderboard.
 
     Raises:
         RaysweepError: the experiment, data, weights, resources or store cannot be used; the message says which.
@@ -42,7 +42,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         stack.enter_context(only_sweep_in(paths.root))
         stack.enter_context(ended_by_sigterm())
         paths.fetch()
-        # Both start while torch is imported and the images are read: Ray where it is sure to be needed, MLflow always.
+        # Both start while torch is imported and the images are read: MLflow always, Ray only if it is surely needed.
         ray = RaySession(verbose, lambda present: describe_resources(present, progress))
         stack.callback(ray.close)
         if not paths.optuna_journal.exists() and has_source(experiment):
@@ -64,12 +64,12 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         write_quarantine(paths.quarantine, index.bad_rows)
         state = SweepState(experiment, paths, index, recorder, progress, ray)
         check_studies(state)
-        recorder.wait()  # a store that cannot be used shows before hours of work
+        recorder.wait()  # an unusable store raises here, before hours of work
         return run_stages(state)
 
 
 def check_outlives_job(experiment: Experiment) -> None:
-    """Refuses, in a submitted job, results in its working directory, which Ray removes when the job has ended.
+    """In a submitted job, checks that results lie outside its working directory, which Ray removes at the end.
 
     Raises:
         ConfigError: the storage or the MLflow store is relative.
@@ -92,13 +92,13 @@ def check_outlives_job(experiment: Experiment) -> None:
 
 
 def has_source(experiment: Experiment) -> bool:
-    """Whether the images may be there; a misspelt folder is to be told before anything is started for it."""
+    """Whether the images may exist: a misspelt folder must raise before anything is started."""
     source = experiment.data.source
     return "://" in source or Path(source).expanduser().exists()
 
 
 def warm_up_pass() -> None:
-    """Has Ray import what an encoder pass needs."""
+    """Imports in Ray's workers what an encoder pass needs."""
     from raysweep.images.passes import warm_up
 
     warm_up()
@@ -106,10 +106,10 @@ def warm_up_pass() -> None:
 
 @contextmanager
 def only_sweep_in(root: Path) -> Iterator[None]:
-    """Holds a lock on the sweep's folder: each of two sweeps at once would take the other's trials for lost.
+    """Holds a lock on the sweep's folder: of two sweeps, each would treat the other's trials as interrupted.
 
     Raises:
-        ConfigError: another sweep holds it.
+        ConfigError: another sweep holds the lock.
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock", blocking=False)
@@ -125,7 +125,7 @@ def only_sweep_in(root: Path) -> Iterator[None]:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the sweep as an exception does: there are runs to close."""
+    """Makes SIGTERM raise SystemExit, so that the sweep closes its MLflow runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -137,13 +137,13 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def describe_resources(present: Resources, progress: Progress) -> None:
-    """Says what there is to run on."""
+    """Prints the resources to run on."""
     nodes = f" on {present.num_nodes} nodes" if present.num_nodes > 1 else ""
     progress.say(f"Ray is up: {present.num_cpus} CPUs, {present.num_gpus} GPUs{nodes}")
 
 
 def describe_index(index: ImageIndex, progress: Progress) -> None:
-    """Says what was found: images by split, classes, bad rows, and what to be wary of."""
+    """Prints the images by split, the classes, warnings, and the number of bad rows."""
     counts = {split: sum(by_class.values()) for split, by_class in index.counts().items()}
     derived = f" ({' and '.join(index.derived_splits)} taken from train)" if index.derived_splits else ""
     splits = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)

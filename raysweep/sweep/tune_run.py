@@ -1,8 +1,7 @@
-"""One Tune run works through many studies: a search algorithm whose every suggestion is a piece of a group's work.
+"""Runs many studies in one Tune run, with a search algorithm that suggests pieces of work of study groups.
 
-Ray's own OptunaSearch asks for one setting a suggestion and leaves a trial without a finite value running, hence this
-one (docs/decisions/0003); and one Tune run for many studies starts once, and runs them side by side
-(docs/decisions/0008).
+Ray's own OptunaSearch suggests one setting at a time, and leaves a trial without a finite value RUNNING
+(docs/decisions/0003). One Tune run for many studies starts only once and runs them in parallel (docs/decisions/0008).
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
 SECONDS_TO_STOP = 600
-LOST_NODES = 3  # under one piece of work, before its trials count as failed
+MAX_LOST_NODES = 3  # that one piece of work survives before its trials fail
 
 
 class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
-    """Suggests the next piece of work of the first group that has one, and passes on what came of it.
+    """Suggests the next piece of work of the first group that has one, and passes its report to the group.
 
     Args:
-        groups: in the order in which they are begun.
-        num_groups: groups at a time.
-        num_runs: tells how many pieces of work at a time, by now.
+        groups: study groups, in the order in which they start.
+        num_groups: largest number of groups at a time.
+        num_runs: returns the largest number of pieces of work at a time, which may change.
     """
 
     def __init__(self, groups: Sequence[StudyGroup], num_groups: int, num_runs: Callable[[], int]) -> None:
@@ -46,11 +45,11 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         self.failure: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its search algorithm to restore it one day; the study's journal does that job here.
+        # Tune pickles its search algorithm to restore it later; here Optuna's journal does that.
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns a piece of work, None when all that is left waits for what is running, or that there is none."""
+        """Returns a piece of work, None if the rest depends on running work, or `FINISHED`."""
         if self.failure is not None:
             return Searcher.FINISHED
         try:
@@ -70,11 +69,11 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         return None if self.running else Searcher.FINISHED
 
     def should_stop(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Passes an epoch of a single trial on; returns whether the trial is to be stopped."""
+        """Passes an epoch of a single trial to its group; returns whether to stop the trial."""
         report = from_tune(EpochReport, result)
         if report is None:
             return False
-        return bool(self._keeping_error(self.running[trial_id][0].on_epoch, report))
+        return bool(self._call_keeping_error(self.running[trial_id][0].on_epoch, report))
 
     def on_trial_complete(
         self,
@@ -82,18 +81,18 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         result: dict[str, Any] | None = None,
         error: bool = False,  # noqa: ARG002
     ) -> None:
-        """Tells a group what came of a piece of its work; of a trial that was stopped nothing comes."""
+        """Passes the report of a piece of work to its group. A stopped trial has no report."""
         report = from_tune(WorkReport, result) or WorkReport(error="the worker process died")
         if trial_id in self.running:
             group, work = self.running.pop(trial_id)
-            self._keeping_error(group.take, work, report)
+            self._call_keeping_error(group.take, work, report)
 
-    def _keeping_error(
+    def _call_keeping_error(
         self, listener: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs
     ) -> Answer | None:
-        """Keeps an error for `run_groups`: Tune would wrap it in its own.
+        """Calls a function, and keeps its error for `run_groups`, because Tune would wrap it in its own error.
 
-        What is still running then is listened to all the same: its results reach the journal before anything can fail.
+        Later results are still passed on: they reach the journal before anything can fail.
         """
         try:
             return listener(*arguments, **options)
@@ -109,10 +108,10 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
 
 
 class EpochScheduler(FIFOScheduler):  # type: ignore[misc]  # mypy is told not to look into ray
-    """Stops what its study wants stopped (docs/decisions/0013).
+    """Stops trials that their study stops (docs/decisions/0013).
 
-    It is here that epochs are listened to, because Tune asks its scheduler first, and then hides from its search
-    algorithm the result after which a trial is stopped.
+    Epochs are handled here and not in the search algorithm: Tune calls its scheduler first, and does not pass the
+    result that stops a trial to the search algorithm.
     """
 
     def __init__(self, searcher: GroupSearcher) -> None:
@@ -120,15 +119,15 @@ class EpochScheduler(FIFOScheduler):  # type: ignore[misc]  # mypy is told not t
         self.searcher = searcher
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
-        """Returns Tune's word for going on or for stopping."""
+        """Returns Tune's decision, `CONTINUE` or `STOP`."""
         stops = self.searcher.should_stop(trial.trial_id, result)
         return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
 
 def _with_time_to_stop(trainable: Trainable) -> Trainable:
-    """Gives a stopped trial time to leave its process before the next one gets it.
+    """Gives a stopped trial time to end before the next trial uses its process.
 
-    Tune waits for two seconds, and then loses the next trial without telling its search algorithm.
+    By default Tune waits two seconds, and then loses the next trial without a call of its search algorithm.
     """
 
     def run(config: Mapping[str, Work], jobs: Mapping[str, Job]) -> None:
@@ -141,13 +140,13 @@ def _with_time_to_stop(trainable: Trainable) -> Trainable:
 def run_groups(
     groups: Sequence[StudyGroup], tune_folder: Path, *, num_groups: int, num_runs: Callable[[], int]
 ) -> None:
-    """Works through all that is left of some groups with Ray Tune.
+    """Runs all remaining work of study groups in one Tune run.
 
     Args:
-        groups: in the order in which they are begun.
-        tune_folder: where Tune may write.
-        num_groups: groups at a time.
-        num_runs: tells how many pieces of work at a time, by now.
+        groups: study groups, in the order in which they start.
+        tune_folder: folder for Tune's files; removed at the end.
+        num_groups: largest number of groups at a time.
+        num_runs: returns the largest number of pieces of work at a time, which may change.
     """
     let_tune_use_started_workers()
     num_side_by_side = min(num_groups, len(groups), num_runs())
@@ -163,14 +162,14 @@ def run_groups(
             scheduler=EpochScheduler(searcher),
             num_samples=-1,
             reuse_actors=all(job.resources.num_workers == 1 for job in jobs.values()),
-            # Without it Tune writes the whole population into a folder's name.
+            # By default Tune writes the whole Population into the folder's name.
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name=groups[0].mode.name,
             storage_path=str(tune_folder),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=LOST_NODES if joins_cluster() else 0),
+            failure_config=tune.FailureConfig(max_failures=MAX_LOST_NODES if joins_cluster() else 0),
         ),
     )
     try:
@@ -180,4 +179,4 @@ def run_groups(
             raise
     if searcher.failure is not None:
         raise searcher.failure
-    shutil.rmtree(tune_folder, ignore_errors=True)  # what matters is in the journal and the studies' folders
+    shutil.rmtree(tune_folder, ignore_errors=True)  # all results are in the journal and the studies' folders

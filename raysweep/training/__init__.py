@@ -1,1 +1,1 @@
-"""Training loops and what they need: torch only, no Ray, so that they run by themselves on any machine."""
+"""Training loops and their parts: torch only, no Ray, so that they run on any machine."""

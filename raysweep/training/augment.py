@@ -1,4 +1,4 @@
-"""Random resized crops, flips, mixup and CutMix of whole batches on the device that trains."""
+"""Random resized crops, flips, mixup and CutMix of whole batches, on the training device."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.nn import functional as F
 
 from raysweep.training.distributed import seeded_generator
 
-NUM_DRAWS = 5  # area, aspect ratio, horizontal place, vertical place, flip
-MAX_ASPECT_RATIO = 4 / 3  # and its inverse at the other end
+NUM_DRAWS = 5  # area, aspect ratio, horizontal position, vertical position, flip
+MAX_ASPECT_RATIO = 4 / 3  # the smallest is its inverse
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to training images.
+    """The augmentation of training images.
 
     Attributes:
         min_crop_scale: smallest share of the image's area that a crop takes.
         horizontal_flip: whether half of the images are mirrored.
         mixup: alpha of mixup (Zhang et al. 2018), 0 for none.
-        cutmix: alpha of CutMix (Yun et al. 2019), 0 for none; where both are on, each row gets one or the other.
-        mixing_share: of the rows that are mixed.
+        cutmix: alpha of CutMix (Yun et al. 2019), 0 for none; with both, each row gets one of them.
+        mixing_share: share of the rows that are mixed.
     """
 
     min_crop_scale: float
@@ -40,60 +40,60 @@ class Augmentation:
         return self.mixing_share > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def scaled(self, strength: float) -> Augmentation:
-        """Returns what lies between nothing, for 0, and itself, for 1; a flip is a symmetry and has no degree."""
+        """Returns a weaker augmentation: none for strength 0, itself for 1. The flip does not change."""
         return replace(
             self, min_crop_scale=1 - strength * (1 - self.min_crop_scale), mixing_share=strength * self.mixing_share
         )
 
 
 def mixing_draws(num_rows: int, augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
-    """Returns `(num_rows, 4)`: share of a row's own image, whether the other is put in as a box, and its centre (y, x).
+    """Returns float32 `(num_rows, 4)`: share of the row's own image, 1 for CutMix or 0 for mixup, box centre (y, x).
 
-    Drawn by row, as are `augmentation_draws`; every row is mixed with another of its global batch.
+    Drawn per row, as `augmentation_draws`. Every row is mixed with another row of its global batch.
     """
     generator = np.random.default_rng([seed, epoch])
     is_on = [augmentation.mixup > 0, augmentation.cutmix > 0]
-    boxed = generator.random(num_rows) < is_on[1] / sum(is_on)
-    alphas = np.where(boxed, augmentation.cutmix, augmentation.mixup)
+    is_cutmix = generator.random(num_rows) < is_on[1] / sum(is_on)
+    alphas = np.where(is_cutmix, augmentation.cutmix, augmentation.mixup)
     shares = np.where(generator.random(num_rows) < augmentation.mixing_share, generator.beta(alphas, alphas), 1.0)
     centres = generator.random((2, num_rows))
-    return torch.from_numpy(np.stack([shares, boxed, *centres], axis=1)).float()
+    return torch.from_numpy(np.stack([shares, is_cutmix, *centres], axis=1)).float()
 
 
 def mixing_masks(draws: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns how much of each pixel is a row's own: `(batch, 1, height, width)`; a mean over it is the label's share.
+    """Returns each pixel's share of the row's own image, `(batch, 1, height, width)`; its mean is the label's share.
 
     Args:
-        draws: `(batch, 4)` from `mixing_draws`.
+        draws: float32 `(batch, 4)` from `mixing_draws`.
         size: height and width.
     """
-    shares, boxed, *centres = (column[:, None, None] for column in draws.unbind(1))
-    reach = (1 - shares).sqrt() / 2  # of a box that reaches out of the image only a part counts
+    shares, is_cutmix, *centres = (column[:, None, None] for column in draws.unbind(1))
+    half_side = (1 - shares).sqrt() / 2  # the part of a box outside the image does not count
     rows, columns = ((torch.arange(side, device=draws.device) + 0.5) / side for side in size)
-    inside = ((rows[:, None] - centres[0]).abs() < reach) & ((columns - centres[1]).abs() < reach)
-    return torch.where(boxed > 0, (~inside).float(), shares)[:, None]
+    inside = ((rows[:, None] - centres[0]).abs() < half_side) & ((columns - centres[1]).abs() < half_side)
+    return torch.where(is_cutmix > 0, (~inside).float(), shares)[:, None]
 
 
 def augmentation_draws(num_rows: int, seed: int, epoch: int) -> Tensor:
-    """Returns uniform numbers `(num_rows, 5)`: what each row's crop and flip in this epoch are made of.
+    """Returns uniform numbers, float32 `(num_rows, 5)`, for the crop and flip of each row in this epoch.
 
-    Drawn by row rather than by batch, so that a row's pixels do not depend on how many workers share the epoch.
+    Drawn per row and not per batch, so that a row's pixels do not depend on the number of workers.
     """
-    # An offset keeps these numbers apart from the permutation drawn from the same seed and epoch.
+    # The offset makes these numbers independent of the permutation, which has the same seed and epoch.
     return torch.rand(num_rows, NUM_DRAWS, generator=seeded_generator(seed + 7_919, epoch))
 
 
 def random_resized_crop(
     pixels: Tensor, draws: Tensor, size: tuple[int, int], min_scale: float, horizontal_flip: bool
 ) -> Tensor:
-    """Crops a random box out of each image, resizes it bilinearly and flips half of them.
+    """Crops a random box out of each image, resizes it bilinearly, and flips half of the images.
 
-    The box is drawn as in Szegedy et al. 2015: a share of the area in [min_scale, 1], then an aspect ratio in
-    [3/4, 4/3] among those with which a box of that area fits into the image.
+    The box is drawn as in Szegedy et al. 2015: first a share of the area in [min_scale, 1], then an aspect ratio in
+    [3/4, 4/3] for which a box of that area fits into the image.
 
     Args:
         pixels: uint8 `(batch, height, width, 3)`.
-        draws: uniform numbers `(batch, 5)` from `augmentation_draws`.
+        draws: uniform numbers, float32 `(batch, 5)`, from `augmentation_draws`.
         size: height and width of the result.
         min_scale: the smallest share of the image's area that a crop may take.
         horizontal_flip: whether half of the images are mirrored.

@@ -1,4 +1,4 @@
-"""What one worker trains on in an epoch: its rows of every global batch, in micro-batches, augmented on its device."""
+"""The batches of one worker in an epoch: its rows of every global batch, in micro-batches, augmented on its device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raysweep.training.distributed import own_rows, seeded_generator
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once.
+    """Rows of one forward pass.
 
     Attributes:
-        rows: int64 `(n,)`.
-        partners: int64 `(n,)`, what each row is mixed with; None without mixing.
-        weight: of their loss: 0 for a row that stands in for a worker that has none, which must still join the others'
-            gradient synchronisation.
+        rows: int64 `(n,)` row numbers.
+        partners: int64 `(n,)`, the row that each row is mixed with; None without mixing.
+        weight: weight of their loss. It is 0 for the placeholder row of a worker without rows, which must still join
+            the gradient synchronisation.
     """
 
     rows: Tensor
@@ -32,13 +32,13 @@ class MicroBatch:
 
     @property
     def reads(self) -> Tensor:
-        """The rows whose pixels are needed: first `rows`, then `partners`."""
+        """The rows whose pixels are read: first `rows`, then `partners`."""
         return self.rows if self.partners is None else torch.cat([self.rows, self.partners])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: the rows of all workers together, and this worker's share of them."""
+    """One step: the number of rows of all workers together, and this worker's micro-batches."""
 
     num_rows: int
     micro_batches: list[MicroBatch]
@@ -47,9 +47,9 @@ class Batch:
 def plan_epoch(
     num_rows: int, batch_size: int, micro_batch_size: int | None, seed: int, epoch: int, *, mixes: bool
 ) -> list[Batch]:
-    """Cuts an epoch's permutation of all rows into batches, and this worker's share of each into micro-batches.
+    """Splits an epoch's permutation of all rows into batches, and this worker's share of each into micro-batches.
 
-    Both differ by one row at the most: a last one of a few rows would spoil the batch-norm statistics.
+    Sizes differ by at most one row, because a small last batch would have bad batch-norm statistics.
     """
     order = torch.randperm(num_rows, generator=seeded_generator(seed, epoch))
     batches = []
@@ -67,15 +67,15 @@ def plan_epoch(
 
 @dataclass(frozen=True)
 class EpochInputs:
-    """Turns pixels of micro-batches into what the model is given.
+    """Makes model inputs from the pixels of micro-batches.
 
     Attributes:
-        preprocessing: the encoder's.
-        labels: int64 `(num_rows,)`, of all training rows; like the draws on the device that trains.
-        num_classes: how many labels there may be.
-        augmentation: None for centre crops.
-        crops: from `augmentation_draws`.
-        mixing: from `mixing_draws`, None without mixing.
+        preprocessing: preprocessing of the encoder.
+        labels: int64 `(num_rows,)` of all training rows; on the training device, as are the draws.
+        num_classes: number of classes.
+        augmentation: augmentation of the images; None for centre crops.
+        crops: float32 `(num_rows, 5)` from `augmentation_draws`.
+        mixing: float32 `(num_rows, 4)` from `mixing_draws`; None without mixing.
     """
 
     preprocessing: Preprocessing
@@ -94,24 +94,24 @@ class EpochInputs:
     def draw(
         cls, model: Classifier, labels: Tensor, augmentation: Augmentation | None, seed: int, epoch: int
     ) -> EpochInputs:
-        """Draws an epoch's augmentation, by row, so that it does not depend on how many workers share the epoch."""
+        """Draws an epoch's augmentation per row, so that it does not depend on the number of workers."""
         mixing = mixing_draws(len(labels), augmentation, seed, epoch) if augmentation and augmentation.mixes else None
         crops = augmentation_draws(len(labels), seed, epoch).to(labels.device)
         mixing = mixing if mixing is None else mixing.to(labels.device)
         return cls(model.encoder.preprocessing, labels, model.head.weight.shape[0], augmentation, crops, mixing)
 
     def __call__(self, micro_batch: MicroBatch, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what a micro-batch is trained on.
+        """Returns the inputs and targets of a micro-batch.
 
         Args:
-            micro_batch: the rows.
+            micro_batch: row numbers.
             pixels: uint8 `(len(micro_batch.reads), height, width, 3)`.
 
         Returns:
-            Normalised pixels `(n, 3, height, width)`; and int64 labels `(n,)`, or with mixing the classes' shares
-            `(n, num_classes)`.
+            Normalised pixels `(n, 3, height, width)`, and int64 labels `(n,)`; with mixing, instead of labels the
+            shares of the classes, float32 `(n, num_classes)`.
         """
-        # Not waiting for the device to be done with what it was given before: here, and in `normalize`.
+        # Neither this copy nor `normalize` waits for earlier work of the device.
         reads = micro_batch.reads.to(self.labels.device, non_blocking=True)
         labels = self.labels[reads]
         if self.augmentation is None:
@@ -127,6 +127,6 @@ class EpochInputs:
 
 
 def _mixed(values: Tensor, share: Tensor) -> Tensor:
-    """Mixes the first half of the values, by its share, with the second."""
+    """Mixes the first half of the values with the second half; `share` is the share of the first."""
     first, second = values.chunk(2)
     return share * first + (1 - share) * second

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors files with JSON metadata, written whole or not at all."""
+"""Checkpoints: safetensors files with JSON metadata, written atomically."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save_checkpoint` wrote.
+    """Reads the tensors and metadata of a file from `save_checkpoint`.
 
     Raises:
-        TrialError: the file is missing, damaged, or not one of ours.
+        TrialError: the file is missing, damaged, or not from `save_checkpoint`.
     """
     try:
         with safe_open(fetch(path), framework="pt") as file:
@@ -42,14 +42,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restores what `optimizer_tensors` gave. The parameter groups must be those it was taken from."""
+    """Restores the state from `optimizer_tensors`. The parameter groups must be the same as there."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             parameter = parameters[int(index)]
-            # In the parameter's own memory layout, which fused kernels rely on.
+            # Fused kernels need the parameter's own memory layout.
             is_like = value.shape == parameter.shape
             state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if is_like else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""The few collective operations that training needs; each is the identity when there is one worker."""
+"""Collective operations of training; with one worker, each is the identity."""
 
 from collections.abc import Iterable
 
@@ -25,17 +25,17 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Gives every worker the first worker's values of each tensor, in place."""
+    """Copies the first worker's values of each tensor to every worker, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def own_rows(rows: Tensor) -> Tensor:
-    """Returns this worker's share of `rows`: every row goes to exactly one worker, none is dropped or repeated."""
+    """Returns this worker's share of `rows`; each row belongs to exactly one worker."""
     return rows[rank() :: world_size()]
 
 
 def seeded_generator(seed: int, epoch: int) -> torch.Generator:
-    """Returns a CPU generator that depends on seed and epoch alone, so that every worker draws the same numbers."""
+    """Returns a CPU generator that depends only on seed and epoch, so that every worker draws the same numbers."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

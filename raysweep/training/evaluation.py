@@ -1,4 +1,4 @@
-"""What the test split says of a classifier: metrics, intervals, and comparisons between two classifiers."""
+"""Evaluation on the test split: metrics, confidence intervals, and comparison of two classifiers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from raysweep.training.metrics import MetricSums, confusion_matrix
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-# Sums of shares that are equal on paper differ in their last digits.
-DIGITS = 9
+# Sums of shares that are mathematically equal differ in their last digits.
+NUM_DECIMALS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +24,16 @@ class TestMetrics:
 
     Attributes:
         values: every metric of `METRICS`, means over the few-shot seeds.
-        num_rows: test rows.
-        num_seeds: models; 1 where all images train.
+        num_rows: number of test rows.
+        num_seeds: number of models; 1 if all images train.
         accuracy_low: lower end of the accuracy's 95 % interval: over rows for one model, over seeds for several.
         accuracy_high: upper end of that interval.
-        accuracies: one per seed.
-        confusion_matrix: counts, row the true class, column the predicted one, summed over the seeds.
-        correct: per row the share of the models that are right: 0 or 1 of one model.
+        accuracies: accuracy per seed.
+        confusion_matrix: counts summed over the seeds, `(num_classes, num_classes)`: row true, column predicted class.
+        correct: per row, the share of correct models: 0 or 1 for one model.
     """
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class, despite its name
 
     values: Mapping[str, float]
     num_rows: int
@@ -46,12 +46,12 @@ class TestMetrics:
 
 
 def evaluate_test(logits: np.ndarray | Sequence[np.ndarray], labels: np.ndarray, seed: int) -> TestMetrics:
-    """Metrics of a study's model, or of its models by few-shot seed, on the test rows.
+    """Returns the metrics of a study's model, or of its models per few-shot seed, on the test rows.
 
     Args:
-        logits: `(num_test, num_classes)`, or one such array per few-shot seed.
-        labels: `(num_test,)`.
-        seed: of the bootstrap.
+        logits: float32 `(num_test, num_classes)`, or one such array per few-shot seed.
+        labels: integers `(num_test,)`.
+        seed: seed of the bootstrap.
     """
     targets = torch.from_numpy(labels).long()
     models = [logits] if isinstance(logits, np.ndarray) else list(logits)
@@ -78,11 +78,11 @@ def evaluate_test(logits: np.ndarray | Sequence[np.ndarray], labels: np.ndarray,
 
 
 def bootstrap_interval(correct: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval (Efron 1979) of the mean of a bool per row.
+    """Returns the 95 % percentile bootstrap interval (Efron 1979) of the mean of bools `(num_rows,)`.
 
-    Resampling n bools with replacement gives a binomial count, so it is drawn as one. When all rows are right, or none
-    is, every resample is alike and would claim certainty; there the interval is the exact one of Clopper & Pearson
-    1934, whose open end is at (2.5 %)^(1/n) in closed form.
+    Resampling n bools with replacement gives a binomial count, so a binomial is drawn. If all rows are right, or none,
+    all resamples are equal and the interval would have length 0. Then the exact interval of Clopper & Pearson 1934 is
+    used; in closed form, its other end is (2.5 %)^(1/n), or 1 minus that.
     """
     num_rows, num_right = len(correct), int(correct.sum())
     if num_right in (0, num_rows):
@@ -94,26 +94,26 @@ def bootstrap_interval(correct: np.ndarray, seed: int) -> tuple[float, float]:
 
 
 def seeds_interval(accuracies: np.ndarray) -> tuple[float, float]:
-    """95 % interval (Student's t) of the mean accuracy over few-shot seeds `(num_seeds,)`, within 0 and 1.
+    """Returns the 95 % interval (Student's t) of the mean of accuracies `(num_seeds,)`, clipped to [0, 1].
 
-    It is about which images are drawn for training; seeds that all agree say nothing of that.
+    It measures the variation from the choice of training images, which equal accuracies would not show.
     """
     num_seeds = len(accuracies)
-    reach = stdtrit(num_seeds - 1, (1 + CONFIDENCE) / 2) * accuracies.std(ddof=1) / np.sqrt(num_seeds)
-    low, high = np.clip([accuracies.mean() - reach, accuracies.mean() + reach], 0, 1)
+    half_width = stdtrit(num_seeds - 1, (1 + CONFIDENCE) / 2) * accuracies.std(ddof=1) / np.sqrt(num_seeds)
+    low, high = np.clip([accuracies.mean() - half_width, accuracies.mean() + half_width], 0, 1)
     return float(low), float(high)
 
 
 def differs(first: np.ndarray, second: np.ndarray, seed: int) -> bool:
-    """Whether two studies' accuracies on the same rows differ: the 95 % paired bootstrap interval leaves 0 out.
+    """Whether two accuracies on the same rows differ: the 95 % paired bootstrap interval does not contain 0.
 
-    A row counts as right by a bool, or by the share of few-shot seeds whose model got it right. Resampling rows in
-    pairs gives multinomial counts of the distinct differences.
+    Each row's value in `first` and `second`, `(num_rows,)`, is a bool, or the share of few-shot seeds whose model is
+    right. Resampling pairs gives multinomial counts of the distinct differences, so a multinomial is drawn.
     """
     num_rows = len(first)
-    differences = np.round(np.asarray(first, float) - np.asarray(second, float), DIGITS)
+    differences = np.round(np.asarray(first, float) - np.asarray(second, float), NUM_DECIMALS)
     values, counts = np.unique(differences, return_counts=True)
     resampled = np.random.default_rng(seed).multinomial(num_rows, counts / num_rows, NUM_RESAMPLES)
-    sums = np.round(resampled @ values, DIGITS)
+    sums = np.round(resampled @ values, NUM_DECIMALS)
     low, high = np.quantile(sums, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return bool(low > 0 or high < 0)

@@ -1,4 +1,4 @@
-"""The training loop of fine_tune and from_scratch, to be read from top to bottom."""
+"""The training loop of fine_tune and from_scratch. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from raysweep.training.pixel_rows import PixelSet, read_ahead
 from raysweep.training.ranking import Ranking
 
 EVALUATION_ROWS = 128
-# Rows at once where a worker is not told how many: a GPU takes its whole share of a batch. On CPUs the activations of
-# many images fall out of the cache: MobileNetV2 trained on 21 images/s in sixteens and on 11 in 64s, on two cores.
+# Default rows per forward pass on a CPU; a GPU takes its whole share of a batch. On CPUs the activations of many images
+# do not fit into the cache: on two cores MobileNetV2 trained on 21 images/s with 16 rows, and on 11 images/s with 64.
 CPU_MICRO_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """What all trials of a study share.
+    """Options of the training loop that all trials of a study share.
 
     Attributes:
-        batch_size: rows a step, of all workers together.
-        seed: decides the shuffle, the augmentation and dropout.
+        batch_size: rows per step, of all workers together.
+        seed: seed of the shuffle, the augmentation and dropout.
         ranking: how epochs are ranked.
-        patience: epochs without a better one before training ends.
+        patience: number of epochs without a better one after which training ends.
         precision: `fp32` or `bf16`.
-        augmentation: of the training images; None for centre crops.
+        augmentation: augmentation of the training images; None for centre crops.
         warmup_fraction: share of the steps in which the learning rate rises.
         gradient_clip: largest norm of the gradient.
-        label_smoothing: share of a label that is given to all classes alike.
-        ema_decay: of a moving average of the weights; None for no average.
-        micro_batch_size: rows that a worker trains on at once; None for what suits the device.
+        label_smoothing: share of a label that is spread evenly over all classes (Szegedy et al. 2016).
+        ema_decay: decay of an exponential moving average of the weights; None for no average.
+        micro_batch_size: rows of a worker per forward pass; None for the device's default.
     """
 
     batch_size: int
@@ -76,7 +76,7 @@ class LoopOptions:
 
 @dataclass
 class LoopResult:
-    """History by epoch, the best epoch (from 0; -1 when there was none), and where its weights lie."""
+    """Metrics of each epoch, the index of the best epoch (-1 if there is none), and the checkpoint of that epoch."""
 
     checkpoint: Path
     history: list[dict[str, float]] = field(default_factory=list)
@@ -84,7 +84,7 @@ class LoopResult:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Metrics of the best epoch."""
+        """Metrics of the best epoch; None if there is none."""
         return self.history[self.best_epoch] if self.best_epoch >= 0 else None
 
 
@@ -98,20 +98,23 @@ def train_classifier(
     folder: Path,
     on_epoch: Callable[[dict[str, float]], None] = lambda _metrics: None,
 ) -> LoopResult:
-    """Trains a classifier for the setting's epochs, keeping its best epoch.
+    """Trains a classifier for the setting's epochs, and saves its best epoch.
 
-    AdamW with layer-wise learning-rate decay, linear warm-up then cosine to zero, clipped gradients. A `last`
-    checkpoint in `folder` from an earlier, interrupted call is continued if its setting is the same.
+    AdamW (Loshchilov & Hutter 2019) with layer-wise learning-rate decay, linear warm-up, cosine to zero, and gradient
+    clipping. Continues from a `last` checkpoint in `folder`, of an interrupted call with the same setting.
 
     Args:
-        model: the classifier, on the device to train on.
-        parallel: what to call for a forward pass: `model`, its DistributedDataParallel wrapper, or either compiled.
-        train: training rows, which every worker can read; each takes its share of every global batch.
-        validation: rows that each epoch is evaluated on.
+        model: the classifier, on the training device.
+        parallel: module for the forward pass: `model`, its DistributedDataParallel wrapper, or either compiled.
+        train: training rows. Every worker can read all; each uses its share of every global batch.
+        validation: rows that evaluate each epoch.
         setting: `learning_rate`, `epochs`, `weight_decay` and, optionally, `layer_decay`, `augmentation_strength`.
-        options: what all trials share.
-        folder: where `best.safetensors` and `last.safetensors` go (rank 0 writes).
+        options: options that all trials share.
+        folder: folder of `best.safetensors` and `last.safetensors`; only rank 0 writes.
         on_epoch: called on every rank with the epoch's metrics.
+
+    Raises:
+        TrialError: the `last` checkpoint is damaged.
     """
     num_epochs, num_rows, device = int(setting["epochs"]), len(train.labels), device_of(model)
     augmentation = options.augmentation
@@ -129,7 +132,7 @@ def train_classifier(
         if _is_over(result, options):
             break
         started = time.perf_counter()
-        # Dropout and the like draw from the global state: a function of epoch and rank, so a resumed trial agrees.
+        # Dropout uses the global generator. Its seed depends on epoch and rank, so a resumed trial draws the same.
         torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
         model.train()
         inputs_of = EpochInputs.draw(model, train.labels.to(device), augmentation, options.seed, epoch)
@@ -147,9 +150,9 @@ def train_classifier(
             if average:
                 average.update_parameters(model)
         train_loss = float(sum_over_workers(loss_sum)) / num_rows
-        # Batch-norm statistics come from each worker's own rows; all must evaluate the model that is saved.
+        # Batch-norm statistics are from each worker's own rows, but all must evaluate the saved model.
         copy_from_first([*model.buffers(), *(average.module.buffers() if average else ())])
-        pixels.close()  # what was made ready is given back before the validation rows are
+        pixels.close()  # frees batches that were read ahead, before the validation rows are read
         seconds = time.perf_counter() - started
         metrics = {"train/loss": train_loss, "train/images_per_second": num_rows / seconds}
         metrics |= evaluate_classifier(evaluated, validation, options)
@@ -168,7 +171,7 @@ def train_classifier(
 def _backward(
     parallel: nn.Module, batch: Batch, inputs_of: EpochInputs, pixels: Iterator[Tensor], options: LoopOptions
 ) -> Tensor:
-    """Adds up the gradients of this worker's share of a batch, by micro-batches; returns its summed loss."""
+    """Accumulates the gradients of this worker's micro-batches; returns their summed loss, float64 `()`."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=inputs_of.labels.device)
     for part in batch.micro_batches:
         inputs, targets = inputs_of(part, next(pixels))
@@ -177,14 +180,14 @@ def _backward(
                 logits = parallel(inputs)
             smoothing = options.label_smoothing
             loss = part.weight * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-            # A share of the mean over the global batch; DistributedDataParallel averages over workers.
+            # Part of the mean over the global batch; DistributedDataParallel averages over workers.
             (loss * (world_size() / batch.num_rows)).backward()
         loss_sum += loss.detach()
     return loss_sum
 
 
 def _is_over(result: LoopResult, options: LoopOptions) -> bool:
-    """Whether training diverged, or has not improved for as many epochs as patience allows."""
+    """Whether training diverged, or has not improved for `patience` epochs."""
     if not result.history:
         return False
     diverged = not math.isfinite(result.history[-1]["train/loss"])
@@ -192,13 +195,13 @@ def _is_over(result: LoopResult, options: LoopOptions) -> bool:
 
 
 def _unsynchronised(parallel: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of all micro-batches but the last stay with their worker; a lone worker has none to wait for."""
+    """Returns DistributedDataParallel's `no_sync`, for all micro-batches but the last; no-op for one worker."""
     no_sync: Any = getattr(parallel, "no_sync", nullcontext)
     return no_sync()  # type: ignore[no-any-return]
 
 
 def evaluate_classifier(model: Classifier, validation: PixelSet, options: LoopOptions) -> dict[str, float]:
-    """Returns every metric of the validation split; every row is evaluated by exactly one worker."""
+    """Returns every metric of the validation split. Exactly one worker evaluates each row."""
     sums = MetricSums(1, model.head.weight.shape[0], device_of(model))
     rows = own_rows(torch.arange(len(validation.labels)))
     for chunk, logits in predict_rows(model, validation, rows, options):
@@ -211,8 +214,8 @@ def evaluate_classifier(model: Classifier, validation: PixelSet, options: LoopOp
 def predict_rows(
     model: Classifier, images: PixelSet, rows: Tensor, options: LoopOptions
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields chunks of `rows` with their logits `(chunk, num_classes)`, as `predict_logits`."""
-    # Without gradients twice as many images take less memory than training does.
+    """Yields chunks of `rows`, int64 `(chunk,)`, and their logits, float32 `(chunk, num_classes)`."""
+    # Without gradients, twice as many images need less memory than in training.
     size = min(EVALUATION_ROWS, 2 * (rows_at_once(options, device_of(model)) or EVALUATION_ROWS))
     chunks = rows.split(size) if len(rows) else ()
     for chunk, pixels in zip(chunks, read_ahead(images.pixels.read(chunks), device_of(model)), strict=True):
@@ -220,15 +223,15 @@ def predict_rows(
 
 
 def rows_at_once(options: LoopOptions, device: torch.device) -> int | None:
-    """Size of micro-batches: as told, or what suits the device; None for all that a worker has of a batch."""
+    """Returns the micro-batch size: as configured, or the device's default; None for a worker's whole share."""
     return options.micro_batch_size or (CPU_MICRO_BATCH if device.type == "cpu" else None)
 
 
 @torch.inference_mode()
 def predict_logits(model: Classifier, pixels: Tensor, precision: str = "fp32") -> Tensor:
-    """Logits `(batch, num_classes)` float32 of uint8 pixels `(batch, side, side, 3)`, on the model's device.
+    """Returns float32 logits `(batch, num_classes)` of uint8 pixels `(batch, height, width, 3)`, on the model's device.
 
-    Half as many at a time where the device's memory does not hold them.
+    If the device runs out of memory, splits the batch into halves.
     """
     model.eval()
     device, preprocessing = device_of(model), model.encoder.preprocessing
@@ -243,12 +246,12 @@ def predict_logits(model: Classifier, pixels: Tensor, precision: str = "fp32") -
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision for `bf16`, nothing for `fp32`."""
+    """Returns a context of mixed precision for `bf16`; no-op for `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device that a module's parameters lie on."""
+    """Returns the device of a module's parameters."""
     return next(model.parameters()).device
 
 
@@ -279,7 +282,7 @@ def _restore(
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
     if exists(last) and exists(result.checkpoint):
         tensors, state = load_checkpoint(last)
-        if state.get("setting") != setting:  # of a trial that a lost journal knew by the same number
+        if state.get("setting") != setting:  # from a trial with the same number in a journal that was lost
             return result
         model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})
         if average:

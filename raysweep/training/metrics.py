@@ -1,4 +1,4 @@
-"""Classification metrics as sums that can be added over batches and workers, for one head or for a stack of them."""
+"""Classification metrics from sums over batches and workers, for one head or many."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from raysweep.training.distributed import sum_over_workers
 
 
 class MetricSums:
-    """Running sums from which loss, accuracy and macro F1 of K heads follow exactly, whatever the batches were.
+    """Running sums that give exact loss, accuracy and macro F1 of several heads, for any split into batches.
 
-    Only `(num_heads, num_classes)` counts are kept, not confusion matrices: at 1,000 classes and 64 heads those
-    would take half a gigabyte.
+    Stores only counts `(num_heads, num_classes)`. Confusion matrices of 64 heads and 1,000 classes would take half a
+    gigabyte.
     """
 
     def __init__(self, num_heads: int, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -25,7 +25,7 @@ class MetricSums:
         self._sums = torch.zeros(num_heads, 2 + 3 * num_classes, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds logits `(batch, num_heads, num_classes)` and labels `(batch,)`."""
+        """Adds float logits `(batch, num_heads, num_classes)` and int64 labels `(batch,)`."""
         num_rows, num_heads, num_classes = logits.shape
         if num_rows == 0:
             return
@@ -47,9 +47,9 @@ class MetricSums:
     def compute(self) -> dict[str, Tensor]:
         """Returns every metric of `METRICS` and `num_rows`, each `(num_heads,)` float64, over all workers.
 
-        Macro F1 is the mean over the classes that occur among labels or predictions, as scikit-learn has it. Of a
-        head whose loss is not finite, accuracy and macro F1 are NaN: the class that argmax picks among NaNs is no
-        prediction, and where that class is frequent it would rank high.
+        Macro F1 is the mean over the classes that occur in labels or predictions, as in scikit-learn. If the loss of a
+        head is not finite, its accuracy and macro F1 are NaN. Otherwise the class that argmax returns for NaNs would
+        count as a prediction, and rank high if that class is frequent.
         """
         sums = sum_over_workers(self._sums.clone())
         loss, num_rows, true_positives, predictions, supports = self._split(sums)
@@ -65,11 +65,17 @@ class MetricSums:
 
 
 def validation_metrics(computed: Mapping[str, Tensor], head: int = 0) -> dict[str, float]:
-    """Returns what `MetricSums.compute` gave for one head, under the keys of the validation split."""
+    """Returns one head's metrics from `MetricSums.compute`, with the keys of the validation split."""
     return {validation_key(name): float(computed[name][head]) for name in METRICS}
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts `(num_classes, num_classes)` int64: row the true class, column the predicted one."""
+    """Returns int64 counts `(num_classes, num_classes)`: row true class, column predicted class.
+
+    Args:
+        predicted: int64 `(num_rows,)`.
+        labels: int64 `(num_rows,)`.
+        num_classes: number of classes.
+    """
     flat = labels * num_classes + predicted
     return torch.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -1,4 +1,4 @@
-"""The optimiser of fine_tune and from_scratch: AdamW by depth of layer, its schedule, and the average of its steps."""
+"""The optimiser of fine_tune and from_scratch: AdamW by depth of layer, its schedule, and a moving average."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raysweep.encoders.head import Classifier
 
-# In the names of parameters that are inputs of their own rather than weights; not "token": token mixers are weights.
+# Parts of the names of parameters that are inputs, not weights. "token" is not here, because token mixers are weights.
 LEARNED_INPUTS = ("position", "pos_embed", "_token", "head.probe", "class_embedding")
 
 
 def build_optimizer(model: Classifier, setting: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW whose groups' `peak_lr` decays by `layer_decay` for every block below the head.
+    """Returns AdamW (Loshchilov & Hutter 2019); `peak_lr` is multiplied by `layer_decay` per block below the head.
 
-    Norms, biases, position embeddings and learned tokens take no weight decay. Frozen parameters are left out.
+    Layer-wise decay: Bao et al. 2022 (BEiT). No weight decay for norms, biases, position embeddings and learned tokens.
+    Frozen parameters are left out.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks = [*model.encoder.blocks(), list(model.head.parameters())]
@@ -40,11 +41,11 @@ def _takes_weight_decay(name: str, parameter: Tensor) -> bool:
 
 
 def freeze_unused_parameters(model: Classifier) -> None:
-    """Freezes what a forward pass never reaches: a mask token, the projection of another feature source.
+    """Freezes parameters that a forward pass does not use: a mask token, the projection of another feature source.
 
-    To be called before DistributedDataParallel wraps the model: it would wait for gradients that never come.
+    Call it before DistributedDataParallel wraps the model, which would wait for their gradients.
     """
-    model.eval()  # batch-norm statistics must not see this made-up image
+    model.eval()  # so that this blank image does not change batch-norm statistics
     with torch.enable_grad():
         image = torch.zeros(1, 3, *model.encoder.preprocessing.output_size, device=model.head.weight.device)
         logits = model(image)
@@ -55,7 +56,7 @@ def freeze_unused_parameters(model: Classifier) -> None:
 
 
 def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Returns step -> factor of the peak rate: linear warm-up, then cosine to zero at `num_steps`."""
+    """Returns step -> factor of the peak rate: linear warm-up, then cosine to zero (Loshchilov & Hutter 2017)."""
     num_warmup = int(num_steps * warmup_fraction)
 
     def factor(step: int) -> float:
@@ -67,19 +68,19 @@ def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], flo
 
 
 def average_weights(model: Classifier, decay: float | None) -> AveragedModel | None:
-    """A moving average of the model over its steps, batch-norm statistics included; None where there is no `decay`.
+    """Returns a moving average of the model over steps, with batch-norm statistics; None if `decay` is None.
 
-    Early on it forgets faster, as in Tarvainen & Valpola 2017: after t steps by (1 + t) / (10 + t) at the most, or the
-    first weights would weigh on short trials to their end.
+    As in Tarvainen & Valpola 2017, the decay after t steps is at most (1 + t) / (10 + t). Otherwise the first weights
+    would count too much in short trials.
     """
     if decay is None:
         return None
 
     def update(averages: Any, values: Any, num_averaged: Tensor | int) -> None:
-        if not averages[0].is_floating_point():  # CLIP's position numbers, say
+        if not averages[0].is_floating_point():  # for example the position ids of CLIP
             torch._foreach_copy_(averages, values)
             return
-        # In host memory, unlike the argument, for which a GPU would have to be waited for.
+        # In host memory; to read `num_averaged` would wait for the GPU.
         num_steps = int(average.n_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
 

@@ -1,4 +1,4 @@
-"""Pixels of a split, wherever they lie: what the training loop reads its batches from."""
+"""Pixels of a split, on disk or in memory, from which the training loop reads its batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ BATCHES_AHEAD = 2
 
 
 class PixelRows(Protocol):
-    """Rows of uint8 pixels `(height, width, 3)` in an order of their own, numbered from 0."""
+    """Rows of uint8 pixels `(height, width, 3)`, numbered from 0."""
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yields the pixels of each batch of row numbers, int64 `(n,)`, as uint8 `(n, height, width, 3)`.
 
-        In the order asked for; the next batch may be made ready while this one is worked on.
+        The order is that of `batches`. An implementation may read the next batch ahead.
         """
         ...
 
 
 @dataclass(frozen=True)
 class PixelSet:
-    """One split: its pixels and its labels `(num_rows,)` int64 in host memory."""
+    """One split: its pixels, and its labels, int64 `(num_rows,)` in host memory."""
 
     pixels: PixelRows
     labels: Tensor
@@ -40,14 +40,14 @@ class ResidentPixels:
     tensor: Tensor
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """As `PixelRows.read`; on the device that they lie on."""
+        """See `PixelRows.read`; the batches are on the device of the pixels."""
         return (self.tensor[rows.to(self.tensor.device, non_blocking=True)] for rows in batches)
 
 
 def read_ahead(pixels: Iterator[Tensor], device: torch.device) -> Generator[Tensor]:
-    """Yields batches on a device; while one is worked on, the next ones are read and pinned by another thread.
+    """Yields batches on a device; meanwhile a thread reads the next batches and pins their memory.
 
-    On a CPU reading costs as much in a thread as without, so there they are read when they are due.
+    On a CPU a thread saves no time, so each batch is read when it is needed.
     """
     if device.type == "cpu":
         yield from pixels

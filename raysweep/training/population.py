@@ -1,8 +1,8 @@
-"""Probe heads trained together: K settings x S subsets as stacked parameters, one batched product per step.
+"""Trains probe heads together: K settings x S subsets as stacked parameters, one batched product per step.
 
-Heads that read the same inputs (feature source and normalisation) form a stack. Every head sees the batches it would
-see alone, keeps its own learning rate, weight decay and cosine schedule, and stops after its own epochs, so the
-result equals training each head by itself (docs/decisions/0002).
+Heads with the same inputs (feature source and normalisation) form a stack. Every head sees the same batches as if
+trained alone, has its own learning rate, weight decay and cosine schedule, and stops after its own epochs. So the
+result equals training each head alone (docs/decisions/0002).
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from raysweep.training.metrics import MetricSums
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-# Probabilities below 1e-16 count as that. It is nothing beside EPSILON, whereas the denormal numbers that gradients and
-# their squares become in heads that separate their classes make products and AdamW ten times slower and more.
+# Probabilities are clamped to at least about 1e-16, which is negligible beside EPSILON. Otherwise gradients and their
+# squares are denormal numbers in heads that separate their classes: products and AdamW get ten times slower or more.
 LEAST_LOG_PROBABILITY = -36.0
 STATISTICS_ROWS = 1024
-# Inputs normalised once instead of once per epoch, for all stacks together: little beside what a worker holds anyway
-# (Python, torch and Ray), and enough for the few thousand rows where epochs are so short that it counts.
+# Limit for inputs that are normalised once and not once per epoch, for all stacks together. It is small beside the
+# memory of Python, torch and Ray in a worker, and enough for a few thousand rows, where epochs are short.
 PREPARED_BYTES = 128 * 2**20
-# Inputs of all stacks that are read at once: several batches share the cost of a reading, and still lie in the cache.
+# Inputs of all stacks per read: several batches share the cost of a read, and still fit into the CPU cache.
 BLOCK_BYTES = 8 * 2**20
-# Logits of all heads that are evaluated at once.
+# Logits of all heads per evaluation step.
 LOGITS_BYTES = 64 * 2**20
 
 
 class FeatureRows(Protocol):
-    """A matrix of features `(num_rows, num_features)`: a tensor, or a file that is read where a tensor is indexed."""
+    """A matrix of features `(num_rows, num_features)`: a tensor, or a file with the same indexing."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Rows and features."""
+        """Number of rows and of features."""
         ...
 
     def __getitem__(self, rows: Tensor, /) -> Tensor:
-        """Returns rows by their int64 numbers: `(*rows.shape, num_features)`."""
+        """Returns the rows with these int64 numbers: `(*rows.shape, num_features)`."""
         ...
 
 
@@ -59,7 +59,7 @@ class FeatureSet:
     labels: Tensor
 
     def source(self, parts: Sequence[str], rows: Tensor) -> Tensor:
-        """Returns float32 features `(*rows.shape, num_features)` of the parts a source concatenates."""
+        """Returns float32 features `(*rows.shape, num_features)`: the concatenated parts of a feature source."""
         return torch.cat([self.parts[part][rows] for part in parts], dim=-1).float()
 
 
@@ -84,7 +84,7 @@ class HeadResult:
 
     @property
     def head(self) -> Head:
-        """The first subset's head: the only one where the heads are trained on all rows."""
+        """The head of the first subset; the only head if training uses all rows."""
         return self.heads[0]
 
 
@@ -102,14 +102,14 @@ def train_population(
     """Trains one linear head per setting and subset, all together.
 
     Args:
-        train: features that the heads are trained on, with its labels on the device to train on.
-        validation: features that every head is evaluated on after each of its epochs.
+        train: training features; the labels are on the training device.
+        validation: features that evaluate every head after each of its epochs.
         settings: one dict per head: `learning_rate` above zero, `weight_decay`, `epochs`, `features`, `normalize`.
         sources: feature source -> the cached parts it concatenates.
         num_classes: number of classes.
         batch_size: global batch size, over all workers.
-        seed: decides the order of the rows, the same for every head and any number of workers.
-        subsets: rows that each setting is trained and evaluated on, once per subset; None for all rows, once.
+        seed: seed of the order of the rows, which is the same for every head and any number of workers.
+        subsets: few-shot subsets; each setting trains one head per subset. None for one head on all rows.
 
     Returns:
         One result per setting, in the order of `settings`.
@@ -148,8 +148,8 @@ def _build_stacks(
 
 
 def _train_epoch(stacks: Sequence[_Stack], rows: _Rows, batches: Sequence[Tensor]) -> None:
-    """Trains on global batches of places, several of them read at once."""
-    length = max(1, rows.at_once // len(batches[0]))
+    """Trains on global batches of positions in the subsets; one read serves several batches."""
+    length = max(1, rows.rows_per_read // len(batches[0]))
     for start in range(0, len(batches), length):
         block = batches[start : start + length]
         own = [own_rows(batch) for batch in block]
@@ -160,13 +160,13 @@ def _train_epoch(stacks: Sequence[_Stack], rows: _Rows, batches: Sequence[Tensor
 
 
 def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Rows, started: float) -> None:
-    """Evaluates every head on its validation rows, and adds a line to its history."""
+    """Evaluates every head on its validation rows, and adds the metrics to its history."""
     num_heads, num_classes = sum(stack.num_heads for stack in stacks), stacks[0].num_classes
     row_bytes = 4 * len(validation.labels) * num_heads * num_classes
-    rows = min(validation.at_once, max(1, LOGITS_BYTES // row_bytes))
+    rows = min(validation.rows_per_read, max(1, LOGITS_BYTES // row_bytes))
     sums = [MetricSums(num_heads, num_classes, validation.labels.device) for _ in validation.labels]
-    for places in own_rows(torch.arange(validation.labels.shape[1])).split(rows):
-        inputs, labels = validation.read(places, stacks)
+    for positions in own_rows(torch.arange(validation.labels.shape[1])).split(rows):
+        inputs, labels = validation.read(positions, stacks)
         logits = torch.cat([stack.logits(inputs[stack]) for stack in stacks], dim=2)
         for subset_sums, subset_logits, subset_labels in zip(sums, logits, labels, strict=True):
             subset_sums.add(subset_logits, subset_labels)
@@ -177,7 +177,7 @@ def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Ro
         **{validation_key(name): torch.stack([one[name] for one in computed]) for name in METRICS},
     }
     values = torch.stack(list(table.values()), dim=-1).transpose(0, 1).tolist()
-    # The same for every head: they share what is read, and a GPU is waited for only here.
+    # The same for every head: they share the reads, and the code waits for a GPU only here.
     seconds = (time.perf_counter() - started) / num_heads
     for stack in stacks:
         own, values = values[: stack.num_heads], values[stack.num_heads :]
@@ -185,33 +185,33 @@ def _finish_epoch(stacks: Sequence[_Stack], num_train_rows: int, validation: _Ro
 
 
 class _Rows:
-    """The rows of a split's subsets as what each stack reads: float32 `(num_subsets, rows, num_features)`."""
+    """The inputs of each stack from a split's subsets: float32 `(num_subsets, rows, num_features)`."""
 
     def __init__(self, features: FeatureSet, subsets: Tensor, stacks: Sequence[_Stack]) -> None:
         self.features, self.subsets, self.labels = features, subsets.cpu(), features.labels[subsets]
         row_bytes = 4 * len(subsets) * sum(stack.num_features for stack in stacks)
-        self.at_once = max(1, BLOCK_BYTES // row_bytes)
+        self.rows_per_read = max(1, BLOCK_BYTES // row_bytes)
         self.prepared: dict[_Stack, Tensor] = {}
         if row_bytes * subsets.shape[1] <= PREPARED_BYTES:
             self.prepared, _ = self.read(torch.arange(subsets.shape[1]), stacks)
 
-    def read(self, places: Tensor, stacks: Sequence[_Stack]) -> tuple[dict[_Stack, Tensor], Tensor]:
-        """Returns each stack's inputs, and the labels `(num_subsets, len(places))`, at places in the subsets."""
-        on_device = places.to(self.labels.device)
+    def read(self, positions: Tensor, stacks: Sequence[_Stack]) -> tuple[dict[_Stack, Tensor], Tensor]:
+        """Returns the stacks' inputs, and int64 labels `(num_subsets, len(positions))`, at positions in the subsets."""
+        on_device = positions.to(self.labels.device)
         labels = self.labels.index_select(1, on_device)
         if self.prepared:
             return {stack: self.prepared[stack].index_select(1, on_device) for stack in stacks}, labels
-        rows = self.subsets[:, places]
+        rows = self.subsets[:, positions]
         parts = {part: self.features.parts[part][rows] for part in {part for stack in stacks for part in stack.parts}}
         return {s: s.normalized(torch.cat([parts[part] for part in s.parts], dim=-1).float()) for s in stacks}, labels
 
 
 class _Stack:
-    """Heads over the same inputs, longest schedule first, so that the heads still training are always a prefix.
+    """Heads with the same inputs, longest schedule first, so that the heads that still train are always a prefix.
 
-    AdamW (Loshchilov & Hutter 2019), with a learning rate and weight decay per head and cosine to zero, by torch's
-    fused kernel, which knows one rate alone: 1. So the parameters are kept in units of their head's current rate and
-    rescaled as that changes, in the same product as the weight decay; logits are scaled instead of parameters.
+    AdamW (Loshchilov & Hutter 2019) with a learning rate and weight decay per head, and cosine to zero. Torch's fused
+    kernel has one rate for all, which is set to 1. So parameters are stored divided by their head's current rate, and
+    rescaled when the rate changes, in the same product as the weight decay. Logits are multiplied by the rate.
     """
 
     def __init__(
@@ -241,32 +241,32 @@ class _Stack:
             self.mean, self.scale = feature_statistics(train, parts, subsets)
         self.adam_steps = torch.zeros((), device=device)
         num_parameters = len(subsets) * num_classes * self.num_heads * (self.num_features + 1)
-        self._lay_out(torch.zeros(4, num_parameters, device=device))
+        self._make_views(torch.zeros(4, num_parameters, device=device))
         self.units = self.learning_rates
 
-    def _lay_out(self, state: Tensor) -> None:
-        """Takes parameters, gradients and Adam's two moments, each a flat vector of all weights, then all biases."""
+    def _make_views(self, state: Tensor) -> None:
+        """Makes views of parameters, gradients and Adam's two moments: flat vectors of all weights, then all biases."""
         shape = (len(self.mean), self.num_classes, self.num_heads)
         num_biases = math.prod(shape)
         weights, biases = state.split([num_biases * self.num_features, num_biases], dim=1)
         self.state = state.unbind()
-        # Heads after classes, since a softmax over a short last dimension is many times slower.
+        # Heads come after classes, because softmax over a short last dimension is many times slower.
         self.weights, self.biases = weights.view(4, *shape, self.num_features), biases.view(4, *shape)
         self.weight, self.weight_gradient = self.weights[:2]
         self.bias, self.bias_gradient = self.biases[:2]
 
     def start_epoch(self, epoch: int) -> int:
-        """Drops the heads whose epochs are over; returns how many still train."""
+        """Removes heads that have trained all their epochs; returns the number of heads that still train."""
         active = sum(epochs > epoch for epochs in self.epochs)
         if active < self.num_heads:
             self.num_heads = active
             kept = self.weights[:, :, :, :active].flatten(1), self.biases[:, :, :, :active].flatten(1)
-            self._lay_out(torch.cat(kept, dim=1))
+            self._make_views(torch.cat(kept, dim=1))
             self.units = self.units[:active]
         if not active:
             return 0
         steps = torch.arange(self.steps_per_epoch, device=self.units.device) + epoch * self.steps_per_epoch
-        # Cosine to zero, (1 + cos x) / 2 as cos(x / 2) ** 2, which never is zero before x is pi.
+        # Cosine to zero: (1 + cos x) / 2, computed as cos(x / 2) ** 2, which is never zero before x = pi.
         rates = self.learning_rates[:active] * (math.pi / 2 * steps[:, None] / self.num_steps[:active]).cos().square()
         before = torch.cat([self.units[None], rates[:-1]])
         growth = before / rates
@@ -277,12 +277,12 @@ class _Stack:
         return active
 
     def train(self, inputs: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
-        """One step of every active head for each batch.
+        """Does one step of every active head for each batch.
 
         Args:
             inputs: this worker's rows of all batches, `(num_subsets, rows, num_features)`.
             labels: `(num_subsets, rows)`.
-            sizes: rows of each batch: of all workers, of this one.
+            sizes: rows of each batch: of all workers, and of this worker.
         """
         own_sizes = [own_size for _, own_size in sizes]
         index = labels[:, :, None, None].expand(-1, -1, 1, self.num_heads)
@@ -325,7 +325,7 @@ class _Stack:
         )
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Logits `(num_subsets, rows, active heads, num_classes)` of inputs `(num_subsets, rows, num_features)`."""
+        """Returns logits `(num_subsets, rows, num_heads, num_classes)`; inputs `(num_subsets, rows, num_features)`."""
         return self._logits(inputs, self.units.float()).transpose(2, 3).contiguous()
 
     def _logits(self, inputs: Tensor, units: Tensor) -> Tensor:
@@ -334,11 +334,11 @@ class _Stack:
         return logits.view(*inputs.shape[:2], self.num_classes, self.num_heads).mul_(units)
 
     def loss_sums(self) -> Tensor:
-        """The epoch's summed train losses, `(num_subsets, active heads)` float64."""
+        """Returns the epoch's summed train losses, float64 `(num_subsets, num_heads)`."""
         return -self.losses.sum(0, dtype=torch.float64)
 
     def finish_epoch(self, metrics: list[list[dict[str, float]]], seconds: float) -> None:
-        """Adds a line to every active head's history, given its metrics per subset; keeps the heads that are done."""
+        """Adds each active head's mean metrics over subsets to its history; stores the heads that have finished."""
         for position, subset_metrics in enumerate(metrics):
             index, _ = self.members[position]
             result = self.results[index]
@@ -357,14 +357,14 @@ class _Stack:
         return head
 
     def normalized(self, features: Tensor) -> Tensor:
-        """Normalises raw features `(num_subsets, rows, num_features)`."""
+        """Returns normalised features; raw and normalised `(num_subsets, rows, num_features)`."""
         return normalize_features(features, self.normalize, self.mean[:, None], self.scale[:, None])
 
 
 def feature_statistics(train: FeatureSet, parts: Sequence[str], subsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each `(num_subsets, num_features)`, of subsets of the train rows.
+    """Returns mean and scale, each float32 `(num_subsets, num_features)`, of subsets of the train rows.
 
-    A constant feature gets a scale of 1.
+    The scale is the standard deviation; for a constant feature it is 1. `subsets` is int64 `(num_subsets, num_rows)`.
     """
     num_rows = subsets.shape[1]
     total = squares = torch.zeros((), dtype=torch.float64, device=train.labels.device)

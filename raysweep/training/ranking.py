@@ -1,4 +1,4 @@
-"""The one rule by which epochs, trials, baselines and studies are ranked."""
+"""The rule that ranks epochs, trials, baselines and studies."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from raysweep.experiment.metrics import Direction
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ranks by one metric of the validation split; the lower validation loss decides between equals.
+    """Ranks by one metric of the validation split; the lower validation loss breaks ties.
 
     Attributes:
         metric: a key such as `val/accuracy`.
-        direction: which way the metric gets better.
+        direction: `maximize` or `minimize` the metric.
     """
 
     metric: str = "val/accuracy"
     direction: Direction = "maximize"
 
     def key(self, metrics: Mapping[str, float], tie_breaker: str = "val/loss") -> tuple[float, float]:
-        """Returns a key of which the largest is the best; values that are not finite come last.
+        """Returns a sort key; the largest key is the best, and values that are not finite come last.
 
         Args:
-            metrics: must hold the metric and the tie breaker.
-            tie_breaker: the metric that decides between equals; lower is better.
+            metrics: metrics with the ranking metric and the tie breaker.
+            tie_breaker: the metric that breaks ties; lower is better.
+
+        Raises:
+            KeyError: one of the two metrics is missing.
         """
         value = metrics[self.metric] if self.direction == "maximize" else -metrics[self.metric]
         return _finite(value), _finite(-metrics[tie_breaker])
 
     def is_usable(self, metrics: Mapping[str, float]) -> bool:
-        """Whether there is a finite value to rank by."""
+        """Whether the ranking metric exists and is finite."""
         return math.isfinite(metrics.get(self.metric, math.nan))
 
 

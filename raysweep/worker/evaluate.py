@@ -1,4 +1,4 @@
-"""The test of what studies chose, on a worker's device: where the rows already are."""
+"""The test of chosen classifiers, on the device of a worker that has already loaded the rows."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from raysweep.training.loop import predict_rows
 from raysweep.worker.inputs import (
     build_classifier,
     feature_set,
-    forget_peaks,
     load_heads,
     pixel_set,
+    reset_memory_peaks,
     save_heads,
     subsets_of,
 )
 from raysweep.worker.job import BaselineFit, Job, StudySpec, TestResult, TestWork
 
-FEATURES_PER_THREAD = 2**22  # of the train rows that a baseline reads
-TEST_ROWS = 4096  # that a probe's heads see at once
+FEATURES_PER_THREAD = 2**22  # elements of the train features that a baseline reads
+TEST_ROWS = 4096  # per forward pass of a probe's heads
 
 
 def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
-    """Evaluates the test rows once for each study and baseline, on this worker's device; returns the results by name.
+    """Evaluates each study and baseline once on the test rows, on this worker's device; returns the results by name.
 
-    An error ends the test of its own study alone.
+    An error ends only the test of its own study.
     """
     torch.set_num_threads(job.num_threads)
     device = torch.device("cuda" if job.use_gpu else "cpu")
     tested: dict[str, TestResult] = {}
     for name in work.studies:
-        forget_peaks(device)
+        reset_memory_peaks(device)
         try:
             if name in work.checkpoints:
                 logits = _probe_logits if job.mode.reads == "features" else _classifier_logits
                 result = TestResult(_evaluate(job, logits(job, work.checkpoints[name], device)))
             else:
                 result = _run_baseline(job, job.studies[name], device)
-        except Exception as error:  # what is wrong with one study need not be wrong with the others
+        except Exception as error:  # the other studies may still have results
             tested[name] = TestResult(error=f"{type(error).__name__}: {error}"[:500])
             continue
         gpu_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""What a worker trains on and with: features, pixels and the model, as the job describes them."""
+"""The inputs of a worker, as its job describes them: features, pixels and the model."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from raysweep.training.pixel_rows import PixelRows, PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, Subsets
 from raysweep.worker.job import Job, StudySpec
 
-RESIDENT_SHARE = 0.3  # of a worker's GPU memory, for the pixels of all splits
-RESIDENT_ROWS = 256  # that are copied to it at once
+RESIDENT_SHARE = 0.3  # of a worker's GPU memory, for the pixels of all splits together
+RESIDENT_ROWS = 256  # per copy to the GPU
 
 Loaded = TypeVar("Loaded")
 
-# What the last job loaded: the process is used again for the next Population, and the data is the same.
+# Data of the last job: the next Population often runs in the same process and reads the same data.
 _loaded: dict[str, object] = {}
 
 
 def subsets_of(study: StudySpec, device: torch.device) -> Subsets | None:
-    """A study's few-shot draws on a device; None where it takes all rows."""
+    """Returns a study's few-shot draws on a device; None if it trains on all rows."""
     draws = study.draws
     if draws is None:
         return None
@@ -45,7 +45,7 @@ def subsets_of(study: StudySpec, device: torch.device) -> Subsets | None:
 
 
 def build_classifier(job: Job) -> Classifier:
-    """Builds the model that every trial of a study which trains on pixels starts from."""
+    """Builds the initial model of every trial of a study that trains on pixels."""
     import ray
 
     encoder = encoder_from_spec(job.encoder)
@@ -59,13 +59,13 @@ def build_classifier(job: Job) -> Classifier:
 
 
 def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: Mapping[str, Any]) -> None:
-    """Writes a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read."""
+    """Writes a probe's checkpoint: its heads (one per few-shot draw) and their feature source."""
     tensors = {f"head.{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}
     save_checkpoint(path, tensors, {**metadata, "head": heads[0].spec(), "num_heads": len(heads), "source": source})
 
 
 def load_heads(path: Path) -> tuple[list[Head], str]:
-    """Reads a probe's checkpoint: its heads, one per few-shot draw, and the feature source that they read.
+    """Reads a probe's checkpoint: its heads (one per few-shot draw) and their feature source.
 
     Raises:
         TrialError: the file is not a probe's checkpoint.
@@ -81,8 +81,8 @@ def load_heads(path: Path) -> tuple[list[Head], str]:
     return heads, metadata["source"]
 
 
-def forget_peaks(device: torch.device) -> None:
-    """Starts a new measurement of memory: this process may have worked for other studies, or run out of memory."""
+def reset_memory_peaks(device: torch.device) -> None:
+    """Resets the peaks of host and GPU memory, which may be from other studies or from a failed try."""
     forget_peak_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -90,7 +90,7 @@ def forget_peaks(device: torch.device) -> None:
 
 
 def feature_set(job: Job, split: Split, device: torch.device) -> FeatureSet:
-    """Cached features and labels of a split, on a device."""
+    """Returns the cached features and the labels of a split, on a device; features on the disk stay there."""
     rows = job.rows[split]
     budget = int(job.resources.feature_memory_gb * 1e9) * len(rows) // job.num_rows  # all splits share the memory
 
@@ -102,7 +102,7 @@ def feature_set(job: Job, split: Split, device: torch.device) -> FeatureSet:
 
 
 def pixel_set(job: Job, split: Split, device: torch.device) -> PixelSet:
-    """Pixels and labels of a split: on a GPU with room for all splits of the job there, else where they are read."""
+    """Returns the pixels and labels of a split; the pixels are on the GPU if those of all splits fit there."""
     rows = job.rows[split]
     load = partial(_load_pixels, job, rows.ids, device)
     return PixelSet(_load_once(f"{job.data_key}/{split}", load), torch.from_numpy(rows.labels))
@@ -126,12 +126,12 @@ def _load_pixels(job: Job, row_ids: np.ndarray, device: torch.device) -> PixelRo
 
 
 def total_memory_of(device: torch.device) -> int:
-    """Bytes of a GPU's memory."""
+    """Returns the bytes of a GPU's memory."""
     return torch.cuda.mem_get_info(device)[1]
 
 
 def fits_on_device(num_bytes: int, total_memory: int, gpus_per_worker: float) -> bool:
-    """Whether pixels leave enough of a worker's share of a GPU's memory to what trains on them."""
+    """Whether pixels fit into the part of a worker's GPU memory that training leaves for them."""
     return num_bytes <= RESIDENT_SHARE * total_memory * min(1.0, gpus_per_worker)
 
 

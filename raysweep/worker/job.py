@@ -1,7 +1,7 @@
-"""What crosses from the driver to Ray's processes and back: frozen dataclasses, which Ray pickles.
+"""Frozen dataclasses that the driver sends to Ray's processes and back; Ray pickles them.
 
-What a pass over the images sends to its tasks is in `images.pass_tasks`, and `EncoderSpec` in `encoders.base`: each
-floor owns what it sends.
+Two kinds are elsewhere, because each layer owns what it sends: the inputs of an image pass's tasks in
+`images.pass_tasks`, and `EncoderSpec` in `encoders.base`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ReportT = TypeVar("ReportT")
 
 @dataclass(frozen=True, slots=True)
 class StudySpec:
-    """What a worker needs to know of one study or baseline alone, beside the job that it shares with others.
+    """The part of a job that is about one study or baseline.
 
     Attributes:
-        name: of the study.
+        name: name of the study.
         folder: location of its checkpoints.
-        draws: few-shot draws of its rows; None where it takes all rows.
-        baseline: which one it is; None for a study with trials.
+        draws: few-shot draws of its rows; None if it trains on all rows.
+        baseline: the baseline; None for a study with trials.
     """
 
     name: str
@@ -45,23 +45,23 @@ class StudySpec:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all work of one study group shares.
+    """Everything that all work of one study group shares.
 
     Attributes:
-        mode: of its studies.
+        mode: mode of its studies.
         studies: its studies and baselines, by name.
-        data_key: changes with the rows: a process keeps what it has loaded while this stays the same.
+        data_key: key of the rows: a process keeps loaded data while the key stays the same.
         cache: location of the cache's files of rows.
-        index: the images, where pixels are decoded anew in every epoch; None where they are cached.
+        index: the images, if pixels are decoded in every epoch; None if they are cached.
         rows: row ids and labels of each split.
         num_classes: number of classes.
         encoder: architecture, preprocessing and feature sources.
-        weights: object reference of the encoder's state dict as numpy arrays; None where features are read.
+        weights: object reference of the encoder's state dict as numpy arrays; None if features are read.
         head: location of the probe's checkpoint that fine-tuning starts from; None for a new head.
-        resources: what one training run takes, as configured.
+        resources: resources of one training run, as configured.
         use_gpu: whether workers use GPUs.
         num_threads: CPU threads of a worker.
-        gradient_checkpointing: whether activations are computed again in the backward pass.
+        gradient_checkpointing: whether the backward pass computes activations again.
         compile: whether the model is compiled.
         loop: options of the training loop.
     """
@@ -91,14 +91,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TrialSpec:
-    """One trial to be run.
+    """One trial to run.
 
     Attributes:
         study: name of its study.
         number: its number in the study.
         setting: its hyperparameters.
-        continues: number of the interrupted trial of the same setting that it continues, or None.
-        stop_file: location of a file that appears once the trial is to be stopped; several workers look for it.
+        continues: number of the interrupted trial with the same setting that it continues, or None.
+        stop_file: location of a file whose existence stops the trial; used with several workers.
     """
 
     study: str
@@ -109,7 +109,7 @@ class TrialSpec:
 
     @property
     def folder_name(self) -> str:
-        """Name of the folder, among the study's trials, that its checkpoints lie in."""
+        """Name of the folder of its checkpoints, in the study's folder `trials`."""
         return str(self.number if self.continues is None else self.continues)
 
 
@@ -119,9 +119,9 @@ class TrainWork:
 
     Attributes:
         group: name of the study group.
-        started: `time.time()` at which it was handed out.
-        trials: of one study or of several.
-        micro_batch_size: rows at once of a single trial; None where memory has not run out.
+        started: `time.time()` when the driver created it.
+        trials: trials of one study or of several.
+        micro_batch_size: rows per forward pass of a single trial; None if memory has not run out.
     """
 
     group: str
@@ -136,22 +136,22 @@ class TrainWork:
 
     @property
     def error_folder(self) -> str:
-        """Name of the folder, among the first study's trials, that a traceback goes to."""
+        """Name of the folder for a traceback, in the first study's folder `trials`."""
         return str(self.trials[0].number)
 
 
 @dataclass(frozen=True, slots=True)
 class TestWork:
-    """The test of what studies chose, and of baselines, which are chosen on validation first.
+    """The test of studies' chosen trials, and of baselines, which first choose a setting on validation.
 
     Attributes:
         group: name of the study group.
-        started: `time.time()` at which it was handed out.
-        checkpoints: location of what each study chose, by its name.
+        started: `time.time()` when the driver created it.
+        checkpoints: location of each study's chosen checkpoint, by study name.
         baselines: names of the baselines.
     """
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class, despite its name
 
     group: str
     started: float
@@ -165,7 +165,7 @@ class TestWork:
 
     @property
     def error_folder(self) -> str:
-        """Name of the folder, among the first study's trials, that a traceback goes to."""
+        """Name of the folder for a traceback, in the first study's folder `trials`."""
         return "test"
 
 
@@ -183,22 +183,22 @@ class EpochReport:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """A trial that is over: what the worker returns, and what Optuna's journal keeps.
+    """The result of a trial that ended: returned by the worker, and stored in Optuna's journal.
 
     Attributes:
         study: name of its study.
         number: its number in the study.
         setting: its hyperparameters.
         history: metrics of each epoch.
-        final: the metrics that it is ranked by: of a probe's last epoch, otherwise of the best one.
-        best_epoch: place in `history` of the epoch that `final` is from; -1 where there is none.
-        checkpoint: location of its weights; None where none are kept.
+        final: metrics that rank it: those of a probe's last epoch, otherwise of the best epoch.
+        best_epoch: index in `history` of the epoch of `final`; -1 if there is none.
+        checkpoint: location of its weights; None if they are not kept.
         train_seconds: wall time of its training.
         images_per_second: speed of its training loop.
         peak_memory_bytes: largest resident set of the worker process.
         peak_gpu_memory_bytes: most GPU memory that tensors took.
-        error: why there is no result, or None.
-        pruned: whether a scheduler stopped it; then `history` is what it reported, and it has no checkpoint.
+        error: reason why it failed, or None.
+        pruned: whether a scheduler stopped it; then `history` has its reported epochs, and there is no checkpoint.
     """
 
     study: str
@@ -218,13 +218,13 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class BaselineFit:
-    """How a baseline was chosen.
+    """A baseline's choice of a setting.
 
     Attributes:
-        setting: the best one.
-        num_settings: how many were compared.
-        validation: metrics of the validation split.
-        checkpoint: location of its heads; None where it has none.
+        setting: the best setting.
+        num_settings: number of compared settings.
+        validation: metrics on the validation split.
+        checkpoint: location of its heads; None if it has none.
         seconds: wall time.
         peak_memory_bytes: largest resident set of the worker process.
     """
@@ -239,9 +239,9 @@ class BaselineFit:
 
 @dataclass(frozen=True, slots=True)
 class TestResult:
-    """What came of one study's test: its `metrics`, or the `error` that ended it; of a baseline also its `fit`."""
+    """The result of one study's test: its `metrics`, or the `error` that ended it; for a baseline also its `fit`."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class, despite its name
 
     metrics: TestMetrics | None = None
     peak_gpu_memory_bytes: int = 0
@@ -251,7 +251,7 @@ class TestResult:
 
 @dataclass(frozen=True, slots=True)
 class WorkReport:
-    """What came of a piece of work: `trials` of a TrainWork, `tested` by study of a TestWork, or the `error`."""
+    """The result of a piece of work: `trials` of a TrainWork, `tested` by study of a TestWork, or the `error`."""
 
     trials: tuple[TrialResult, ...] = ()
     tested: Mapping[str, TestResult] = field(default_factory=dict)
@@ -259,7 +259,7 @@ class WorkReport:
 
 
 class TrainLoopConfig(TypedDict):
-    """What a worker of a Train run is given; `report` passes epochs on, None in a process of its own."""
+    """The config of a Train worker. `report` passes epochs on; None if the worker has its own process."""
 
     job: Job
     work: TrainWork
@@ -267,16 +267,16 @@ class TrainLoopConfig(TypedDict):
 
 
 def field_values(record: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name, without the deep copy of `dataclasses.asdict`: histories are long."""
+    """Returns the fields of a dataclass by name. `dataclasses.asdict` would copy the long histories."""
     return {one.name: getattr(record, one.name) for one in fields(record)}
 
 
 def to_tune(report: EpochReport | WorkReport) -> dict[str, str]:
-    """Returns a report in the form that Tune passes on: as JSON text, because Tune flattens nested results."""
+    """Returns a report as JSON text, because Tune flattens nested results."""
     return {type(report).__name__: json.dumps(report, default=field_values)}
 
 
 def from_tune(kind: type[ReportT], result: Mapping[str, Any] | None) -> ReportT | None:
-    """Gives back a report of a kind that `to_tune` was given; None where the result holds none."""
+    """Returns the report of this kind that `to_tune` converted; None if the result has none."""
     text = (result or {}).get(kind.__name__)
     return None if text is None else TypeAdapter(kind).validate_json(text)

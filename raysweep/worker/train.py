@@ -1,4 +1,4 @@
-"""One worker of one Train run: its share of the rows, the training loop, and what it reports."""
+"""One worker of a Train run: its share of the rows, the training loop, and its reports."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ from raysweep.training.population import Subsets, train_population
 from raysweep.worker.inputs import (
     build_classifier,
     feature_set,
-    forget_peaks,
     pixel_set,
+    reset_memory_peaks,
     save_heads,
     subsets_of,
     total_memory_of,
 )
 from raysweep.worker.job import EpochReport, Job, StudySpec, TrainLoopConfig, TrialResult, TrialSpec, to_tune
 
-PassOn = Callable[[dict[str, str]], None]
+Report = Callable[[dict[str, str]], None]
 
-WEIGHTS_PER_THREAD = 2**19  # of heads that train together
-CONTEXT_BYTES = 600_000_000  # of GPU memory that a process takes before its first tensor
+WEIGHTS_PER_THREAD = 2**19  # weights of heads that train together, per CPU thread
+CONTEXT_BYTES = 600_000_000  # GPU memory that a process takes before its first tensor
 
 
 def train_worker(config: TrainLoopConfig) -> tuple[TrialResult, ...]:
     """Trains one Population; Ray Train calls it on each worker.
 
     Returns:
-        The trials' results, in the order of the work.
+        The results of the trials, in the order of `work.trials`.
+
+    Raises:
+        TrialError: a scheduler stopped a trial of several workers.
     """
     job, work, report = config["job"], config["work"], config["report"]
     is_local = report is not None
@@ -49,7 +52,7 @@ def train_worker(config: TrainLoopConfig) -> tuple[TrialResult, ...]:
         report = ray.train.report
     torch.set_num_threads(job.num_threads)
     device = _device(job, is_local)
-    forget_peaks(device)
+    reset_memory_peaks(device)
     if job.mode.trains_together:
         results = _train_heads(job, work.trials, device)
     else:
@@ -72,18 +75,18 @@ def _device(job: Job, is_local: bool) -> torch.device:
 
         device = ray.train.torch.get_device()
     if job.resources.gpus_per_worker < 1:
-        # A trial that runs out of memory must get the error itself, not the others on its GPU.
+        # When a trial runs out of memory, it must see the error, not the other trials on its GPU.
         torch.cuda.set_per_process_memory_fraction(_memory_share(job.resources.gpus_per_worker, device), device)
     return device
 
 
 def _memory_share(gpus_per_worker: float, device: torch.device) -> float:
-    """Share of a GPU's memory for the tensors of a worker, beside its CUDA context."""
+    """Returns the share of a GPU's memory for a worker's tensors, without its CUDA context."""
     return max(gpus_per_worker - CONTEXT_BYTES / total_memory_of(device), gpus_per_worker / 2)
 
 
 def _train_heads(job: Job, trials: Sequence[TrialSpec], device: torch.device) -> list[TrialResult]:
-    """Trains the heads of a Population, study by study: those of one number of shots read the same rows."""
+    """Trains the heads of a Population, one study after another: the heads of a study read the same rows."""
     results = []
     for name in dict.fromkeys(trial.study for trial in trials):
         members = [trial for trial in trials if trial.study == name]
@@ -122,7 +125,7 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
                 history=tuple(head.history),
                 final=head.history[-1],
                 best_epoch=len(head.history) - 1,
-                # Only the best head of a Population can be the study's best, so only that one is kept.
+                # Only the best head of a Population can be the best of the study, so only its weights are kept.
                 checkpoint=location(path) if index == best else None,
                 train_seconds=seconds,
                 images_per_second=num_rows * len(head.history) / sum(epoch["time/epoch_s"] for epoch in head.history),
@@ -132,18 +135,18 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
 
 
 def _num_threads(job: Job, num_heads: int, subsets: Subsets | None) -> int:
-    """Threads for a Population.
+    """Returns the number of CPU threads for a Population.
 
-    Threads that wait for one another at every step of a small product gain nothing, and beside anything else on the
-    machine they are slow: 64 trials on 1,034 x 1,280 features took 4 s with one thread, and 100 s with two at load 3.
+    Threads synchronise at every step, so small products gain nothing from more threads, and on a busy machine they get
+    slow: 64 trials on 1,034 x 1,280 features took 4 s with one thread, and 100 s with two at a load of 3.
     """
     num_draws = subsets.train.shape[0] if subsets else 1
     num_weights = num_heads * num_draws * job.num_classes * job.encoder.widest
     return max(1, min(job.num_threads, num_weights // WEIGHTS_PER_THREAD))
 
 
-def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local: bool, report: PassOn) -> TrialResult:
-    # Convolutions run up to twice as fast with channels last, on CPUs and in bf16 on GPUs; the rest is indifferent.
+def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local: bool, report: Report) -> TrialResult:
+    # Convolutions run up to twice as fast with channels last, on CPUs and in bf16 on GPUs; others are unaffected.
     model = build_classifier(job).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     folder = local_path(job.studies[trial.study].folder) / "trials" / trial.folder_name
     started, num_epochs = time.perf_counter(), 0
@@ -151,14 +154,14 @@ def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local
     def on_epoch(metrics: dict[str, float]) -> None:
         nonlocal num_epochs
         if not is_local and exists(local_path(trial.stop_file)):
-            raise TrialError("stopped early")  # on any rank: Train ends the others and frees what they hold
+            raise TrialError("stopped early")  # on any rank: Train ends the other workers and frees their resources
         report(to_tune(EpochReport(trial.number, num_epochs, metrics)))
         num_epochs += 1
 
     try:
         result = train_classifier(
             model,
-            _parallel(job, model, is_local),
+            _wrap_model(job, model, is_local),
             pixel_set(job, "train", device),
             pixel_set(job, "validation", device),
             trial.setting,
@@ -168,7 +171,7 @@ def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local
         )
     finally:
         if rank() == 0:
-            forget(folder)  # or every node would keep the weights and optimiser states of all its trials
+            forget(folder)  # else every node would keep the weights and optimiser states of all its trials
     return TrialResult(
         study=trial.study,
         number=trial.number,
@@ -177,14 +180,14 @@ def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local
         final=result.best or result.history[-1],
         best_epoch=result.best_epoch,
         checkpoint=location(result.checkpoint),
-        # A continued trial has epochs from before.
+        # The history of a continued trial has earlier epochs, too.
         train_seconds=max(time.perf_counter() - started, sum(epoch["time/epoch_s"] for epoch in result.history)),
         images_per_second=float(np.median([epoch["train/images_per_second"] for epoch in result.history])),
     )
 
 
-def _parallel(job: Job, model: Classifier, is_local: bool) -> nn.Module:
-    """What to call for a forward pass; freezes the parameters that none reaches."""
+def _wrap_model(job: Job, model: Classifier, is_local: bool) -> nn.Module:
+    """Returns the module to call for a forward pass; freezes parameters that a forward pass does not use."""
     freeze_unused_parameters(model)
     if job.gradient_checkpointing:
         model.encoder.enable_gradient_checkpointing()

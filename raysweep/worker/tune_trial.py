@@ -1,4 +1,4 @@
-"""One Tune trial: a Population in one Train run, or the test of what a group's studies chose."""
+"""One Tune trial: a Population in one Train run, or the test of a group's chosen classifiers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED")
 
 
 def run_work(config: Mapping[str, Work], jobs: Mapping[str, Job]) -> None:
-    """Tune's trainable: does a piece of a group's work and reports what came of it.
+    """Tune's trainable: runs a piece of a group's work and reports the result.
 
-    An error is reported rather than raised, so that the study's journal can say what went wrong, and Tune uses the
-    same process again.
+    An error is reported and not raised, so that the study's journal holds the reason, and Tune uses the same process
+    again. Only the loss of a worker is raised.
 
     Args:
-        config: `work`; Tune wants a dict.
-        jobs: by the group's name.
+        config: `work`, in a dict because Tune requires one.
+        jobs: jobs by group name.
     """
     from ray import tune
 
@@ -36,10 +36,10 @@ def run_work(config: Mapping[str, Work], jobs: Mapping[str, Job]) -> None:
         tune.report(to_tune(_do(work, job)))
     except Exception as error:
         folder = local_path(job.studies[work.studies[0]].folder)
-        with suppress(RaysweepError, OSError):  # the storage may be what is at fault
+        with suppress(RaysweepError, OSError):  # the storage may be the cause of the error
             write_atomically(folder / "trials" / work.error_folder / "error.txt", traceback.format_exc())
         if lost_a_worker(error):
-            raise  # no setting is at fault: Tune runs the work again where there are other nodes
+            raise  # the setting is not the cause: Tune runs the work again on other nodes
         reason = " ".join(str(error).split()) or "no message"
         tune.report(to_tune(WorkReport(error=f"{type(error).__name__}: {reason[:500]}")))
 
@@ -54,7 +54,7 @@ def _do(work: Work, job: Job) -> WorkReport:
 
 
 def rows_to_begin_with(job: Job) -> int:
-    """Rows of a batch that one worker trains on at once, where memory has not run out."""
+    """Returns the rows per forward pass of one worker, before memory has run out."""
     from raysweep.training.loop import CPU_MICRO_BATCH
 
     share: int = math.ceil(job.loop.batch_size / job.resources.num_workers)
@@ -62,14 +62,14 @@ def rows_to_begin_with(job: Job) -> int:
 
 
 def within_memory(train: Callable[[int | None], Results], micro_batch_size: int | None, share: int) -> Results:
-    """Trains, and again with micro-batches of half the size each time that memory runs out.
+    """Trains, and trains again with micro-batches of half the size each time that memory runs out.
 
-    The Train run is started again, rather than the step: workers would have to agree on that, and one that has run out
-    of memory leaves the others waiting for its gradients. Training goes on from the last epoch's checkpoint.
+    This starts the Train run again and not the step: workers would have to agree on a new step, and the others wait for
+    the gradients of the one without memory. Training continues from the checkpoint of the last epoch.
 
     Args:
-        train: trains with micro-batches of a size; None for all rows of a worker's share at once.
-        micro_batch_size: to begin with.
+        train: trains with a micro-batch size; None for all rows of a worker's share.
+        micro_batch_size: first size to try.
         share: rows of a batch that one worker trains on.
     """
     while True:
@@ -78,18 +78,18 @@ def within_memory(train: Callable[[int | None], Results], micro_batch_size: int 
         except Exception as error:
             if not ran_out_of_memory(error) or (micro_batch_size or share) == 1:
                 raise
-        # Outside of the handler the error is gone, and with it the frames that hold the model.
+        # Outside the handler the error is freed, and with it the stack frames that hold the model.
         micro_batch_size = math.ceil((micro_batch_size or share) / 2)
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether this error, or one of a Train run's workers, is about memory; Ray's own error of a host counts too."""
-    # By words: CUDA's libraries raise plain RuntimeErrors, and Ray keeps only the ends of a worker's error text.
+    """Whether the error, or one of a Train run's workers, is out of memory: of a GPU, or Ray's own error of a host."""
+    # By text: CUDA's libraries raise plain RuntimeErrors, and Ray keeps only the ends of a worker's error text.
     return any(words in f"{type(one).__name__} {one}" for one in _causes(error) for words in OUT_OF_MEMORY)
 
 
 def lost_a_worker(error: Exception) -> bool:
-    """Whether a worker process of a Train run died, or its node did, without running out of memory."""
+    """Whether a worker process of a Train run, or its node, died for another reason than memory."""
     from ray.exceptions import RayActorError
 
     causes = [getattr(one, "health_check_failure", one) for one in _causes(error)]
@@ -97,15 +97,15 @@ def lost_a_worker(error: Exception) -> bool:
 
 
 def _causes(error: Exception) -> list[Exception]:
-    """An error, and those of the workers where it is a Train run's."""
+    """Returns an error, and the workers' errors if a Train run raised it."""
     return [error, *getattr(error, "worker_failures", {}).values()]
 
 
 def _train(work: TrainWork, job: Job, micro_batch_size: int | None) -> Results:
-    """Runs a Population through Ray Train.
+    """Runs a Population with Ray Train.
 
-    One worker runs in Train's local mode, inside the Tune trial, whose process is used again: a Train run of its own
-    takes seconds to start. Several workers get a full TorchTrainer, whose reports are passed on.
+    One worker runs in Train's local mode, in the process of the Tune trial, which is used again: a separate Train run
+    takes seconds to start. Several workers run in a full TorchTrainer, whose reports are passed on.
     """
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
@@ -123,7 +123,7 @@ def _train(work: TrainWork, job: Job, micro_batch_size: int | None) -> Results:
     else:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        # Named after its trials, so that Train's own recovery finds the run again.
+        # The name contains its trials, so that Train's own recovery finds the run again.
         name = f"trials-{work.trials[0].number}-{work.trials[-1].number}-{micro_batch_size or 'all'}"
         folder = local_path(job.studies[work.studies[0]].folder)
         trainer = TorchTrainer(
@@ -142,16 +142,16 @@ def _train(work: TrainWork, job: Job, micro_batch_size: int | None) -> Results:
 
 
 def worker_resources(job: Job) -> dict[str, float]:
-    """What one worker holds, in Ray's terms."""
+    """Returns the Ray resources of one worker."""
     gpus = {"GPU": job.resources.gpus_per_worker} if job.use_gpu else {}
     return {"CPU": job.resources.cpus_per_worker, **gpus}
 
 
 def work_resources(job: Job, work: Work) -> dict[str, float]:
-    """What a Tune trial itself holds.
+    """Returns the Ray resources of a Tune trial itself.
 
-    While several workers train, that is next to nothing, since Train's placement group lies outside of it. Ray refuses
-    an empty bundle, and a fraction of a CPU would keep the last worker from ever fitting.
+    If several workers train, that is one byte of memory, because Train's placement group lies outside the trial. Ray
+    refuses an empty bundle, and with a fraction of a CPU the last worker would never fit.
     """
     trains_elsewhere = job.resources.num_workers > 1 and isinstance(work, TrainWork)
     return {"memory": 1} if trains_elsewhere else worker_resources(job)
