@@ -1,6 +1,6 @@
 """Weak scaling of the encoder pass: Ray nodes on one machine, with equal numbers of images, and a sleeping encoder.
 
-It measures the overhead of several nodes: Ray Data's scheduling, the start of its tasks, files and receipts. The
+It measures the overhead of several nodes: Ray Data's scheduling, the start of its tasks, files and reports. The
 encoder is a stub that sleeps a fixed time per image, because the nodes share the cores of one machine. Each number of
 nodes runs in a separate process. The pass is that of a sweep on a cluster (`build_caches`), including its start.
 """

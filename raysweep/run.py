@@ -68,9 +68,9 @@ def _plan(experiment: Experiment) -> int:
     from raysweep.sweep.plan import cluster_lines, plan_lines
 
     if joins_cluster():
-        from raysweep.sweep.sweep import check_outlives_job
+        from raysweep.sweep.sweep import check_results_outlast_job
 
-        check_outlives_job(experiment)
+        check_results_outlast_job(experiment)
     index = load_index(experiment.data, experiment.seed)
     if not joins_cluster():
         print("\n".join(plan_lines(experiment, index, local_resources())))

@@ -17,7 +17,7 @@ from raysweep.images.blocks import rows_of, tensor_column, tensors
 from raysweep.images.cache import write_rows
 from raysweep.images.features import encode, feature_table, load_arrays
 from raysweep.images.pixels import Geometry, decode_rows, write_pixels
-from raysweep.images.receipts import build_receipts, seconds_of
+from raysweep.images.task_reports import build_reports, seconds_of
 from raysweep.storage.copies import local_path
 
 
@@ -81,7 +81,7 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
     """Decodes a block of the index and writes its rows of the pixel caches.
 
     Returns:
-        The receipts of the rows, and the columns `pixels_0`, `pixels_1` ... for `job.encoded_geometries`.
+        The reports of the rows, and the columns `pixels_0`, `pixels_1` ... for `job.encoded_geometries`.
     """
     import ray
 
@@ -97,7 +97,7 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
             started, images = time.perf_counter(), pixels[target.geometry]
             write_pixels(str(local_path(target.folder)), row_ids[good], images if good.all() else images[good])
             seconds[1 + number] = time.perf_counter() - started
-    decoded = build_receipts(row_ids, pa.array(errors, pa.string()), seconds)
+    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds)
     for number, geometry in enumerate(job.encoded_geometries):
         decoded = decoded.append_column(f"pixels_{number}", tensor_column(pixels[geometry]))
     return decoded
@@ -121,7 +121,7 @@ class EncoderActor:
                 self.encoders[number] = encoder.to(self.device).requires_grad_(False)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        """Takes what `decode_block` returned, writes one file for each feature cache, and returns the receipts."""
+        """Takes what `decode_block` returned, writes one file for each feature cache, and returns the reports."""
         good = decoded["error"].is_null().to_numpy()
         row_ids, geometries = decoded["row_id"].to_numpy(), self.job.encoded_geometries
         seconds = seconds_of(decoded)
@@ -133,14 +133,14 @@ class EncoderActor:
             seconds[1 + number] = time.perf_counter() - started
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()
-        return build_receipts(row_ids, decoded["error"], seconds, memory, gpu_memory)
+        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory)
 
 
 class DecoderEncoderActor(EncoderActor):
     """Decodes and encodes in one process, with all CPUs of a node. A call turns blocks of the index into features."""
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Takes a block of the index, writes one file for each cache, and returns the receipts."""
+        """Takes a block of the index, writes one file for each cache, and returns the reports."""
         return super().__call__(decode_block(block, self.job, self.job.num_threads))
 
 

@@ -42,7 +42,7 @@ from raysweep.images.pass_tasks import (
     decode_block,
 )
 from raysweep.images.pixels import Geometry, PixelRequest
-from raysweep.images.receipts import Tally
+from raysweep.images.task_reports import Tally
 from raysweep.storage.copies import location, on_every_node, remove
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def _make_pass(
     tally, num_rows, key = Tally(len(requests)), len(index.table), uuid.uuid4().hex
     dataset = _dataset(requests, key, index, num_gpus, num_threads, num_nodes)
     with _raising_own_errors():
-        for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tally.add(receipts)
+        for reports in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tally.add(reports)
             on_progress(tally.num_rows, num_rows)
     if tally.num_rows != num_rows:
         folders = ", ".join(str(request.folder) for request in requests)
@@ -198,7 +198,7 @@ def _raising_own_errors() -> Iterator[None]:
 def _dataset(
     requests: Sequence[Request], key: str, index: ImageIndex, num_gpus: int, num_threads: int, num_nodes: int
 ) -> ray.data.Dataset:
-    """Returns a Ray Dataset that yields a receipt for every row; nothing runs yet."""
+    """Returns a Ray Dataset that yields a report for every row; nothing runs yet."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     job = PassJob(key, put_index(index), tuple(_target(request, key) for request in requests), num_threads)

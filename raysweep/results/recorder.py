@@ -21,9 +21,9 @@ from multiprocessing.connection import wait
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from raysweep.errors import RaysweepError
-from raysweep.results.tracking import Tracker, open_tracker, reported_as_ours
+from raysweep.results.tracking import Tracker, convert_mlflow_errors, open_tracker
 
-SECONDS_UNTIL_SAID = 15
+SECONDS_BEFORE_NOTICE = 15
 SECONDS_TO_CLOSE = 60
 
 Arguments = ParamSpec("Arguments")
@@ -100,7 +100,7 @@ class Recorder:
 
     def _remove_finished(self, waiting: bool = False) -> None:
         """Removes finished calls, or waits for all calls. A failed call stays, and raises each time."""
-        limit: float | None = SECONDS_UNTIL_SAID
+        limit: float | None = SECONDS_BEFORE_NOTICE
         while self._sent and (waiting or self._sent[0].done()):
             if waiting and wait_for([self._sent[0]], limit).not_done:
                 self._say(f"waiting for MLflow at {self.uri}: {len(self._sent)} calls to go")
@@ -151,7 +151,7 @@ def _call(uri: str, method: Callable[..., Any], arguments: tuple[Any, ...], opti
     if not _trackers:  # the store could not be opened, and the call that opens it has raised
         return None
     try:
-        with reported_as_ours(uri):
+        with convert_mlflow_errors(uri):
             return method(_trackers[0], *arguments, **options)
     except OSError as error:
         raise RaysweepError(f"tracking.uri: nothing can be written to '{uri}' ({error})") from error

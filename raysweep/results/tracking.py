@@ -182,7 +182,7 @@ class Tracker:
         self.client.log_batch(run_id, metrics[:METRICS_PER_BATCH], params, tags)
         self.finish(run_id, trial.status)
 
-    def catch_up(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
+    def log_missing_trials(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
         """Logs trials `(key, name, trial)` that are incomplete: the sweep was killed, or the store is new."""
         for key, name, trial in trials:
             run = self._runs_under(parent).get(key)
@@ -252,7 +252,7 @@ class Tracker:
         self.client.set_terminated(run_id, status=status)
         self._open.discard(run_id)
 
-    def fail_abandoned(self, root: str) -> None:
+    def fail_unfinished_sweeps(self, root: str) -> None:
         """Ends runs that killed invocations left running, of all sweeps in `root`; the caller holds its lock."""
         for run in self._runs_under(None).values():
             if run.data.tags.get(ROOT_TAG) != root:
@@ -261,12 +261,12 @@ class Tracker:
             if run_id in self._open or run.info.status == "RUNNING":
                 for study in self._runs_under(run_id).values():
                     if study.info.status == "RUNNING":
-                        self.fail_left_running(study.info.run_id)
-                self.fail_left_running(run_id)
+                        self.fail_unfinished_runs(study.info.run_id)
+                self.fail_unfinished_runs(run_id)
             if run.info.status == "RUNNING" and run_id not in self._open:
                 self.finish(run_id, "FAILED")
 
-    def fail_left_running(self, parent: str) -> None:
+    def fail_unfinished_runs(self, parent: str) -> None:
         """Ends runs under `parent` that a killed invocation left running, as FAILED."""
         self._children.pop(parent, None)  # the stored runs have the status from the time of the search
         for run in self._runs_under(parent).values():
@@ -316,7 +316,7 @@ def _without_retries() -> Iterator[None]:
 
 
 @contextmanager
-def reported_as_ours(uri: str) -> Iterator[None]:
+def convert_mlflow_errors(uri: str) -> Iterator[None]:
     """Converts MLflow's errors, because the store worked when the sweep started.
 
     Raises:

@@ -41,7 +41,7 @@ def read_card(config: EncoderConfig, seed: int, folder: Path) -> LazyEncoder:
     if not card.exists():
         model = build_encoder(config.model_dump(), seed)
         write_json(card, {"spec": model.spec.to_dict(), "weights": weights_signature(model)})
-    content = read_json(card)  # also where it is new: JSON may change a value, and signatures depend on the spec
+    content = read_json(card)  # a new card too: JSON may change a value, and signatures depend on the spec
     encoder = LazyEncoder(config, seed, EncoderSpec.from_dict(content["spec"]), str(content["weights"]))
     if model is not None:
         encoder.model = model

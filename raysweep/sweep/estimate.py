@@ -94,7 +94,7 @@ def estimate_lines(experiment: Experiment, index: ImageIndex, present: Resources
         RaysweepError: an encoder cannot be loaded, or no image of the sample can be decoded.
     """
     on_gpu = uses_gpu(experiment.resources, present)
-    if not _is_room(on_gpu):
+    if not _has_free_device(on_gpu):
         return [f"time there: no estimate, since no {'GPU' if on_gpu else 'CPU'} of the cluster is free"]
     counts = {split: sum(by_class.values()) for split, by_class in index.counts().items()}
     num_images = sum(counts.values())
@@ -132,7 +132,7 @@ def _pass_seconds_per_image(speeds: Speeds, present: Resources, on_gpu: bool) ->
     return max(speeds.decode / present.num_cpus, encoding) if on_gpu else encoding
 
 
-def _is_room(on_gpu: bool) -> bool:
+def _has_free_device(on_gpu: bool) -> bool:
     """Waits at most `SECONDS_TO_WAIT` for a free CPU or GPU; returns whether there is one."""
     import ray
 

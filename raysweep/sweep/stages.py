@@ -16,7 +16,7 @@ from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location
 from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
-from raysweep.sweep.entry import Entry, open_baseline
+from raysweep.sweep.leaderboard_entry import LeaderboardEntry, open_baseline
 from raysweep.sweep.optuna_study import open_store
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
@@ -60,7 +60,7 @@ def run_stages(state: SweepState) -> SweepResult:
     configs = state.experiment.studies()
     caches = find_or_make_caches(state, configs)
     state.run_id = start_sweep_run(state)
-    entries: list[Entry] = []
+    entries: list[LeaderboardEntry] = []
     for reads_features in (True, False):
         groups = open_groups(state, [config for config in configs if config.reads_features is reads_features], caches)
         waiting = [group for group in groups if group.has_work]
@@ -102,7 +102,7 @@ def start_sweep_run(state: SweepState) -> str:
         folder = source.rstrip("/").split("/")[-1]
         recorder.send(Tracker.log_dataset, run_id, folder, state.index.fingerprint, source, str(counts))
     recorder.send(Tracker.log_file, run_id, state.paths.resolved_experiment)
-    recorder.send(Tracker.fail_abandoned, root)
+    recorder.send(Tracker.fail_unfinished_sweeps, root)
     return run_id
 
 

@@ -18,7 +18,7 @@ from raysweep.results.progress import Stage
 from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
 from raysweep.storage.copies import local_path, location, publish, remove
 from raysweep.storage.paths import signature, write_atomically
-from raysweep.sweep.entry import Entry, draws_of, identity, start_run
+from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
 from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome
 from raysweep.sweep.state import SweepState
@@ -66,7 +66,7 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
     return study
 
 
-class Study(Entry):
+class Study(LeaderboardEntry):
     """A study whose setting is searched with Optuna. Made by `open_study`.
 
     Args:
@@ -105,11 +105,11 @@ class Study(Entry):
     def log_earlier_trials(self) -> None:
         """Logs trials of earlier invocations that are not completely in MLflow."""
         trials = [self._to_logged_trial(result) for result in self.optuna_study.results]
-        self.state.recorder.send(Tracker.catch_up, self.run_id, trials)
+        self.state.recorder.send(Tracker.log_missing_trials, self.run_id, trials)
 
     @cached_property
     def is_settled(self) -> bool:
-        """See `Entry.is_settled`."""
+        """See `LeaderboardEntry.is_settled`."""
         earlier = self.earlier_outcome()
         if self.num_left or earlier is None or earlier.num_records != len(self.optuna_study.results):
             return False
@@ -254,7 +254,7 @@ class Study(Entry):
         return best.checkpoint
 
     def settle(self, tested: TestResult, job: Job) -> None:
-        """See `Entry.settle`. Removes all checkpoints but the best one."""
+        """See `LeaderboardEntry.settle`. Removes all checkpoints but the best one."""
         results, best = self.optuna_study.results, self.optuna_study.best()
         self.finish(
             study_outcome(
@@ -275,7 +275,7 @@ class Study(Entry):
                 self._delete_folders(result.number)
 
     def conclude(self) -> Outcome:
-        """See `Entry.conclude`."""
+        """See `LeaderboardEntry.conclude`."""
         if self.outcome is None and self.failure is None:
             self.state.progress.say(f"{self.name}: all {self.num_done} trials are there, nothing left to do")
         return super().conclude()

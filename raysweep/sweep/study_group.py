@@ -15,14 +15,14 @@ from raysweep.images.rows import Rows
 from raysweep.images.streaming import DECODING_CPUS
 from raysweep.storage.copies import location
 from raysweep.sweep.caches import precision_of
-from raysweep.sweep.entry import BaselineEntry, Entry
+from raysweep.sweep.leaderboard_entry import BaselineEntry, LeaderboardEntry
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study import Study
 from raysweep.training.augment import Augmentation
 from raysweep.training.loop import LoopOptions
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import EpochReport, Job, TestResult, TestWork, TrainWork, TrialSpec, Work, WorkReport
-from raysweep.worker.tune_trial import rows_to_begin_with
+from raysweep.worker.tune_trial import initial_micro_batch_size
 
 
 class StudyGroup:
@@ -43,7 +43,7 @@ class StudyGroup:
         self._job: Job | None = None
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LeaderboardEntry]:
         """Its studies and baselines."""
         return [*self.studies, *self.baselines]
 
@@ -99,7 +99,7 @@ class StudyGroup:
 
     def _note_micro_batch_size(self, size: float | None) -> None:
         """Makes later trials start with the size that fits, after memory ran out."""
-        if size is not None and size < (before := self.micro_batch_size or rows_to_begin_with(self.job)):
+        if size is not None and size < (before := self.micro_batch_size or initial_micro_batch_size(self.job)):
             self.micro_batch_size = int(size)
             batch_size = self.job.loop.batch_size
             self.state.progress.warn(

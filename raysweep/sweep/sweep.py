@@ -35,7 +35,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         RaysweepError: the experiment, data, weights, resources or store cannot be used; the message says which.
     """
     paths = SweepPaths(experiment.storage, experiment.name)
-    check_outlives_job(experiment)
+    check_results_outlast_job(experiment)
     if not joins_cluster():
         check_resources(experiment.resources, local_resources())
     with ExitStack() as stack:
@@ -68,7 +68,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         return run_stages(state)
 
 
-def check_outlives_job(experiment: Experiment) -> None:
+def check_results_outlast_job(experiment: Experiment) -> None:
     """In a submitted job, checks that results lie outside its working directory, which Ray removes at the end.
 
     Raises:

@@ -148,6 +148,7 @@ def _num_threads(job: Job, num_heads: int, subsets: Subsets | None) -> int:
 def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local: bool, report: Report) -> TrialResult:
     # Convolutions run up to twice as fast with channels last, on CPUs and in bf16 on GPUs; others are unaffected.
     model = build_classifier(job).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parallel = _wrap_model(job, model, is_local)
     folder = local_path(job.studies[trial.study].folder) / "trials" / trial.folder_name
     started, num_epochs = time.perf_counter(), 0
 
@@ -161,7 +162,7 @@ def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local
     try:
         result = train_classifier(
             model,
-            _wrap_model(job, model, is_local),
+            parallel,
             pixel_set(job, "train", device),
             pixel_set(job, "validation", device),
             trial.setting,

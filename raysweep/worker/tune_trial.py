@@ -50,10 +50,10 @@ def _do(work: Work, job: Job) -> WorkReport:
 
         return WorkReport(tested=run_test(job, work))
     train = partial(_train, work, job)
-    return WorkReport(trials=within_memory(train, work.micro_batch_size, rows_to_begin_with(job)))
+    return WorkReport(trials=train_with_smaller_batches(train, work.micro_batch_size, initial_micro_batch_size(job)))
 
 
-def rows_to_begin_with(job: Job) -> int:
+def initial_micro_batch_size(job: Job) -> int:
     """Returns the rows per forward pass of one worker, before memory has run out."""
     from raysweep.training.loop import CPU_MICRO_BATCH
 
@@ -61,7 +61,9 @@ def rows_to_begin_with(job: Job) -> int:
     return min(job.loop.micro_batch_size or (share if job.use_gpu else CPU_MICRO_BATCH), share)
 
 
-def within_memory(train: Callable[[int | None], Results], micro_batch_size: int | None, share: int) -> Results:
+def train_with_smaller_batches(
+    train: Callable[[int | None], Results], micro_batch_size: int | None, share: int
+) -> Results:
     """Trains, and trains again with micro-batches of half the size each time that memory runs out.
 
     This starts the Train run again and not the step: workers would have to agree on a new step, and the others wait for

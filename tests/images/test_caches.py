@@ -36,7 +36,7 @@ from raysweep.images.pixels import (
     pixel_signature,
     write_pixels,
 )
-from raysweep.images.receipts import Tally, build_receipts
+from raysweep.images.task_reports import Tally, build_reports
 from raysweep.storage import copies as storage
 
 NUM_ROWS, ROWS_PER_BLOCK = 25, 8  # three blocks, and one of a single row
@@ -415,15 +415,15 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
     assert names(rows, "*") == [f"rows-{number:012d}.arrow" for number in (1000, 1002, 1004)]
 
 
-def receipts(row_ids, seconds, errors=None, memory=1):
+def reports(row_ids, seconds, errors=None, memory=1):
     errors = pa.array(errors or [None] * len(row_ids), pa.string())
-    return build_receipts(np.array(row_ids), errors, np.array(seconds), memory)
+    return build_reports(np.array(row_ids), errors, np.array(seconds), memory)
 
 
 def test_the_shares_of_all_caches_add_up_to_the_wall_time():
     tally = Tally(num_caches=2)
-    tally.add(receipts([1, 2, 3], seconds=[4.0, 1.0, 5.0], errors=[None, "broken", None]))
-    tally.add(receipts([4], seconds=[2.0, 1.0, 7.0], memory=10**15))
+    tally.add(reports([1, 2, 3], seconds=[4.0, 1.0, 5.0], errors=[None, "broken", None]))
+    tally.add(reports([4], seconds=[2.0, 1.0, 7.0], memory=10**15))
     # 2 of 20 seconds for the first alone, 12 for the second, 3 each of decoding.
     assert tally.shares(40.0) == pytest.approx([10.0, 30.0])
     assert (tally.num_rows, tally.errors, tally.memory) == (4, {2: "broken"}, 10**15)
@@ -432,7 +432,7 @@ def test_the_shares_of_all_caches_add_up_to_the_wall_time():
 def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encoder):
     class Lossy:
         def iter_batches(self, **_options):
-            yield receipts([1000, 1002], seconds=[1.0, 1.0])
+            yield reports([1000, 1002], seconds=[1.0, 1.0])
 
     monkeypatch.setattr(passes, "_dataset", lambda *_arguments: Lossy())
     with pytest.raises(DataError, match="saw 2 of 3 images"):

@@ -108,7 +108,7 @@ def test_a_store_that_cannot_be_used_is_named():
 
 
 def test_a_long_wait_is_said_once(uri, request, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS_UNTIL_SAID", 0.01)
+    monkeypatch.setattr(module, "SECONDS_BEFORE_NOTICE", 0.01)
     said = []
     recorder = start_recorder(uri, request.node.name, said.append)
     sent = recorder.send(Tracker.start_run, "key", "name", "sweep")

@@ -18,7 +18,7 @@ from raysweep.errors import RaysweepError
 from raysweep.results import tracking
 from raysweep.results.environment import environment_tags
 from raysweep.results.model import export_model, load_model
-from raysweep.results.tracking import LoggedTrial, open_tracker, reported_as_ours
+from raysweep.results.tracking import LoggedTrial, convert_mlflow_errors, open_tracker
 
 ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
 
@@ -259,7 +259,7 @@ def test_catching_up_logs_what_is_missing_or_was_cut_short_and_nothing_twice(new
     again = new_tracker()
     assert start_study(again) == study
     trials = (whole, lost, whole, whole, lost, diverged, stopped, stopped)
-    again.catch_up(study, [(f"s/{number}", f"t-{number}", trial) for number, trial in enumerate(trials)])
+    again.log_missing_trials(study, [(f"s/{number}", f"t-{number}", trial) for number, trial in enumerate(trials)])
     runs = {run.info.run_name: run for run in runs_of(again, **{"mlflow.parentRunId": study})}
     statuses = {name: run.info.status for name, run in sorted(runs.items())}
     assert list(statuses) == [f"t-{number}" for number in range(8)]
@@ -279,8 +279,8 @@ def test_runs_left_running_by_a_killed_sweep_end_failed(new_tracker):
     again = new_tracker()
     study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
     going_on = again.start_run("probe/1", "probe-1", "trial", parent=study)[0]
-    again.fail_left_running(runs["sweep"])
-    again.fail_left_running(study)
+    again.fail_unfinished_runs(runs["sweep"])
+    again.fail_unfinished_runs(study)
     assert status(again, study) == status(again, going_on) == "RUNNING"
     assert status(again, runs["tune"]) == "FAILED"
     assert status(again, runs["probe/0"]) == "FINISHED"
@@ -291,7 +291,7 @@ def test_a_run_that_went_on_and_finished_stays_finished(new_tracker):
     again = new_tracker()
     study = again.start_run("probe", "probe", "study", parent=runs["sweep"])[0]
     again.finish(study)
-    again.fail_left_running(runs["sweep"])
+    again.fail_unfinished_runs(runs["sweep"])
     assert status(again, study) == "FINISHED"
 
 
@@ -404,13 +404,13 @@ def test_abandoned_runs_of_the_same_root_are_ended_and_others_are_left_alone(tmp
         runs[root] = (sweep, study, trial)
     later = open_tracker(uri, "beans")
     later.start_run("another sweep", "beans", "sweep", tags=environment_tags("/data/runs/beans"))
-    later.fail_abandoned("/data/runs/beans")
+    later.fail_unfinished_sweeps("/data/runs/beans")
     statuses = {root: [later.client.get_run(run).info.status for run in ids] for root, ids in runs.items()}
     assert statuses == {"/data/runs/beans": ["FAILED"] * 3, "/data/runs/other": ["RUNNING"] * 3}
 
 
 def test_errors_of_the_store_in_mid_sweep_are_told_clearly():
-    with pytest.raises(RaysweepError, match="the same command goes on"), reported_as_ours("http://tracking"):
+    with pytest.raises(RaysweepError, match="the same command goes on"), convert_mlflow_errors("http://tracking"):
         raise mlflow.MlflowException("the disk is full")
 
 

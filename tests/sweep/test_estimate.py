@@ -40,7 +40,7 @@ def experiment(**keys):
 @pytest.fixture
 def lines(monkeypatch, index):
     monkeypatch.setattr(estimate, "_speeds", lambda *_: SPEEDS)
-    monkeypatch.setattr(estimate, "_is_room", lambda _on_gpu: True)
+    monkeypatch.setattr(estimate, "_has_free_device", lambda _on_gpu: True)
 
     def estimated(present, **keys):
         return estimate_lines(experiment(**keys), index, present)
@@ -83,7 +83,7 @@ def test_a_busy_cluster_keeps_nobody_waiting(index, monkeypatch, num_gpus, what)
     ]
     assert (held, cancelled) == ([{f"num_{what.lower()}s": 1}], ["look"])
     ready.append("look")
-    assert estimate._is_room(bool(num_gpus))
+    assert estimate._has_free_device(bool(num_gpus))
     assert cancelled == ["look"]
 
 

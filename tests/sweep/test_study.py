@@ -304,7 +304,7 @@ def test_a_resumed_study_counts_stopped_trials_as_done_and_logs_them_as_stopped(
     state = open_state(**scheduled())
     again = study_of(state, "fine_tune")
     assert again.num_left == 1
-    ((_, trials),) = state.recorder.of(Tracker.catch_up)
+    ((_, trials),) = state.recorder.of(Tracker.log_missing_trials)
     assert sorted((trial.status, len(trial.history)) for *_, trial in trials) == [("FINISHED", 2), ("KILLED", 1)]
 
 
@@ -351,7 +351,7 @@ def test_a_resumed_study_sees_to_it_that_every_trial_is_logged(open_state):
     tell_all(first, first.ask())
     state = open_state(**probe(num_trials=2))
     study = study_of(state)
-    ((run_id, trials),) = state.recorder.of(Tracker.catch_up)
+    ((run_id, trials),) = state.recorder.of(Tracker.log_missing_trials)
     assert run_id == study.run_id
     assert [(key, name, len(trial.history)) for key, name, trial in trials] == [
         (f"{study.key}/{number}", f"dinov2-linear_probe-{number}", 2) for number in range(2)

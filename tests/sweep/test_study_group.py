@@ -12,7 +12,7 @@ from raysweep.experiment.modes import MODES
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.rows import Draws, SplitRows
 from raysweep.sweep import study_group as module
-from raysweep.sweep.entry import BaselineEntry
+from raysweep.sweep.leaderboard_entry import BaselineEntry
 from raysweep.sweep.study import Study
 from raysweep.sweep.study_group import StudyGroup
 from raysweep.training.augment import Augmentation

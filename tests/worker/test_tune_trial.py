@@ -8,10 +8,10 @@ from ray.train import WorkerGroupError
 from raysweep.worker import evaluate, tune_trial
 from raysweep.worker.job import TestResult, TrialResult, WorkReport, from_tune
 from raysweep.worker.tune_trial import (
+    initial_micro_batch_size,
     lost_a_worker,
-    rows_to_begin_with,
     run_work,
-    within_memory,
+    train_with_smaller_batches,
     work_resources,
     worker_resources,
 )
@@ -41,7 +41,7 @@ def trains_up_to(limit, tried, error=OUT_OF_MEMORY):
 )
 def test_micro_batches_are_halved_until_they_fit(limit, begin, expected):
     tried = []
-    (result,) = within_memory(trains_up_to(limit, tried), begin, 64)
+    (result,) = train_with_smaller_batches(trains_up_to(limit, tried), begin, 64)
     assert result.final == {"train/micro_batch_size": expected[-1]}
     assert tried == expected
 
@@ -49,7 +49,7 @@ def test_micro_batches_are_halved_until_they_fit(limit, begin, expected):
 def test_a_single_image_that_does_not_fit_fails_the_trial():
     tried = []
     with pytest.raises(torch.OutOfMemoryError):
-        within_memory(trains_up_to(0, tried), None, 4)
+        train_with_smaller_batches(trains_up_to(0, tried), None, 4)
     assert tried == [None, 2, 1]
 
 
@@ -57,21 +57,21 @@ def test_the_error_of_one_of_several_workers_is_known():
     """Ray shortens each worker's text, and leaves out its middle."""
     tried, cause = [], torch.OutOfMemoryError("CUDA " + "had many things to say of its memory. " * 50)
     error = WorkerGroupError(f"[Rank 1] {str(cause)[-500:]}", {1: cause})
-    within_memory(trains_up_to(2, tried, error), None, 4)
+    train_with_smaller_batches(trains_up_to(2, tried, error), None, 4)
     assert tried == [None, 2]
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
 def test_cudas_libraries_say_it_in_their_own_ways(text):
     tried = []
-    within_memory(trains_up_to(2, tried, RuntimeError(text)), None, 4)
+    train_with_smaller_batches(trains_up_to(2, tried, RuntimeError(text)), None, 4)
     assert tried == [None, 2]
 
 
 def test_other_errors_are_not_tried_again():
     tried = []
     with pytest.raises(ValueError, match="no such thing"):
-        within_memory(trains_up_to(0, tried, ValueError("no such thing")), None, 64)
+        train_with_smaller_batches(trains_up_to(0, tried, ValueError("no such thing")), None, 64)
     assert tried == [None]
 
 
@@ -92,7 +92,7 @@ def test_nothing_of_a_failed_attempt_is_held_while_the_next_one_runs():
             raise torch.OutOfMemoryError(f"{model}")
         return ()
 
-    within_memory(train, None, 8)
+    train_with_smaller_batches(train, None, 8)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_nothing_of_a_failed_attempt_is_held_while_the_next_one_runs():
 def test_what_is_tried_first(use_gpu, num_workers, given, expected):
     loop = {"batch_size": 64, "micro_batch_size": given}
     job = make_job("fine_tune", use_gpu=use_gpu, resources={"num_workers": num_workers}, loop=loop)
-    assert rows_to_begin_with(job) == expected
+    assert initial_micro_batch_size(job) == expected
 
 
 # What a piece of work reports

@@ -22,7 +22,7 @@ from raysweep.sweep.state import SweepState
 from raysweep.worker.job import Job, StudySpec, TestResult
 
 
-class Entry(ABC):
+class LeaderboardEntry(ABC):
     """A study or a baseline: its classifier is chosen on the validation split and then tested once.
 
     Args:
@@ -105,7 +105,7 @@ class Entry(ABC):
         return outcome
 
 
-class BaselineEntry(Entry):
+class BaselineEntry(LeaderboardEntry):
     """A baseline: chosen and tested in one piece of work, without trials. Made by `open_baseline`."""
 
     def __init__(
@@ -116,7 +116,7 @@ class BaselineEntry(Entry):
 
     @cached_property
     def is_settled(self) -> bool:
-        """See `Entry.is_settled`."""
+        """See `LeaderboardEntry.is_settled`."""
         earlier = self.earlier_outcome()
         if earlier is None or earlier.row.model_path is None:
             return earlier is not None
@@ -124,11 +124,11 @@ class BaselineEntry(Entry):
 
     @property
     def spec(self) -> StudySpec:
-        """See `Entry.spec`."""
+        """See `LeaderboardEntry.spec`."""
         return replace(super().spec, baseline=self.config.baseline)
 
     def settle(self, tested: TestResult, job: Job) -> None:  # noqa: ARG002
-        """See `Entry.settle`."""
+        """See `LeaderboardEntry.settle`."""
         assert tested.fit is not None, "a baseline's test says how it was chosen"
         self.finish(
             baseline_outcome(self.state, self.config, key=self.key, cache=self.cache, fit=tested.fit, tested=tested)

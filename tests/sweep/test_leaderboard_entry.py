@@ -10,7 +10,7 @@ from raysweep.encoders.head import Head
 from raysweep.images.index import BadRow
 from raysweep.results.model import load_model
 from raysweep.results.tracking import Tracker
-from raysweep.sweep.entry import open_baseline
+from raysweep.sweep.leaderboard_entry import open_baseline
 from raysweep.sweep.study import open_study
 from raysweep.worker.inputs import save_heads
 from raysweep.worker.job import BaselineFit

@@ -1,4 +1,4 @@
-"""Receipts: what the tasks of a pass report for every row, and what the receipts add up to."""
+"""What the tasks of a pass report for every row, and what the reports add up to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from raysweep.images.blocks import tensor_column, tensors
 from raysweep.images.memory import peak_memory_bytes
 
 
-def build_receipts(
+def build_reports(
     row_ids: np.ndarray, errors: pa.Array, seconds: np.ndarray, memory: int = 0, gpu_memory: int = 0
 ) -> pa.Table:
-    """Returns the receipts of the rows of one block.
+    """Returns the reports of the rows of one block.
 
     Args:
         row_ids: int64 `(n,)`, with at least one row.
@@ -37,19 +37,19 @@ def build_receipts(
     )
 
 
-def seconds_of(receipts: pa.Table) -> np.ndarray:
+def seconds_of(reports: pa.Table) -> np.ndarray:
     """Returns the sum of the seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache."""
-    total: np.ndarray = tensors(receipts, "seconds").sum(axis=0)
+    total: np.ndarray = tensors(reports, "seconds").sum(axis=0)
     return total
 
 
 @dataclass
 class Tally:
-    """The sum of the receipts of a pass.
+    """The sum of the reports of a pass.
 
     Attributes:
         num_caches: Number of caches that the pass makes.
-        num_rows: Number of receipts so far.
+        num_rows: Number of reports so far.
         memory: Largest resident set size of any process, in bytes.
         gpu_memory: Most GPU memory that any process had allocated, in bytes.
         errors: The reason for each bad row, by row id.
@@ -66,13 +66,13 @@ class Tally:
     def __post_init__(self) -> None:
         self.seconds = np.zeros(1 + self.num_caches)
 
-    def add(self, receipts: pa.Table) -> None:
-        """Adds the receipts of one block."""
-        self.num_rows += len(receipts)
-        self.memory = max(self.memory, pc.max(receipts["memory"]).as_py())
-        self.gpu_memory = max(self.gpu_memory, pc.max(receipts["gpu_memory"]).as_py())
-        self.seconds += seconds_of(receipts)
-        bad = receipts.filter(receipts["error"].is_valid())
+    def add(self, reports: pa.Table) -> None:
+        """Adds the reports of one block."""
+        self.num_rows += len(reports)
+        self.memory = max(self.memory, pc.max(reports["memory"]).as_py())
+        self.gpu_memory = max(self.gpu_memory, pc.max(reports["gpu_memory"]).as_py())
+        self.seconds += seconds_of(reports)
+        bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
 
     def shares(self, wall_seconds: float) -> list[float]:
