@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from nodes import TOKEN, running_nodes
@@ -52,14 +53,15 @@ def sweeps(tmp_path_factory):
             submit = [sys.executable, "-m", "raysweep.submit", "digits.yaml", "--no-pip", "--address", nodes.dashboard]
             token = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
             submitted = subprocess.run(submit, cwd=folder, env=token, capture_output=True, text=True, check=False)
-            again = subprocess.run(submit, cwd=folder, env=token, capture_output=True, text=True, check=False)
+            run = [sys.executable, "-m", "raysweep.run", "digits.yaml"]
+            with ThreadPoolExecutor(1) as beside:
+                local = beside.submit(subprocess.run, run, cwd=folder, capture_output=True, text=True, check=False)
+                again = subprocess.run(submit, cwd=folder, env=token, capture_output=True, text=True, check=False)
             seen = [path.name for path in nodes.folder.glob("*/scratch/s3/sweeps/team/.cache/features-*/*/rows-*")]
-        run = [sys.executable, "-m", "raysweep.run", "digits.yaml"]
-        local = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
         patch = pytest.MonkeyPatch()
         for name, value in (of_the_nodes | {"RAYSWEEP_SCRATCH": str(folder / "scratch")}).items():
             patch.setenv(name, value)
-        yield {"submitted": submitted, "again": again, "local": local, "folder": folder, "seen": seen}
+        yield {"submitted": submitted, "again": again, "local": local.result(), "folder": folder, "seen": seen}
         patch.undo()
 
 
