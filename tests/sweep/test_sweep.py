@@ -1,4 +1,7 @@
-"""Whole sweeps, as a user runs them: in a process of their own, on real handwritten digits."""
+"""Whole sweeps on real handwritten digits: some as a user runs them, the others in this process on one Ray.
+
+The start of Ray, and of a process that imports torch, takes longer than these sweeps.
+"""
 
 import itertools
 import json
@@ -21,7 +24,9 @@ from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 from safetensors.torch import load_file
 
+from raysweep.cluster.session import ray_session
 from raysweep.errors import ConfigError
+from raysweep.run import main
 from raysweep.sweep.sweep import only_sweep_in
 
 pytestmark = pytest.mark.end_to_end
@@ -67,6 +72,27 @@ def runs_by_level(folder: Path) -> dict[str, list]:
         level: [run for run in found if run.data.tags["raysweep.level"] == level]
         for level in ("sweep", "study", "trial")
     }
+
+
+@pytest.fixture(scope="module")
+def shared_ray():
+    with ray_session(verbose=False):
+        yield
+
+
+@pytest.fixture
+def run_here(shared_ray, monkeypatch, capfd):
+    """Does what `run` does, in this process."""
+
+    def run_in(folder: Path, *arguments: str, experiment: dict = EXPERIMENT) -> subprocess.CompletedProcess[str]:
+        (folder / "digits.yaml").write_text(yaml.safe_dump(experiment))
+        monkeypatch.chdir(folder)
+        capfd.readouterr()
+        status = main(["digits.yaml", *arguments])
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, said.out, said.err)
+
+    return run_in
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +195,16 @@ def test_the_same_sweep_again_does_nothing_and_more_trials_add_only_those(finish
     assert leaderboard(finished)["dinov2-linear_probe"]["num_trials"] == 24
 
 
-def test_going_back_to_an_earlier_experiment_brings_its_models_back(finished: Path):
+def test_going_back_to_an_earlier_experiment_brings_its_models_back(run_here, finished: Path):
     weights = finished / "runs" / "digits" / "models" / "dinov2-linear_probe" / "model.safetensors"
     all_trials = ("--set", "search.linear_probe.num_trials=24")
     before, rows = weights.read_bytes(), leaderboard(finished)
-    other = run(
+    other = run_here(
         finished, "--set", "modes=[linear_probe]", "--set", "seed=7", "--set", "search.linear_probe.num_trials=4"
     )
     assert other.returncode == 0, other.stderr
     assert weights.read_bytes() != before
-    back = run(finished, *all_trials)
+    back = run_here(finished, *all_trials)
     assert back.returncode == 0, back.stderr
     assert "0 new trials, 0 encoder passes" in back.stderr
     assert weights.read_bytes() == before
@@ -187,8 +213,8 @@ def test_going_back_to_an_earlier_experiment_brings_its_models_back(finished: Pa
     }
 
 
-def test_a_new_store_is_told_everything_again(finished: Path):
-    done = run(finished, "--set", "search.linear_probe.num_trials=24", "--set", "tracking.uri=sqlite:///other.db")
+def test_a_new_store_is_told_everything_again(run_here, finished: Path):
+    done = run_here(finished, "--set", "search.linear_probe.num_trials=24", "--set", "tracking.uri=sqlite:///other.db")
     assert done.returncode == 0, done.stderr
     assert "0 new trials" in done.stderr
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/other.db")
@@ -227,14 +253,14 @@ def test_a_stopped_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path, numbe
     assert "RUNNING" not in statuses
 
 
-def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass(tmp_path: Path):
+def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass(run_here, tmp_path: Path):
     wider = TINY_DINOV2 | {"config": TINY_DINOV2["config"] | {"hidden_size": 48}}
     experiment = EXPERIMENT | {
         "data": {"source": "sklearn://digits", "shots": [5, "all"]},
         "encoders": [TINY_DINOV2, wider],
         "modes": ["linear_probe"],
     }
-    done = run(tmp_path, "--set", "search.linear_probe.num_trials=4", experiment=experiment)
+    done = run_here(tmp_path, "--set", "search.linear_probe.num_trials=4", experiment=experiment)
     assert done.returncode == 0, done.stderr
     assert "encoder pass (dinov2, dinov2-2): 1,797 images" in done.stderr
     assert done.stderr.count("1,797 images in ") == 2, "what was found, and one pass"
@@ -255,9 +281,9 @@ def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass
     assert {study.data.params["num_test"] for study in few_studies} == {"359"}
 
 
-def test_two_workers_give_what_one_gives(finished: Path, tmp_path: Path):
+def test_two_workers_give_what_one_gives(run_here, finished: Path, tmp_path: Path):
     experiment = EXPERIMENT | {"encoders": [TINY_DINOV2]}
-    done = run(tmp_path, "--set", "resources.num_workers=2", experiment=experiment)
+    done = run_here(tmp_path, "--set", "resources.num_workers=2", experiment=experiment)
     assert done.returncode == 0, done.stderr
     one_worker, two_workers = leaderboard(finished, "runs_at_first"), leaderboard(tmp_path)
     assert set(two_workers) == {name for name in one_worker if name.startswith("dinov2")}
@@ -269,10 +295,10 @@ def test_two_workers_give_what_one_gives(finished: Path, tmp_path: Path):
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_without_disk_for_pixels_a_sweep_gives_the_same(finished: Path, tmp_path: Path):
+def test_without_disk_for_pixels_a_sweep_gives_the_same(run_here, finished: Path, tmp_path: Path):
     experiment = EXPERIMENT | {"encoders": EXPERIMENT["encoders"][:1]}
     no_disk = ("--set", "resources.pixel_disk_gb=0")
-    done = run(tmp_path, *no_disk, experiment=experiment)
+    done = run_here(tmp_path, *no_disk, experiment=experiment)
     assert done.returncode == 0, done.stderr
     assert "pixels are decoded anew in every epoch" in done.stderr
     assert "pixels are decoded anew" not in (finished / "stderr.txt").read_text()
@@ -281,7 +307,7 @@ def test_without_disk_for_pixels_a_sweep_gives_the_same(finished: Path, tmp_path
     for key in ("best_params", "val_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high"):
         assert found[key] == expected[key]
     all_cpus = ("--set", f"resources.cpus_per_worker={max(2, len(os.sched_getaffinity(0)))}")
-    refused = run(tmp_path, *no_disk, *all_cpus, "--set", "storage=elsewhere", experiment=experiment)
+    refused = run_here(tmp_path, *no_disk, *all_cpus, "--set", "storage=elsewhere", experiment=experiment)
     assert refused.returncode == 1
     assert "1 for decoding" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -295,8 +321,8 @@ def test_without_disk_for_pixels_a_sweep_gives_the_same(finished: Path, tmp_path
         (("--set", "resources.num_workers=1000"), "1000 CPUs"),
     ],
 )
-def test_errors_name_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], message: str):
-    done = run(tmp_path, *arguments)
+def test_errors_name_what_is_wrong(run_here, tmp_path: Path, arguments: tuple[str, ...], message: str):
+    done = run_here(tmp_path, *arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -317,7 +343,7 @@ def test_a_folder_has_one_sweep_at_a_time(tmp_path: Path):
     [(1, [3e-3, 1e-7, 1e-6, 1e-2, 1e-5, 3e-7]), (2, [3e-3, 1e-7, 1e-2])],
 )
 def test_a_scheduler_stops_hopeless_trials_and_chooses_one_that_ran_to_its_end(
-    tmp_path: Path, num_workers: int, rates: list[float]
+    run_here, tmp_path: Path, num_workers: int, rates: list[float]
 ):
     block = {"scheduler": "asha", "sampler": "grid", "space": {"epochs": 6, "learning_rate": {"choices": rates}}}
     experiment = EXPERIMENT | {
@@ -326,7 +352,7 @@ def test_a_scheduler_stops_hopeless_trials_and_chooses_one_that_ran_to_its_end(
         "train": EXPERIMENT["train"] | {"early_stopping_patience": 6},
         "resources": {"num_workers": num_workers, "max_concurrent_trials": 1},
     }
-    done = run(tmp_path, experiment=experiment)
+    done = run_here(tmp_path, experiment=experiment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (study,) = (tmp_path / "runs" / "digits" / "studies" / "stacked_cnn-from_scratch").iterdir()
@@ -349,7 +375,7 @@ def test_a_scheduler_stops_hopeless_trials_and_chooses_one_that_ran_to_its_end(
     assert all(trial.data.tags["raysweep.pruned"] == "true" for trial in killed)
     assert {trial.info.status for trial in levels["trial"]} == {"KILLED", "FINISHED"}
     assert len(list(study.glob("trials/*/*.safetensors"))) == 1, "of all but the chosen trial no weights are kept"
-    again = run(tmp_path, experiment=experiment)
+    again = run_here(tmp_path, experiment=experiment)
     assert again.returncode == 0, again.stderr
     assert "0 new trials" in again.stderr
     assert len(runs_by_level(tmp_path)["trial"]) == len(rates)
