@@ -22,11 +22,11 @@ run: install
 	$(BIN)/python -m raysweep.run experiments/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # What needs neither Ray nor other processes: for every change while one works on the code.
 test-fast: install
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not ray and not end_to_end and not slow"
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -m "not ray and not end_to_end and not slow"
 
 check: install
 	$(BIN)/ruff check raysweep tests benchmarks

@@ -7,6 +7,10 @@ import pytest
 
 from raysweep.experiment.config import ENVIRONMENT
 
+# OpenMP's threads spin while they wait for one another: beside a second process of tests, sweeps would take three times
+# as long. The library reads this when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def silent_environment():

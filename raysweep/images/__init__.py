@@ -1,1 +1,1 @@
-"""Images from their sources to cached features and pixels: the only importer of ray.data."""
+"""Images from their sources to cached features and pixels. The passes over them run in Ray Data."""

@@ -29,7 +29,7 @@ search:
   linear_probe: {num_trials: 16}
   fine_tune: {num_trials: 2, space: {epochs: 3}}
   from_scratch: {num_trials: 2, space: {epochs: 3}}
-train: {augmentation: {horizontal_flip: false}}
+train: {augmentation: {horizontal_flip: false}, precision: fp32}
 """
 STUDIES = {"stacked_cnn-from_scratch": 2, "dinov2-linear_probe": 16, "dinov2-fine_tune": 2}
 SAME = ("study", "num_trials", "best_params", "val_accuracy", "test_accuracy", "test_accuracy_low",
