@@ -21,6 +21,8 @@ import multiprocessing, signal, sys, time
 from raysweep.results.recorder import start_recorder
 from raysweep.results.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 recorder = start_recorder(sys.argv[1], sys.argv[2])

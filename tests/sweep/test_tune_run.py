@@ -291,6 +291,7 @@ class ThriftyGroup(FakeGroup):
         return self.epochs[-1] == (0, 1)
 
 
+@pytest.mark.ray
 def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tmp_path, monkeypatch):
     def train(config, jobs):
         from ray import tune
