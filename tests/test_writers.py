@@ -46,9 +46,11 @@ LOG = """
     from raysweep.results.tracking import LoggedTrial, open_tracker
 
     uri, num_trials, num_epochs = sys.argv[1], int(sys.argv[4]), int(sys.argv[5])
+    opening = threading.Lock()
 
     def write(writer):
-        tracker = open_tracker(uri, "many writers")
+        with opening:  # which changes the environment of the process for a moment
+            tracker = open_tracker(uri, "many writers")
         study, _ = tracker.start_run(f"study-{writer}", f"study-{writer}", "study")
         for trial in range(num_trials):
             history = [{"val/accuracy": writer + trial / 100 + epoch / 10_000} for epoch in range(num_epochs)]

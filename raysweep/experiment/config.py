@@ -141,7 +141,7 @@ class Experiment(Section):
 
     def baselines_of(self, study: StudyConfig) -> tuple[BaselineConfig, ...]:
         """Lists the baselines on the features of a study; none when the study reads no features."""
-        return list_baselines(study, self.search.linear_probe.baselines)
+        return list_baselines(study, getattr(self.search.block(study.mode), "baselines", ()))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -22,7 +22,9 @@ from raysweep.errors import EncoderError
 from raysweep.experiment.studies import EncoderConfig
 from raysweep.storage.paths import read_json, signature, write_json
 
-_loading = ThreadPoolExecutor(1, "encoders")  # one thread: building an encoder seeds a generator that all share
+# One thread, since building an encoder seeds a generator that all share. `read_card` builds in the caller's thread:
+# `check_studies` asks for every card before anything is loaded ahead.
+_loading = ThreadPoolExecutor(1, "encoders")
 
 
 def read_card(config: EncoderConfig, seed: int, folder: Path) -> LazyEncoder:

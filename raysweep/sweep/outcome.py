@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from raysweep.encoders.head import Classifier
+from raysweep.errors import DataError
 from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
@@ -56,14 +57,24 @@ def write_outcome(path: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(path: Path) -> Outcome | None:
-    """Reads a file from `write_outcome`; returns None if there is no such file."""
+    """Reads a file from `write_outcome`; returns None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged, or of a version that this one does not know.
+    """
     if not path.exists():
         return None
-    values = read_json(path)
-    test = values["test"]
-    if "values" not in test:  # version 0.1 stored the metrics one level higher
-        test |= {"values": {name: test[name] for name in METRICS}, "correct": values["correct"]}
-    return TypeAdapter(Outcome).validate_python(values)
+    try:
+        values = read_json(path)
+        test = values["test"]
+        if "values" not in test:  # version 0.1 stored the metrics one level higher
+            test |= {"values": {name: test[name] for name in METRICS if name in test}, "correct": values["correct"]}
+        return TypeAdapter(Outcome).validate_python(values)
+    except (KeyError, TypeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{path}: not a result that this version can read ({reason}); delete it to have the study tested again"
+        ) from error
 
 
 def study_outcome(

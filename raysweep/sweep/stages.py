@@ -59,6 +59,7 @@ def run_stages(state: SweepState) -> SweepResult:
     """
     configs = state.experiment.studies()
     caches = find_or_make_caches(state, configs)
+    assert state.rows, "a split without a usable image raises here, before anything is logged"
     state.run_id = start_sweep_run(state)
     entries: list[LeaderboardEntry] = []
     for reads_features in (True, False):
@@ -108,9 +109,10 @@ def start_sweep_run(state: SweepState) -> str:
 
 def open_groups(state: SweepState, configs: Sequence[StudyConfig], caches: Mapping[str, Cache]) -> list[StudyGroup]:
     """Opens studies and baselines. Those that read the same features form one group."""
-    shared: dict[str, list[StudyConfig]] = {}
+    shared: dict[tuple[str, str], list[StudyConfig]] = {}
     for config in configs:
-        shared.setdefault(config.encoder_name if config.reads_features else config.name, []).append(config)
+        features_of = config.encoder_name if config.reads_features else config.name
+        shared.setdefault((features_of, config.kind), []).append(config)
     groups = []
     for members in shared.values():
         studies = [open_study(state, config, caches[config.name]) for config in members]

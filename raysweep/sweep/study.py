@@ -249,7 +249,7 @@ class Study(LeaderboardEntry):
             self.failure = str(error)
             return None
         assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
-        if self.config.reads_features:
+        if self.config.mode.gives_heads:
             self.state.best_heads[self.config.encoder_name, self.config.shots] = local_path(best.checkpoint)
         return best.checkpoint
 

@@ -170,7 +170,7 @@ class RunBaseline(Protocol):
         ...
 
 
-BASELINES: Mapping[Baseline, RunBaseline] = {"knn": run_knn, "ridge": run_ridge}
+RUN_BASELINE: Mapping[Baseline, RunBaseline] = {"knn": run_knn, "ridge": run_ridge}
 
 
 def _rows(train: FeatureSet, validation: FeatureSet, subsets: Subsets | None) -> tuple[list[Tensor], list[Tensor]]:

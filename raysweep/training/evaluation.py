@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from raysweep.experiment.metrics import METRICS
 from raysweep.training.metrics import MetricSums, confusion_matrix
@@ -98,6 +97,8 @@ def seeds_interval(accuracies: np.ndarray) -> tuple[float, float]:
 
     It measures the variation from the choice of training images, which equal accuracies would not show.
     """
+    from scipy.special import stdtrit  # takes a training worker a fifth of a second that it has no use for
+
     num_seeds = len(accuracies)
     half_width = stdtrit(num_seeds - 1, (1 + CONFIDENCE) / 2) * accuracies.std(ddof=1) / np.sqrt(num_seeds)
     low, high = np.clip([accuracies.mean() - half_width, accuracies.mean() + half_width], 0, 1)

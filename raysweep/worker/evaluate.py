@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.storage.copies import local_path, location
-from raysweep.training.baselines import BASELINES
+from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
 from raysweep.training.loop import predict_rows
@@ -62,7 +62,7 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
     train, validation, test = (feature_set(job, split, device) for split in ("train", "validation", "test"))
     num_features = len(train.labels) * job.encoder.widest
     torch.set_num_threads(max(1, min(job.num_threads, num_features // FEATURES_PER_THREAD)))
-    result = BASELINES[study.baseline](
+    result = RUN_BASELINE[study.baseline](
         train,
         validation,
         test,

@@ -1,7 +1,8 @@
 """Frozen dataclasses that the driver sends to Ray's processes and back; Ray pickles them.
 
-Two kinds are elsewhere, because each layer owns what it sends: the inputs of an image pass's tasks in
-`images.pass_tasks`, and `EncoderSpec` in `encoders.base`.
+Each layer owns what it sends, so some are elsewhere: `PassJob` in `images.pass_tasks`, `StreamJob` in
+`images.streaming`, `EncoderSpec` in `encoders.base`, `SampleJob` in `sweep.estimate`, `LoggedTrial` in
+`results.tracking`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from raysweep.results import recorder as module
 from raysweep.results.recorder import start_recorder
 from raysweep.results.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 120
 
 # A driver that opens a run, says which process writes for it, and waits to be stopped.
@@ -20,8 +22,6 @@ DRIVER = """
 import multiprocessing, signal, sys, time
 from raysweep.results.recorder import start_recorder
 from raysweep.results.tracking import Tracker
-
-pytestmark = pytest.mark.slow
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 

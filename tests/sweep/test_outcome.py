@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 from states import make_tested
 
+from raysweep.errors import DataError
 from raysweep.results.leaderboard import Row
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.outcome import Outcome, read_outcome, write_outcome
@@ -142,3 +143,11 @@ def test_an_outcome_of_version_0_1_is_read_as_the_same_figures(tmp_path, values,
     assert {name: type(value) for name, value in outcome.row.best_params.items()} == kinds
     write_outcome(path, outcome)
     assert read_outcome(path) == expected, "it is written anew as of this version"
+
+
+@pytest.mark.parametrize("damage", [{"row": {}}, {"test": {}}, {"row": None}])
+def test_a_result_that_cannot_be_read_is_named_with_a_way_out(tmp_path, damage):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"row": {}, "test": {}, "validation": {}, "correct": []} | damage))
+    with pytest.raises(DataError, match=r"result\.json: not a result that this version can read .*; delete it"):
+        read_outcome(path)

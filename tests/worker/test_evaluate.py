@@ -13,7 +13,7 @@ from raysweep.images.cache import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
-from raysweep.training.baselines import BASELINES
+from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
@@ -92,7 +92,7 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
     for name, result in found.items():
         kind, _, shots = name.partition("-")
         subsets = subsets_of(job.studies[name], CPU)
-        expected = BASELINES[kind](
+        expected = RUN_BASELINE[kind](
             *sets, sources=ENCODER.sources, num_classes=3, subsets=subsets, ranking=job.loop.ranking
         )
         fit = result.fit
