@@ -46,11 +46,11 @@ LOG = """
     from raysweep.results.tracking import LoggedTrial, open_tracker
 
     uri, num_trials, num_epochs = sys.argv[1], int(sys.argv[4]), int(sys.argv[5])
-    opening = threading.Lock()
+    # Opened one after another, since that changes the environment, which the HTTP client of other threads reads.
+    trackers = [open_tracker(uri, "many writers") for _ in range(int(sys.argv[3]))]
 
     def write(writer):
-        with opening:  # which changes the environment of the process for a moment
-            tracker = open_tracker(uri, "many writers")
+        tracker = trackers[writer - int(sys.argv[2])]
         study, _ = tracker.start_run(f"study-{writer}", f"study-{writer}", "study")
         for trial in range(num_trials):
             history = [{"val/accuracy": writer + trial / 100 + epoch / 10_000} for epoch in range(num_epochs)]
