@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
-from PIL import Image
-
 from raysweep.errors import EncoderError
 
+# Only for annotations: the experiment file reads `families`, which imports this module. It must not import torch, and
+# has no use for numpy and Pillow, which are imported where they are needed.
 if TYPE_CHECKING:
-    # Only for annotations: the experiment file reads `families`, which imports this module, and must not import torch.
+    import numpy as np
     import torch
+    from PIL import Image
 
 # Keys of an image processor's config that do not change the pixels of an RGB image.
 _WITHOUT_EFFECT = {
@@ -112,6 +112,8 @@ class Preprocessing:
 
     def resize_and_crop(self, image: Image.Image) -> np.ndarray:
         """Returns uint8 `output_size` + (3,), for evaluation and for computing features."""
+        import numpy as np
+
         return np.ascontiguousarray(self.resize_for_training(image)[self._centre()])
 
     def resize_for_training(self, image: Image.Image) -> np.ndarray:
@@ -119,6 +121,9 @@ class Preprocessing:
 
         Its centre crop is the result of `resize_and_crop`.
         """
+        import numpy as np
+        from PIL import Image
+
         image = image if image.mode == "RGB" else image.convert("RGB")
         full_height, full_width = self._resized(image.height, image.width)
         training_height, training_width = self.training_size
