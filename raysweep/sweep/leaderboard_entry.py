@@ -38,7 +38,7 @@ class LeaderboardEntry(ABC):
         self, state: SweepState, config: RowConfig, cache: Cache, key: str, draws: Draws | None, run_id: str
     ) -> None:
         self.state, self.cache, self.key, self.draws, self.run_id = state, cache, key, draws, run_id
-        self.name, self._row_config = config.name, config
+        self.name, self.config = config.name, config
         self.encoder = state.encoder(config)
         self.folder = state.paths.study(config.name, key)
         self.seconds = cache.seconds if cache.made_now else 0.0  # wall time of all its work in this invocation
@@ -98,7 +98,7 @@ class LeaderboardEntry(ABC):
         """Returns the outcome of an earlier invocation, updated for this one."""
         outcome = self.earlier_outcome()
         assert outcome is not None, self.name
-        num_passes = int(self.cache.made_now and self._row_config.reads_features)
+        num_passes = int(self.cache.made_now and self.config.reads_features)
         outcome = replace(outcome, row=replace(outcome.row, encoder_passes=num_passes))
         if outcome.row.mlflow_run_id != self.run_id:
             self._model_uri = log_outcome(self.state, self.run_id, outcome)
@@ -108,11 +108,7 @@ class LeaderboardEntry(ABC):
 class BaselineEntry(LeaderboardEntry):
     """A baseline: chosen and tested in one piece of work, without trials. Made by `open_baseline`."""
 
-    def __init__(
-        self, state: SweepState, config: BaselineConfig, cache: Cache, key: str, draws: Draws | None, run_id: str
-    ) -> None:
-        super().__init__(state, config, cache, key, draws, run_id)
-        self.config = config
+    config: BaselineConfig
 
     @cached_property
     def is_settled(self) -> bool:

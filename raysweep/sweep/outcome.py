@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,18 @@ def read_outcome(path: Path) -> Outcome | None:
         test = values["test"]
         if "values" not in test:  # version 0.1 stored the metrics one level higher
             test |= {"values": {name: test[name] for name in METRICS if name in test}, "correct": values["correct"]}
-        return TypeAdapter(Outcome).validate_python(values)
+        return _reader().validate_python(values)
     except (KeyError, TypeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{path}: not a result that this version can read ({reason}); delete it to have the study tested again"
         ) from error
+
+
+@cache
+def _reader() -> TypeAdapter[Outcome]:
+    # Building it takes milliseconds, and a finished sweep reads each outcome more than once.
+    return TypeAdapter(Outcome)
 
 
 def study_outcome(

@@ -80,6 +80,8 @@ class Study(LeaderboardEntry):
         head: checkpoint of the probe that fine-tuning starts from; None for a new head.
     """
 
+    config: StudyConfig
+
     def __init__(
         self,
         state: SweepState,
@@ -92,7 +94,7 @@ class Study(LeaderboardEntry):
         head: Path | None,
     ) -> None:
         super().__init__(state, config, cache, key, draws, run_id)
-        self.config, self.optuna_study, self.head = config, optuna_study, head
+        self.optuna_study, self.head = optuna_study, head
         self.num_left = optuna_study.num_remaining
         self.num_done, self.total = optuna_study.num_done, optuna_study.block.num_trials
         self.waiting: dict[int, optuna.trial.Trial] = {}

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from jobs import SMALL_CNN, make_job, test_work
 
@@ -17,7 +16,7 @@ from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
-from raysweep.worker import evaluate, inputs
+from raysweep.worker import evaluate
 from raysweep.worker.evaluate import run_test
 from raysweep.worker.inputs import feature_set, load_heads, save_heads, subsets_of
 from raysweep.worker.job import StudySpec, TestResult
@@ -27,15 +26,7 @@ ENCODER = build_encoder(SMALL_CNN, seed=0)
 FEATURES = np.random.default_rng(0).normal(size=(36, 4)) + 2 * np.eye(4)[np.arange(36) % 3]
 DRAWS = Draws(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), np.array([[0, 1, 2], [3, 4, 5]]))
 
-
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch):
-    """What a worker leaves in its process: loaded rows, and the number of threads."""
-    monkeypatch.setattr(inputs, "_loaded", {})
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from raysweep.images.rows import Draws
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.loop import evaluate_classifier
 from raysweep.training.population import train_population
-from raysweep.worker import inputs, train
+from raysweep.worker import train
 from raysweep.worker.inputs import build_classifier, feature_set, load_heads, pixel_set, subsets_of
 from raysweep.worker.job import EpochReport, StudySpec, TrainLoopConfig, from_tune
 from raysweep.worker.train import train_worker
@@ -26,15 +26,7 @@ CPU = torch.device("cpu")
 ENCODER = build_encoder(SMALL_CNN, seed=0)
 DRAWS = Draws(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), np.array([[0, 1, 2], [3, 4, 5]]))
 
-
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch):
-    """What a worker leaves in its process: loaded rows, and the number of threads."""
-    monkeypatch.setattr(inputs, "_loaded", {})
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def timeless(history):
