@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes; each file of tests runs in one of them, since tests of a file share sweeps and clusters.
 PROCESSES ?= 2
 
-.PHONY: install run test test-fast check bench ui schema clean
+.PHONY: install run test test-all test-fast check bench ui schema clean
 
 install: $(INSTALLED)
 
@@ -21,12 +21,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: install
 	$(BIN)/python -m raysweep.run experiments/quickstart.yaml
 
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# With the tests that kill processes in the middle of a sweep; CI runs these.
+test-all: install
+	$(PYTEST)
 
 # What needs neither Ray nor other processes: for every change while one works on the code.
 test-fast: install
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -m "not ray and not end_to_end and not slow"
+	$(PYTEST) -m "not ray and not end_to_end and not process and not slow"
 
 check: install
 	$(BIN)/ruff check raysweep tests benchmarks

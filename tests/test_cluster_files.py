@@ -250,7 +250,7 @@ def test_shellcheck_finds_nothing(name):
     assert os.access(CLUSTER / "local/cluster", os.X_OK)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_slurm_starts_one_ray_on_each_node():
     from ray.scripts.symmetric_run import symmetric_run
 
@@ -334,7 +334,7 @@ def test_compose_asks_for_each_secret(composed, missing):
     assert f"{missing}=\n" in read("mlflow/.env.example")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_mlflow_server_has_the_options_it_is_given():
     told = subprocess.run([BIN / "mlflow", "server", "--help"], capture_output=True, text=True, check=True).stdout
     command = yaml.safe_load(read("mlflow/compose.yaml"))["services"]["mlflow"]["command"][-1]

@@ -64,7 +64,7 @@ def test_a_missing_experiment_file_is_named(experiment, capsys):
     assert "nothing.yaml" in failure(capsys, "nothing.yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_missing_data_folder_is_named(experiment, capsys, tmp_path, options):
     file = experiment(DIGITS.replace("sklearn://digits", "no/such/folder"))
@@ -103,7 +103,7 @@ def test_ctrl_c_ends_with_130_and_what_to_do(experiment, capsys, monkeypatch):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_dry_run_prints_the_plan_and_starts_nothing(experiment, tmp_path):
     code = (
         "import sys; from raysweep import run\n"

@@ -71,7 +71,7 @@ def test_an_unknown_type_gets_a_suggestion():
         build_encoder({"type": "dinov3"}, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_importing_encoders_does_not_import_transformers():
     code = """
 import sys

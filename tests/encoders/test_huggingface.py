@@ -82,7 +82,7 @@ def cut(values):
     return {key: value for key, value in values.items() if key != "model_type"} | {"num_hidden_layers": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_published_shape_gives_what_transformers_gives(tmp_path, name):
     kind = VARIANTS[name]["model_type"].removesuffix("_vision_model")

@@ -96,7 +96,7 @@ def test_the_feature_source_and_normalisation_are_kept(normalize, tmp_path):
         assert torch.equal(model.classifier(images), classifier(images))
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_moved_model_loads_in_a_process_of_its_own_with_no_hub(tmp_path):
     export_model(tmp_path / "model", make_classifier("dinov2"), CLASSES, {})
     moved = shutil.move(tmp_path / "model", tmp_path / "elsewhere")

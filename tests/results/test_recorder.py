@@ -13,7 +13,7 @@ from raysweep.results import recorder as module
 from raysweep.results.recorder import start_recorder
 from raysweep.results.tracking import Tracker
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 WAIT_S = 120
 

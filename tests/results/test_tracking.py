@@ -20,7 +20,7 @@ from raysweep.results.environment import environment_tags
 from raysweep.results.model import export_model, load_model
 from raysweep.results.tracking import LoggedTrial, convert_mlflow_errors, open_tracker
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 ROWS = [{"train/loss": 1.0, "val/accuracy": 0.5}, {"train/loss": 0.5, "val/accuracy": 0.75}]
 

@@ -27,7 +27,7 @@ from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 from raysweep.training.population import FeatureSet, train_population
 from raysweep.training.ranking import Ranking
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 WORLD_SIZES = (2, 3)
 NUM_ROWS, BATCH_SIZE, NUM_CLASSES = 25, 8, 3  # the last batch has one row, fewer than there are workers

@@ -267,7 +267,7 @@ def train_and_be_killed(folder):
     train(classifier("stacked_cnn"), folder, on_epoch=on_epoch, **EVERYTHING)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_trial_whose_process_was_killed_ends_with_the_same_weights(tmp_path):
     script = f"import {Path(__file__).stem} as this; this.train_and_be_killed(this.Path({str(tmp_path / 'b')!r}))"
     killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
@@ -457,7 +457,7 @@ def test_encoders_that_cannot_checkpoint_say_so():
     assert not classifier("stacked_cnn").encoder.supports_gradient_checkpointing
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_compiled_model_trains_alike(tmp_path):
     plain, model = classifier(), classifier()
     expected = train(plain, tmp_path / "a", {"epochs": 2})
