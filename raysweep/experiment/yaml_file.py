@@ -1,6 +1,8 @@
 """A YAML file that remembers its lines, command-line overrides of it, and the error that lists its problems."""
 
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +23,23 @@ _RESOLVERS = {
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
+# An experiment file has a few hundred values. Without limits, a few anchors within anchors fill the memory.
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1_000_000, 20_000, 50, 100
+
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {**yaml.SafeLoader.yaml_implicit_resolvers, **_RESOLVERS}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._num_nodes, self._depth = self._num_nodes + 1, self._depth + 1
+        _check_size(self._num_nodes, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -89,7 +105,7 @@ def read_yaml(path: Path) -> YamlFile:
         ConfigError: the file is missing, unreadable, empty, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_text(path)
     except FileNotFoundError:
         nearby = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {did_you_mean(str(path), nearby)}".replace("accepted:", "there are") if nearby else ""
@@ -153,18 +169,56 @@ def config_error(file: YamlFile, problems: Sequence[Problem]) -> ConfigError:
     return ConfigError(f"{file.name}: {len(lines)} problem{'s' * (len(lines) > 1)}\n" + "\n".join(lines))
 
 
+def _read_text(path: Path) -> str:
+    # O_NONBLOCK: opening a FIFO would wait for its writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: not a regular file; an experiment file is a text file in YAML")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: has {status.st_size:,} bytes; an experiment file has {MAX_BYTES:,} or fewer")
+    return content.decode("utf-8-sig")
+
+
+def _check_size(num_nodes: int, depth: int) -> None:
+    if num_nodes > MAX_NODES:
+        raise yaml.YAMLError(f"more than {MAX_NODES:,} values, those of anchors counted wherever they are used")
+    if depth > MAX_DEPTH:
+        raise yaml.YAMLError(f"lists and mappings within each other more than {MAX_DEPTH} deep")
+
+
+def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Returns the number of values below a node with its aliases written out, and how deep they lie.
+
+    A node that contains itself counts as one value within itself: pydantic refuses it later, with its place.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode):
+        if node is not None and node.tag != _TEXT and len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} has a value of more than {MAX_DIGITS} digits")
+        return 1, 1
+    if id(node) not in known:
+        known[id(node)] = (1, 1)
+        inner = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        measured = [_measure(part, known) for part in inner]
+        known[id(node)] = (1 + sum(num for num, _ in measured), 1 + max((depth for _, depth in measured), default=0))
+        _check_size(*known[id(node)])
+    return known[id(node)]
+
+
 def _parsed(name: str, text: str) -> tuple[yaml.Node | None, Any, list[Problem]]:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
+        _measure(root, {})
         problems = list(_bad_keys(root, (), set()))  # before merged keys (<<) are put among a mapping's own
         return root, None if root is None else loader.construct_document(root), problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{name}: {where}not valid YAML: {_syntax_problem(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a tag such as !!int before text that is none raises almost any error
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _syntax_problem(error: yaml.MarkedYAMLError) -> str:

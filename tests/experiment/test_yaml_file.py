@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from raysweep.errors import ConfigError
@@ -139,3 +142,54 @@ def test_dumped_text_that_looks_like_a_number_stays_text(write):
 def test_a_file_that_contains_itself_is_read(write):
     file = read_yaml(write("a: &x [1, *x]\n"))
     assert file.data["a"][1] is file.data["a"]
+
+
+# Files that are made to do harm
+
+ANCHORS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+MERGES = "a0: &a0 {k0: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], k{n}: 1}}\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (ANCHORS, "more than 20,000 values, those of anchors counted"),
+        (MERGES, "more than 20,000 values, those of anchors counted"),
+        ("a: [" + "1, " * 30_000 + "1]\n", "more than 20,000 values"),
+        ("a: " + "[" * 400 + "]" * 400 + "\n", "more than 50 deep"),
+        ("a: &x [[[[[[1]]]]]]\n" + "b: " + "[" * 45 + "*x" + "]" * 45 + "\n", "more than 50 deep"),
+        (f"a: {'1' * 50_000}\n", "line 1 has a value of more than 100 digits"),
+        (f"a: 1{':1' * 100_000}\n", "line 1 has a value of more than 100 digits"),
+        ("#" * 1_000_001 + "\na: 1\n", "has 1,000,007 bytes; an experiment file has 1,000,000 or fewer"),
+        ("a: !!int ''\n", "not valid YAML"),
+        ("a: !!bool x\n", "not valid YAML"),
+        ("a: !!timestamp x\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
+    ],
+    ids=["anchors", "merges", "list", "deep", "deep-anchor", "digits", "base60", "bytes", "int", "bool", "time", "tag"],
+)  # fmt: skip
+def test_a_file_larger_than_an_experiment_is_refused_before_it_fills_the_memory(write, text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        read_yaml(write(text))
+
+
+def test_only_a_regular_file_is_read(tmp_path):
+    fifo = tmp_path / "fifo.yaml"
+    os.mkfifo(fifo)
+    for path in (fifo, "/dev/zero"):
+        with pytest.raises(ConfigError, match=f"{path}: not a regular file"):
+            read_yaml(Path(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(tmp_path)
+
+
+def test_a_file_with_ordinary_anchors_is_read(write):
+    encoders = "".join(f"  - {{<<: *defaults, name: e{number}}}\n" for number in range(200))
+    file = read_yaml(
+        write(f"defaults: &defaults {{type: dinov2, modes: [linear_probe, fine_tune]}}\nencoders:\n{encoders}")
+    )
+    assert len(file.data["encoders"]) == 200
