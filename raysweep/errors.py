@@ -5,11 +5,22 @@ user can fix. `assert` checks our own invariants.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+from urllib.parse import unquote
+
+# What stands before the host of a URI; a user name alone is no secret in a database's URI.
+_USER_OF_URI = re.compile(r"(?<=://)(?!anonymous@)([^\s/'\"@:]*:(?!\d+/)[^\s'\"]*|[^\s/'\"]*)@")
+_DATABASE_USER = re.compile(r"\b(?:postgresql|postgres|mysql|mssql|oracle)[\w+]*://[^\s/:'\"@]*@")
+_SECRET_NAME = r"[\w.-]*(?:passw|pwd|secret|token|credential|signature|api_?key|access_?key|auth)[\w.-]*|sig|key"
+_SECRET_OF_QUERY = re.compile(rf"(?i)([?&;](?:{_SECRET_NAME})=)[^&;\s'\"]+")
 
 
 class RaysweepError(Exception):
-    """Base class of every error that raysweep raises on purpose."""
+    """Base class of every error that raysweep raises on purpose. Its message never has a URI's credentials."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hide_secrets(str(message)))
 
 
 class ConfigError(RaysweepError):
@@ -30,6 +41,22 @@ class ResourceError(RaysweepError):
 
 class TrialError(RaysweepError):
     """Training failed, and the study has no result."""
+
+
+def hide_secrets(text: str) -> str:
+    """Returns a text in which the credentials of each URI are replaced by `...`."""
+    kept = [match.span() for match in _DATABASE_USER.finditer(text)]
+    hidden = _USER_OF_URI.sub(lambda match: match.group() if _is_within(match, kept) else "...@", text)
+    return _SECRET_OF_QUERY.sub(r"\1...", hidden)
+
+
+def has_secrets(uri: str) -> bool:
+    """Returns whether a URI holds credentials: a user with a password, a token, or a query that names a secret."""
+    return hide_secrets(unquote(uri)) != unquote(uri)
+
+
+def _is_within(match: re.Match[str], spans: list[tuple[int, int]]) -> bool:
+    return any(start <= match.start() and match.end() <= end for start, end in spans)
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:

@@ -103,7 +103,7 @@ class Experiment(Section):
         if scheme not in BUCKETS or not path.strip("/"):
             raise ValueError(f"accepted: a folder, s3://bucket/prefix or gs://bucket/prefix; found {value}")
         if set("?@") & set(path):
-            raise ValueError(f"holds no options and no credentials: they belong into the environment; found {value}")
+            raise ValueError("holds no options and no credentials: they belong into the environment")
         return f"{scheme}://{path.strip('/')}"
 
     @field_validator("name")

@@ -1,11 +1,10 @@
 """What all sections of the experiment file share, and the sections about data, training, resources and tracking."""
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from raysweep.errors import DataError
+from raysweep.errors import DataError, has_secrets
 from raysweep.experiment.explain import problems_at
 from raysweep.storage.filesystems import split_uri
 
@@ -14,7 +13,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Shots = Count | Literal["all"]
 
-_MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+_MLFLOW_SECRETS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 
 
 class Section(BaseModel):
@@ -43,6 +42,8 @@ def without_credentials(value: str | None) -> str | None:
             split_uri(value)
         except DataError as error:
             raise ValueError(str(error)) from None
+        if has_secrets(value):
+            raise ValueError("holds credentials, and is logged; they belong into the environment")
     return value
 
 
@@ -190,9 +191,9 @@ class TrackingConfig(Section):
     @field_validator("uri", "optuna_uri")
     @classmethod
     def _holds_no_password(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and (urlsplit(value).password is not None or "password" in urlsplit(value).query):
-            variables = "PGPASSWORD" if info.field_name == "optuna_uri" else _MLFLOW_PASSWORD
-            raise ValueError(f"holds a password, and is logged; put it into the environment: {variables}")
+        if value is not None and has_secrets(value):
+            variables = "PGPASSWORD" if info.field_name == "optuna_uri" else _MLFLOW_SECRETS
+            raise ValueError("holds a password or token, and is logged; put it into the environment: {variables}")
         return value
 
     @field_validator("optuna_uri")
