@@ -8,7 +8,6 @@ For any other path these functions do almost nothing, because there is no copy.
 from __future__ import annotations
 
 import os
-import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -50,11 +49,28 @@ def is_bucket(location: str) -> bool:
 
 
 def local_path(location: str) -> Path:
-    """Returns the local path of a location. For the URI of a bucket it is the path of the copy, fetched or not."""
+    """Returns the local path of a location. For the URI of a bucket it is the path of the copy, fetched or not.
+
+    Raises:
+        RaysweepError: The copy of the URI would lie elsewhere than under `scratch()`.
+    """
     if not is_bucket(location):
         return Path(location).expanduser()
     scheme, _, path = location.partition("://")
-    return scratch() / scheme / posixpath.normpath(path)
+    _check_key(path.rstrip("/"), location)
+    return scratch() / scheme / path.rstrip("/")
+
+
+def _check_key(key: str, uri: str) -> None:
+    """Refuses the key of an object that would not become one file below the folder of its copies.
+
+    Who writes to a bucket names its objects: `prefix/../../.bashrc` must not become a file of that name here.
+    """
+    if not key or {"", ".", ".."} & set(key.split("/")) or "\\" in key or "\0" in key:
+        raise RaysweepError(
+            f"{uri!r}: this name cannot become the path of a local copy; accepted: parts of a path separated by "
+            "single slashes, none of them empty, '.' or '..'"
+        )
 
 
 def location(path: Path) -> str:
@@ -185,7 +201,10 @@ def _list_objects(folder: Path) -> dict[str, fs.FileInfo]:
     assert remote is not None
     filesystem, inner = remote
     infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
-    return {posixpath.relpath(info.path, inner): info for info in infos if info.is_file}
+    objects = {info.path.removeprefix(f"{inner}/"): info for info in infos if info.is_file}
+    for name in objects:
+        _check_key(name, f"{location(folder)}/{name}")
+    return objects
 
 
 def _download(path: Path, info: fs.FileInfo) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -384,3 +385,25 @@ def test_files_can_be_listed_in_gs_and_s3_alike(bucket):
     filesystem, inner = storage.open_filesystem(bucket)
     assert isinstance(filesystem, fs.S3FileSystem)
     assert inner.endswith("/some/prefix")
+
+
+# Names that whoever writes to the bucket has chosen
+
+
+@pytest.mark.parametrize("key", ["../../../.bashrc", "a/../../b", "./a", "a//b", "..", "a\\..\\b"])
+def test_the_name_of_an_object_cannot_lead_out_of_the_folder_of_its_copy(bucket, tmp_path, key):
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=name, Key=f"{prefix}/model/{key}", Body=b"harm")
+    write_atomically(local_path(f"{bucket}/model/model.json"), "{}")
+    before = files_in(tmp_path)
+    with pytest.raises(RaysweepError, match="cannot become the path of a local copy") as error:
+        fetch_folder(local_path(f"{bucket}/model"))
+    assert key.rsplit("/", maxsplit=1)[-1] in str(error.value).replace("\\\\", "\\")
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("uri", ["s3://b/../../x", "s3://../x", "gs://b/a//c", "s3://b/./c", "s3://"])
+def test_a_location_cannot_lead_out_of_the_folder_of_copies(on_node, uri):
+    on_node(0)
+    with pytest.raises(RaysweepError, match="cannot become the path of a local copy"):
+        local_path(uri)
