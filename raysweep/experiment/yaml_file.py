@@ -137,7 +137,7 @@ def with_overrides(file: YamlFile, overrides: Sequence[str]) -> YamlFile:
         except ConfigError as error:
             problems.append(Problem((), str(error)))
             continue
-        steps = tuple(int(step) if str(step).isdigit() else step for step in path)
+        steps = tuple(int(step) if _is_index(step) else step for step in path)
         problems.extend(replace(problem, path=(*steps, *problem.path)) for problem in bad_keys)
         origins[steps] = "--set"
     return replace(file, data=data, problems=tuple(problems), origins=origins)
@@ -269,7 +269,7 @@ def _with_value(data: Any, path: KeyPath, value: Any, done: KeyPath = ()) -> Any
         return value
     step, rest = path[0], path[1:]
     if isinstance(data, list):
-        if not str(step).isdigit() or int(step) >= len(data):
+        if not _is_index(step) or int(step) >= len(data):
             raise ConfigError(
                 f"--set {_dotted((*done, *path))}: {_dotted(done)} is a list of {len(data)}, counted from 0"
             )
@@ -278,6 +278,11 @@ def _with_value(data: Any, path: KeyPath, value: Any, done: KeyPath = ()) -> Any
     if not isinstance(data, dict | None):
         raise ConfigError(f"--set {_dotted((*done, *path))}: {_dotted(done)} is {_described(data)} and has no keys")
     return {**(data or {}), step: _with_value((data or {}).get(step), rest, value, (*done, step))}
+
+
+def _is_index(step: str | int) -> bool:
+    # Not isdigit: it accepts digits that int() does not, and any number of them.
+    return re.fullmatch(r"[0-9]{1,6}", str(step)) is not None
 
 
 def _place(file: YamlFile, problem: Problem) -> str:

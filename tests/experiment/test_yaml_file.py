@@ -193,3 +193,9 @@ def test_a_file_with_ordinary_anchors_is_read(write):
         write(f"defaults: &defaults {{type: dinov2, modes: [linear_probe, fine_tune]}}\nencoders:\n{encoders}")
     )
     assert len(file.data["encoders"]) == 200
+
+
+@pytest.mark.parametrize("step", ["²", "٣x", "9" * 5000])
+def test_an_override_of_a_list_needs_a_small_number(write, step):
+    file = with_overrides(read_yaml(write("a: [1]\n")), [f"a.{step}=1"])
+    assert ["a is a list of 1, counted from 0" in problem.message for problem in file.problems] == [True]
