@@ -193,7 +193,7 @@ class TrackingConfig(Section):
     def _holds_no_password(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and has_secrets(value):
             variables = "PGPASSWORD" if info.field_name == "optuna_uri" else _MLFLOW_SECRETS
-            raise ValueError("holds a password or token, and is logged; put it into the environment: {variables}")
+            raise ValueError(f"holds a password or token, and is logged; put it into the environment: {variables}")
         return value
 
     @field_validator("optuna_uri")
