@@ -84,7 +84,8 @@ def location(path: Path) -> str:
 def _remote(path: Path) -> tuple[fs.FileSystem, str] | None:
     """Returns the file system and path of the object that a path is a copy of, or None if it is no copy."""
     uri = location(path)
-    return open_filesystem(uri) if is_bucket(uri) else None
+    # "?" ends the URI, so that what follows a "?" in the name of an object is not read as options of the connection.
+    return open_filesystem(f"{uri}?") if is_bucket(uri) else None
 
 
 def publish(path: Path) -> None:
@@ -116,7 +117,7 @@ def upload(files: Mapping[str, Path]) -> None:
     from pyarrow import fs
 
     def copy(uri: str) -> None:
-        filesystem, inner = open_filesystem(uri)
+        filesystem, inner = open_filesystem(f"{uri}?")
         try:
             if filesystem.get_file_info(inner).size != files[uri].stat().st_size:
                 local = fs.LocalFileSystem()

@@ -1,0 +1,49 @@
+import pytest
+
+from raysweep.errors import DataError
+from raysweep.storage import copies, filesystems
+from raysweep.storage.filesystems import object_uri, open_filesystem, split_uri
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The connections that are opened: scheme, bucket and options."""
+    connections = []
+    monkeypatch.setattr(filesystems, "_connect", lambda *parts: connections.append(parts))
+    return connections
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://bucket/key?region=x", ("s3", "bucket/key", "?region=x")),
+        ("s3://bucket/what?.png", ("s3", "bucket/what?.png", "")),
+        ("s3://bucket/a?b=c.png?", ("s3", "bucket/a?b=c.png", "")),
+        ("s3://bucket/a?b=c?region=x", ("s3", "bucket/a?b=c", "?region=x")),
+        ("s3://bucket", ("s3", "bucket", "")),
+    ],
+)
+def test_a_uri_is_split(uri, parts):
+    assert split_uri(uri) == parts
+
+
+@pytest.mark.parametrize("path", ["b/x.png", "b/a?endpoint_override=h", "b/a?", "b/a??", "b/?a=b?c=d", "b/a b%20#1"])
+@pytest.mark.parametrize("query", ["", "?region=x", "?region=x&scheme=http"])
+def test_a_key_is_written_so_that_it_is_read_back(path, query):
+    assert split_uri(object_uri("s3", path, query)) == ("s3", path, query)
+
+
+@pytest.mark.parametrize("uri", ["s3://b/../other/x", "gs://b/a/./x", "hf://datasets/a/b/../../c/d/x", "s3://.."])
+def test_dots_between_slashes_never_reach_a_server(asked, uri):
+    with pytest.raises(DataError, match=r"has no '\.' and no '\.\.'"):
+        open_filesystem(uri)
+    assert asked == []
+    assert open_filesystem("../here")[1] == "../here"
+
+
+def test_an_object_of_the_storage_cannot_choose_who_gets_the_credentials(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path))
+    name = "x?endpoint_override=127.0.0.1:9"
+    copy = copies.local_path("s3://bucket/model") / name
+    assert copies._remote(copy)[1] == f"bucket/model/{name}"
+    assert asked == [("s3", "bucket", "")]
