@@ -6,7 +6,6 @@ import json
 import operator
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from raysweep.storage.git import run_git
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna", "pyarrow", "pillow")
@@ -88,10 +89,9 @@ def cpu_model() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return run_git(ROOT, *arguments).stdout.decode().strip()
     except OSError:
         return ""
-    return done.stdout.strip()
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

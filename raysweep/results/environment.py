@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from raysweep.errors import ConfigError
+from raysweep.storage.git import run_git
 
 ROOT_TAG = "raysweep.root"  # location of a sweep's results
 PACKAGES = ("raysweep", "ray", "torch", "transformers", "mlflow", "optuna")
@@ -19,11 +22,11 @@ def environment_tags(root: str) -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit in it
+        found = run_git(Path.cwd(), "rev-parse", "--verify", "--quiet", "HEAD")
+    except (OSError, ConfigError):  # no git, or it does not end
         return ""
+    return "" if found.returncode else found.stdout.decode().strip()  # no repository, or no commit in it
 
 
 def package_version(name: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,9 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         about: origin of the model, JSON-able.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
+        temporary.mkdir()  # the user's umask says who may read the model
         description = {
             "format": FORMAT,
             "labels": list(classes),
@@ -55,9 +56,8 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
-        # Both are created for their owner only, but other users may serve the model.
-        (temporary / WEIGHTS).chmod(0o644)
-        temporary.chmod(0o755)
+        # safetensors makes a file that only its owner can read, but other users may serve the model.
+        (temporary / WEIGHTS).chmod((temporary / DESCRIPTION).stat().st_mode & 0o777)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

@@ -8,8 +8,9 @@ For any other path these functions do almost nothing, because there is no copy.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -289,15 +290,18 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Yields a temporary file beside `path`. It replaces `path` at the end, or is deleted after an error."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new, empty file beside `path`. It replaces `path` at the end, or is deleted after an error.
+
+    The user's umask says who may read it, as for any other file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        temporary.chmod(mode)  # mkstemp makes files that only their owner can read
+        temporary.chmod(mode)  # some libraries write files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

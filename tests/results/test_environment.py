@@ -21,3 +21,20 @@ def test_environment_tags_hold_versions_and_the_commit(tmp_path, monkeypatch):
 def test_a_machine_without_git_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "mlflow.source.git.commit" not in environment_tags("/data/runs/beans")
+
+
+def test_the_working_directory_starts_no_program(monkeypatch, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho > {tmp_path}/started\n")
+    program.chmod(0o755)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    for words in (
+        ["init", "-q"],
+        ["config", "core.fsmonitor", str(program)],
+        ["config", "core.hooksPath", str(tmp_path)],
+    ):
+        subprocess.run(["git", *words], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    environment_tags("/data/runs/beans")
+    assert not (tmp_path / "started").exists()

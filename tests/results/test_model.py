@@ -147,6 +147,16 @@ def test_others_may_read_an_export(exported):
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in (exported, *exported.iterdir()))
 
 
+def test_others_may_not_where_the_umask_says_so(tmp_path):
+    before = os.umask(0o077)
+    try:
+        export_model(tmp_path / "model", make_classifier(), CLASSES, {})
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert (stat.S_IMODE((tmp_path / "model").stat().st_mode), modes) == (0o700, {0o600})
+
+
 def test_an_export_says_where_it_comes_from(exported):
     description = json.loads((exported / "model.json").read_text())
     assert description["about"] == {"study": "s"}

@@ -1,4 +1,5 @@
 import json
+import os
 import stat
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert read_json(path) == {"x": 1}
     assert [item.name for item in path.parent.iterdir()] == ["file.json"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640), (0o002, 0o664)])
+def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
+    """Whoever keeps files private keeps results, features and checkpoints private too."""
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "new" / "a.json", {})
+        write_json(tmp_path / "new" / "a.json", {"again": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new" / "a.json").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o777 & ~umask
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
 def test_text_is_utf_8_and_bytes_stay(tmp_path):
