@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,33 +13,21 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import raysweep
+from raysweep.cluster.contents import Files, choose_files
+from raysweep.cluster.packing_rules import reason_in_named_folder
+from raysweep.cluster.working_files import working_files
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import DataConfig, Experiment
-from raysweep.images.listing import list_source, local_files
-from raysweep.images.tables import absolute_source
+from raysweep.images.folder_files import local_files
+from raysweep.images.listing import list_source
 from raysweep.storage.copies import is_bucket, upload
+from raysweep.storage.filesystems import absolute_source
 from raysweep.storage.paths import signature
 
 LIMIT = 100 * 2**20  # bytes: the largest request that Ray's dashboard accepts
-# Secrets and the files of a sweep are excluded even if .gitignore does not list them.
-EXCLUDED = {
-    ".git",
-    ".venv",
-    "venv",
-    "__pycache__",
-    ".env",
-    ".ssh",
-    ".aws",
-    ".ray",
-    "mlruns",
-    "mlartifacts",
-    "mlflow.db",
-}
 UPLOADED = "uploaded"  # folder in the package for the files that --upload-data adds
 PROVIDED_BY_NODES = {"ray"}  # the driver must use the version of the nodes
 CHUNK = 2**20
-
-Files = dict[str, Path]  # keys are names in the package, with slashes
 
 
 @dataclass(frozen=True)
@@ -93,9 +78,12 @@ def build_package(
     experiment: Experiment,
     *,
     upload_data: bool,
+    include: Sequence[str] = (),
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[str, list[str]]:
-    """Packs the working directory without ignored files (.gitignore), the experiment file and raysweep.
+    """Packs the working directory, the experiment file and raysweep.
+
+    Files that .gitignore names, hidden files, files that may hold keys, and links out of the folder stay out.
 
     Args:
         target: The zip file to write.
@@ -103,7 +91,8 @@ def build_package(
         experiment: Its content.
         upload_data: Whether local images and weights are sent too: to the storage if that is a bucket, else in the
             package.
-        say: Called with a message before a long upload.
+        include: Files and folders of the working directory that are packed although a rule keeps them out.
+        say: Called with a message before a long upload, and with what is packed and what stays out.
 
     Returns:
         The experiment file's path in the package, and `KEY=VALUE` settings that point to the uploaded files.
@@ -114,7 +103,10 @@ def build_package(
     """
     here = Path.cwd()
     results = _relative_name(Path(experiment.storage).expanduser()) or ".."
-    files = {name: here / name for name in working_files(here) if not name.startswith(f"{results}/")}
+    listed, data_and_weights = working_files(here), local_paths(experiment)
+    named = [name for local in data_and_weights if (name := _relative_name(local.path))]
+    contents = choose_files(here, listed, results=results, named=named, include=include)
+    files = contents.files
     inside = _relative_name(experiment_file)
     if inside not in files:
         inside = f"{UPLOADED}/{experiment_file.name}"
@@ -124,12 +116,13 @@ def build_package(
         modules = [name for name in local_files(str(folder)) if name.endswith((".py", ".typed"))]
         files |= {f"raysweep/{name}": folder / name for name in modules}
     settings = []
-    for local in local_paths(experiment):
+    for local in data_and_weights:
         if not (local.is_relative or upload_data):  # it may be a shared folder
             continue
         if not local.path.exists():
             raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
-        paths = _files_of(local, experiment.data)
+        paths, left_out = _files_of(local, experiment.data)
+        contents.left_out.update(left_out)
         if local.is_relative and all(_relative_name(path) in files for path in paths):
             continue
         if not upload_data:
@@ -137,41 +130,9 @@ def build_package(
         place, added = _upload_or_pack(local, paths, experiment.storage, say)
         files |= added
         settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
+    say(contents.described())
     _write(target, files)
     return inside, settings
-
-
-def working_files(folder: Path) -> list[str]:
-    """Returns relative names of a folder's files that git tracks or does not ignore. Symbolic links are followed.
-
-    Raises:
-        ConfigError: git is not installed, or fails.
-    """
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-        environment = os.environ | {"LC_ALL": "C"}
-        return subprocess.run(["git", *arguments], cwd=folder, env=environment, capture_output=True, check=False)
-
-    if shutil.which("git") is None:
-        raise ConfigError("git is not installed; it is asked what .gitignore keeps out of the package")
-    with tempfile.TemporaryDirectory() as empty:
-        repository: list[str] = []
-        is_outside = b"not a git repository" in git("rev-parse").stderr
-        if is_outside or git("check-ignore", "--quiet", str(folder)).returncode == 0:  # an outer repository ignores it
-            git("init", "--quiet", empty)
-            repository = [f"--git-dir={empty}/.git", f"--work-tree={folder}"]
-        listed = git(*repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if listed.returncode:
-        raise ConfigError(f"{folder}: git cannot list it ({' '.join(listed.stderr.decode().split())})")
-    found = []
-    for name in os.fsdecode(listed.stdout).split("\0"):
-        path = folder / name
-        if name and path.is_dir():  # a link to a folder, or a nested repository
-            within = working_files(path) if (path / ".git").exists() else local_files(str(path))
-            found += [f"{name.rstrip('/')}/{inner}" for inner in within]
-        elif path.is_file():  # git also lists deleted files
-            found.append(name)
-    return sorted(name for name in set(found) if not EXCLUDED & set(name.split("/")))
 
 
 def _relative_name(path: Path) -> str | None:
@@ -180,12 +141,19 @@ def _relative_name(path: Path) -> str | None:
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else None
 
 
-def _files_of(local: LocalPath, data: DataConfig) -> list[Path]:
-    """Returns the files of a local path. For `data.source` these are the images and tables that the sweep reads."""
-    if local.key != "data.source":
-        return [local.folder / name for name in local_files(str(local.folder))]
-    paths = {Path(row.path) for row in list_source(data).rows if "://" not in row.path}
-    return sorted(path for path in {*paths, local.path} if path.is_file())
+def _files_of(local: LocalPath, data: DataConfig) -> tuple[list[Path], dict[str, str]]:
+    """Returns the files of a local path that may be sent, and reasons by name of those that may not.
+
+    For `data.source` these are the images and tables that the sweep reads.
+    """
+    if local.key == "data.source":
+        rows = (Path(row.path) for row in list_source(data).rows if "://" not in row.path)
+        paths = {path for path in (*rows, local.path) if path.is_file()}
+    else:
+        paths = {local.folder / name for name in local_files(str(local.folder))}
+    reasons = {path: reason_in_named_folder(path, local.folder) for path in paths if path != local.path}
+    left_out = {os.path.relpath(path): reason for path, reason in reasons.items() if reason}
+    return sorted(path for path in paths if not reasons.get(path)), left_out
 
 
 def _local_only_message(local: LocalPath) -> str:
@@ -251,7 +219,7 @@ def _name_file_in_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "leave it out with .gitignore, or mend it"
+        hint = "leave it out with .gitignore, or make it readable"
         raise ConfigError(f"{path}: cannot be packed ({error.strerror or error}); {hint}") from error
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from raysweep.errors import DataError, has_secrets
 from raysweep.experiment.explain import problems_at
-from raysweep.storage.filesystems import split_uri
+from raysweep.storage.filesystems import REMOTE_SCHEMES, split_uri
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -63,6 +63,22 @@ class DataConfig(Section):
     split: Text | None = Field(
         default="split", description="Tables: column with train/validation/test, used where present."
     )
+    image_folder: Text | None = Field(
+        default=None,
+        description="Tables: folder of the images, relative to the table's folder, or absolute, or a URI (default: the "
+        "table's folder).",
+    )
+    image_suffix: Text | None = Field(
+        default=None, description="Tables: suffix of every image, such as .png, where the rows have none or another."
+    )
+    image_prefix: Text | None = Field(
+        default=None, description="Tables: start of the rows' paths that is cut off, such as /kaggle/input/leaves/."
+    )
+    allow_images_from: tuple[Text, ...] = list_of(
+        (),
+        min_length=0,
+        description="Tables: other buckets, hub datasets or folders that rows may name, such as s3://bucket.",
+    )
     validation_fraction: Fraction = Field(
         default=0.1, description="Taken from train, stratified, when there is no validation."
     )
@@ -71,6 +87,16 @@ class DataConfig(Section):
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="Share of unreadable images that stops the sweep."
+    )
+    max_megapixels: float = Field(
+        default=50, gt=0, le=178, description="Pixels of the largest image, in millions; larger ones are set aside."
+    )
+    bit_depth: int | None = Field(
+        default=None,
+        ge=8,
+        le=32,
+        description="Bits of images that store more than 8 bits a channel: 12 if 4095 is white (default: judged by the "
+        "largest value in a sample).",
     )
     shots: tuple[Shots, ...] = list_of(
         ("all",), description="Training images per class, numbers or all; each value is a study of its own."
@@ -81,7 +107,27 @@ class DataConfig(Section):
 
     _check_shots = field_validator("shots")(without_repeats)
 
-    _check_source = field_validator("source")(without_credentials)
+    _check_source = field_validator("source", "image_folder")(without_credentials)
+
+    @field_validator("image_suffix")
+    @classmethod
+    def _is_a_suffix(cls, value: str | None) -> str | None:
+        if value is not None and ("." not in value or set(value) & set("/\\")):
+            raise ValueError(f"accepted: the end of the files' names, such as .png; found {value}")
+        return value
+
+    @field_validator("allow_images_from")
+    @classmethod
+    def _are_places(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        accepted = "s3://bucket, gs://bucket, hf://datasets/<organisation>/<name>, or a local folder"
+        for index, value in enumerate(values):
+            try:
+                scheme, path, _ = split_uri(value) if "://" in value else ("", value, "")
+            except DataError as error:
+                raise problems_at(((index,), str(error))) from None
+            if scheme not in ("", *REMOTE_SCHEMES) or not path.strip("/"):
+                raise problems_at(((index,), f"accepted: {accepted}; found {value}"))
+        return values
 
     @field_validator("test_fraction")
     @classmethod

@@ -1,22 +1,32 @@
-"""Parquet files of images: their rows as listed, and the images in them."""
+"""Parquet files of images: their rows as listed, and the images in them.
+
+Everything that is read has one of a few plain types. A file names the types of its columns itself, and values of some
+extension types run code when they become Python objects: `ray.data.arrow_pickled_object` is unpickled.
+"""
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types
 
 from raysweep.errors import DataError
+from raysweep.images.missing_images import settle_paths
+from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
+    MAX_IMAGE_BYTES,
     Listing,
     Row,
+    check_regular,
+    check_size,
     find_columns,
-    join_source,
-    parent_source,
-    read_file,
     reading,
+    row_of,
     with_problem,
 )
 from raysweep.storage.filesystems import open_filesystem
@@ -25,6 +35,11 @@ if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
 BUFFER_BYTES = 8 << 20
+MAX_TEXT_BYTES = 2**16  # of a label or path
+# Images hardly shrink when they are packed. What grows so much, and beyond this size, is made to fill the memory.
+MAX_GROWTH, GROWTH_BYTES = 100, 2**26
+
+EXTENSION = b"ARROW:extension:name"  # key of a field's metadata, where the type is not registered in this process
 
 
 def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfig") -> Listing:
@@ -36,56 +51,173 @@ def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfi
     listing = Listing([])
     for source, split in files:
         with reading(source):
-            column = _read_parquet_file(source, split, data, listing.rows)
+            column = _read_parquet_file(source, split, data, listing)
         if listing.image_column not in (None, column):
             raise DataError(f"{source}: images in column '{column}', in other files in '{listing.image_column}'")
         listing.image_column = column
     return listing
 
 
-def _read_parquet_file(source: str, split: str | None, data: "DataConfig", rows: list[Row]) -> str | None:
+def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listing: Listing) -> str | None:
     """Appends the rows of a file; returns its image column, or None if that contains only paths."""
-    filesystem, inner = open_filesystem(source)
-    with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened) as file:
+    with _opened(source) as file:
         schema = file.schema_arrow
-        image, label, split_column = find_columns(schema.names, data, source)
-        holds_paths = _holds_paths(schema.field(image).type, image, source)
-        columns = [name for name in (label, split_column, image if holds_paths else None) if name]
-        table = file.read(columns=columns)
-    labels = table.column(label).to_pylist()
-    splits = table.column(split_column).to_pylist() if split_column else [split] * len(labels)
-    paths = table.column(image).to_pylist() if holds_paths else []
-    names = _class_names(schema.metadata, label)
-    for position, (value, row_split) in enumerate(zip(labels, splits, strict=True)):
-        row = Row(source, value, row_split, position)
-        if holds_paths:
-            row = row._replace(path=f"{source} row {position}", position=-1)
-            if not paths[position]:
-                rows.append(row._replace(problem="no image path"))
-                continue
-            row = row._replace(path=join_source(parent_source(source), paths[position].strip()))
-        if names is not None and isinstance(value, int):
-            # Datasets of the hub have -1 for labels that are not published.
-            row = row._replace(label=names[value] if 0 <= value < len(names) else None)
-        rows.append(with_problem(row, split_column is not None))
-    return None if holds_paths else image
+        columns = find_columns(schema.names, data, source)
+        holds_paths = _check_image(_field(schema, columns.image))
+        labels = _values(source, file, columns.label)
+        splits = _values(source, file, columns.split) if columns.split else [split] * len(labels)
+        cells = _values(source, file, columns.image) if holds_paths else _outer_paths(file, columns.image)
+        metadata = schema.metadata
+    named = [name for name in map(cell_name, cells) if name]
+    # Without names there is nothing to look for, not even a folder: all images lie in the file.
+    paths, warnings = settle_paths(source, data, named) if named or holds_paths else (None, [])
+    listing.warnings += warnings
+    names = _class_names(metadata, columns.label)
+    if names is not None:
+        numbered = dict(enumerate(names))
+        # Datasets of the hub have -1 for labels that are not published.
+        labels = [numbered.get(label) if isinstance(label, int) else label for label in labels]
+    for position, (cell, label, row_split) in enumerate(zip(cells, labels, splits, strict=True)):
+        row = _row(source, position, cell, paths, holds_paths)
+        listing.rows.append(with_problem(row._replace(label=label, split=row_split), columns.split is not None))
+    return None if holds_paths else columns.image
 
 
-def _holds_paths(kind: Any, image: str, source: str) -> bool:
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_string(value) or types.is_large_string(value):
-        return True
-    is_bytes = types.is_binary(value) or types.is_large_binary(value)
-    if is_bytes or (types.is_struct(value) and value.get_field_index("bytes") >= 0):
+def _row(source: str, position: int, cell: Any, paths: RowPaths | None, holds_paths: bool) -> Row:
+    if paths is None or not (holds_paths or cell):
+        return Row(source, None, None, position)
+    return row_of(f"{source} row {position}", cell, paths)
+
+
+@contextmanager
+def _opened(source: str, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file, local or remote."""
+    if "://" not in source:
+        check_regular(source)
+    filesystem, inner = open_filesystem(source)
+    with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened, **options) as file:
+        yield file
+
+
+def _field(schema: pa.Schema, name: str) -> pa.Field:
+    if schema.names.count(name) != 1:
+        raise DataError(f"column '{name}' stands twice in the file")
+    return schema.field(name)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_bytes_or_null(kind: pa.DataType) -> bool:
+    return _is_bytes(kind) or bool(types.is_null(kind))
+
+
+def _is_value(kind: pa.DataType) -> bool:
+    """Returns whether values of a type are text or numbers, or nothing at all."""
+    return bool(_is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or kind in (pa.bool_(), pa.null()))
+
+
+def _check(field: pa.Field, is_accepted: Callable[[pa.DataType], bool], accepted: str) -> None:
+    """Checks the type of a column, or of what it is made of.
+
+    Raises:
+        DataError: the type is none of those that are accepted, or an extension of one.
+    """
+    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+    extension = (field.metadata or {}).get(EXTENSION)
+    if extension is not None or isinstance(kind, pa.BaseExtensionType):
+        name = kind.extension_name if extension is None else extension.decode(errors="replace")
+        raise DataError(
+            f"column '{field.name}' has the extension type '{name}', and values of such types can run code when they "
+            f"are read; accepted: {accepted}"
+        )
+    if not is_accepted(kind):
+        raise DataError(f"column '{field.name}' is {field.type}; accepted: {accepted}")
+
+
+def _check_image(field: pa.Field) -> bool:
+    """Returns whether a column names its images, rather than contains them.
+
+    Raises:
+        DataError: it does neither.
+    """
+    accepted = "paths, bytes, or structs of {bytes, path}"
+    if (
+        types.is_struct(field.type)
+        and field.type.get_field_index("bytes") >= 0
+        and EXTENSION not in (field.metadata or {})
+    ):
+        _check(field.type.field("bytes").with_name(f"{field.name}.bytes"), _is_bytes_or_null, "bytes")
+        if field.type.get_field_index("path") >= 0:
+            _check(field.type.field("path").with_name(f"{field.name}.path"), _is_value, "text")
         return False
-    raise DataError(f"{source}: column '{image}' is {kind}; accepted: paths, bytes, or structs of {{bytes, path}}")
+    _check(field, lambda kind: _is_text(kind) or types.is_integer(kind) or _is_bytes(kind), accepted)
+    return not _is_bytes(field.type.value_type if types.is_dictionary(field.type) else field.type)
+
+
+def _values(source: str, file: pq.ParquetFile, name: str) -> list[Any]:
+    """Reads a column of text or numbers. Text that stands in many rows is kept once."""
+    field = _field(file.schema_arrow, name)
+    _check(field, _is_value, "text or whole numbers")
+    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+    with _opened(source, read_dictionary=[name] if _is_text(kind) else None) as again:
+        chunks = again.read(columns=[name]).column(name).chunks
+    values: list[Any] = []
+    for chunk in chunks:
+        if not types.is_dictionary(chunk.type):
+            values += chunk.to_pylist()
+            continue
+        if _is_text(chunk.type.value_type):
+            check_size(pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0, MAX_TEXT_BYTES)
+        words = chunk.dictionary.to_pylist()
+        values += [None if place is None else words[place] for place in chunk.indices.to_pylist()]
+    return values
+
+
+def _outer_paths(file: pq.ParquetFile, name: str) -> list[str | None]:
+    """Returns for each row the path of its image, or None where the image is in the file itself.
+
+    Raises:
+        DataError: a path is too long.
+    """
+    field, num_rows = file.schema_arrow.field(name), file.metadata.num_rows
+    if (
+        not types.is_struct(field.type)
+        or field.type.get_field_index("path") < 0
+        or not _may_lack(file, f"{name}.bytes")
+    ):
+        return [None] * num_rows
+    paths: list[str | None] = []
+    for batch in file.iter_batches(64, columns=[f"{name}.bytes", f"{name}.path"]):
+        lacks, texts = (batch.column(name).field(part) for part in ("bytes", "path"))
+        check_size(pc.max(pc.binary_length(texts)).as_py() or 0, MAX_TEXT_BYTES)
+        paths += [
+            path if lacking else None
+            for lacking, path in zip(lacks.is_null().to_pylist(), texts.to_pylist(), strict=True)
+        ]
+    return paths
+
+
+def _may_lack(file: pq.ParquetFile, leaf: str) -> bool:
+    """Returns whether the values of a column may be missing in some rows, by the statistics of the file."""
+    for group in range(file.num_row_groups):
+        columns = [file.metadata.row_group(group).column(number) for number in range(file.metadata.num_columns)]
+        statistics = [column.statistics for column in columns if column.path_in_schema == leaf]
+        if len(statistics) != 1 or statistics[0] is None or statistics[0].null_count != 0:
+            return True
+    return False
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
     """Returns the class names that Hugging Face's datasets library stores in the schema of a Parquet file."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None
 
@@ -96,34 +228,52 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
     Yields:
         For each distinct position, in ascending order: the position, and the encoded image or the reason why there is
         none.
+
+    Raises:
+        DataError: the column does not contain images.
     """
     wanted = sorted(set(positions))
-    filesystem, inner = open_filesystem(source)
-    options = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
-    with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened, **options) as file:
+    with _opened(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+        # Checked here too: this process knows other extension types than the one that listed the rows.
+        field = _field(file.schema_arrow, column)
+        if _check_image(field):
+            raise DataError(f"column '{column}' contains paths, not images")
+        leaf = f"{column}.bytes" if types.is_struct(field.type) else column
         start = 0
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
             due = wanted[bisect_left(wanted, start) : bisect_left(wanted, stop)]
+            if due:
+                _check_growth(file.metadata.row_group(group), leaf)
             # A row group may have gigabytes (pandas writes only one per file), so it is read in small batches.
-            batches = file.iter_batches(64, row_groups=[group], columns=[column]) if due else ()
+            batches = file.iter_batches(64, row_groups=[group], columns=[leaf]) if due else ()
             for batch in batches:
-                cells = batch.column(0)
+                cells = batch.column(column)
+                cells = cells.field("bytes") if types.is_struct(cells.type) else cells
                 for position in due[bisect_left(due, start) : bisect_left(due, start + len(cells))]:
-                    yield position, _cell_bytes(cells[position - start].as_py(), source)
+                    yield position, _cell_bytes(cells[position - start].as_py())
                 start += len(cells)
                 if start > due[-1]:
                     break
             start = stop
 
 
-def _cell_bytes(value: Any, source: str) -> bytes | DataError:
-    if isinstance(value, dict):
-        path = value.get("path")
-        value = value.get("bytes")
-        if value is None and path:
-            try:
-                return read_file(join_source(parent_source(source), path))
-            except DataError as error:
-                return error
-    return value if isinstance(value, bytes) else DataError("no image in this row")
+def _check_growth(group: pq.RowGroupMetaData, leaf: str) -> None:
+    for number in range(group.num_columns):
+        column = group.column(number)
+        unpacked = column.total_uncompressed_size
+        if column.path_in_schema == leaf and unpacked > max(GROWTH_BYTES, MAX_GROWTH * column.total_compressed_size):
+            raise DataError(
+                f"column '{leaf}' grows from {column.total_compressed_size / 2**20:,.1f} MiB to "
+                f"{unpacked / 2**20:,.0f} MiB when it is unpacked; accepted: at most {MAX_GROWTH} times"
+            )
+
+
+def _cell_bytes(value: Any) -> bytes | DataError:
+    if not isinstance(value, bytes):
+        return DataError("no image in this row")
+    try:
+        check_size(len(value), MAX_IMAGE_BYTES)
+    except DataError as error:
+        return error
+    return value

@@ -1,19 +1,18 @@
-"""Rows and columns of tables of images, tables in CSV, TSV and JSON Lines, and paths of sources. Opens no image."""
+"""Rows and columns of tables of images, and tables in CSV, TSV and JSON Lines. Opens no image."""
 
-import csv
-import io
-import json
 import os
 import posixpath
-import re
-import urllib.parse
-import urllib.request
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysweep.errors import DataError, did_you_mean
+from raysweep.images.missing_images import settle_paths
+from raysweep.images.one_hot import add_label
+from raysweep.images.row_paths import RowPaths, cell_name
+from raysweep.images.text_tables import DELIMITERS, parse_text_table
 from raysweep.storage.filesystems import open_filesystem, split_uri
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", 
                  "filename", "file")
 # fmt: on
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
+MAX_IMAGE_BYTES, MAX_TABLE_BYTES = 2**30, 2**31
 
 
 class Row(NamedTuple):
@@ -71,43 +70,13 @@ class Listing:
         rows: The rows, good and bad.
         image_column: Column of the images in Parquet files; None where there are none.
         warnings: What a user should know about the source.
+        tables: Paths or URIs of the tables that the rows were read from, where the source is a folder.
     """
 
     rows: list[Row]
     image_column: str | None = None
     warnings: list[str] = field(default_factory=list)
-
-
-def absolute_source(source: str) -> str:
-    """Returns a local source as an absolute path, and a remote one without a slash at its end.
-
-    Raises:
-        DataError: the URI contains credentials.
-    """
-    if source.startswith("file://"):
-        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
-    if "://" in source:
-        scheme, path, query = split_uri(source)
-        return f"{scheme}://{path.rstrip('/')}{query}"
-    return os.path.abspath(os.path.expanduser(source))
-
-
-def join_source(folder: str, relative: str) -> str:
-    """Returns the absolute path or URI of a file whose name a table or listing in `folder` gives."""
-    if "://" in relative or os.path.isabs(relative):
-        return absolute_source(relative)
-    if "://" not in folder:
-        return os.path.abspath(os.path.join(folder, relative))
-    scheme, path, query = split_uri(folder)
-    return f"{scheme}://{posixpath.normpath(posixpath.join(path, relative))}{query}"
-
-
-def parent_source(source: str) -> str:
-    """Returns the folder that contains a path or URI."""
-    if "://" not in source:
-        return os.path.dirname(source)
-    scheme, path, query = split_uri(source)
-    return f"{scheme}://{posixpath.dirname(path)}{query}"
+    tables: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -124,18 +93,22 @@ def reading(source: str) -> Iterator[None]:
         raise DataError(f"{source}: cannot be read ({type(error).__name__}: {text})") from error
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """Reads one file, local or remote.
 
     Raises:
-        DataError: the file cannot be read; the message is a short reason without the path.
+        DataError: the file cannot be read, is no regular file, or is too large; the message is a short reason without
+            the path.
     """
     try:
         if "://" not in path:
+            check_regular(path)
             with open(path, "rb") as local:
+                check_size(os.fstat(local.fileno()).st_size, max_bytes)
                 return local.read()
         filesystem, inner = open_filesystem(path)
         with filesystem.open_input_file(inner) as remote:
+            check_size(remote.size(), max_bytes)
             return bytes(remote.read())
     except DataError:
         raise
@@ -144,6 +117,28 @@ def read_file(path: str) -> bytes:
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"cannot be read: {reason}"[:200]) from error
+
+
+def check_regular(path: str) -> None:
+    """Checks that a local path is a file. Opening a pipe would wait for ever, and a device may have no end.
+
+    Raises:
+        DataError: it is something else.
+        FileNotFoundError: there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise DataError("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, but a pipe or a device")
+
+
+def check_size(num_bytes: int, max_bytes: int) -> None:
+    """Checks a size.
+
+    Raises:
+        DataError: it is too large.
+    """
+    if num_bytes > max_bytes:
+        raise DataError(f"{num_bytes / 2**20:,.0f} MiB; accepted: at most {max_bytes / 2**20:,.0f} MiB")
 
 
 def suffix_of(source: str) -> str:
@@ -161,71 +156,51 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     if suffix not in TABLE_SUFFIXES:
         raise DataError(f"{source}: not a table of images; accepted: {', '.join(TABLE_SUFFIXES)}, or a folder")
     with reading(source):
-        text = _decode_text(read_file(source))
-        columns, lines = _json_lines(text) if suffix == ".jsonl" else _delimited(text, DELIMITERS[suffix])
-    if not columns:
+        table = parse_text_table(read_file(source, MAX_TABLE_BYTES), suffix)
+    if not table.columns:
         raise DataError(f"{source}: the table is empty")
-    names = find_columns(columns, data, source)
-    return Listing([_text_row(line, record, names, source) for line, record in lines])
+    names = table.columns
+    if data.label is None and not any(name.lower() in LABEL_COLUMNS for name in names):
+        with reading(source):
+            names = add_label(names, table.lines, {*IMAGE_COLUMNS, data.image, data.split})
+    columns = find_columns(names, data, source)
+    records = [record for _, record in table.lines if isinstance(record, dict)]
+    images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
+    with reading(source):
+        paths, warnings = settle_paths(source, data, images)
+    rows = [_text_row(f"{source} line {line}", record, columns, paths) for line, record in table.lines]
+    return Listing(rows, warnings=[*table.warnings, *warnings])
 
 
-Lines = list[tuple[int, dict[str, Any] | str]]  # line number, and the record or the reason why there is none
-
-
-def _decode_text(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")  # Excel writes a byte order mark before the first column's name
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text (byte {error.start}); save the table as UTF-8") from error
-
-
-def _delimited(text: str, delimiter: str) -> tuple[list[str], Lines]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [name.strip() for name in next(reader, [])]
-    if len(columns) != len(set(columns)):
-        raise DataError(f"a column name stands twice in the header: {', '.join(columns)}")
-    lines: Lines = []
-    for values in reader:
-        if len(values) == len(columns):
-            lines.append((reader.line_num, dict(zip(columns, values, strict=True))))
-        elif values:
-            lines.append((reader.line_num, f"{len(values)} fields where the header has {len(columns)}"))
-    return columns, lines
-
-
-def _json_lines(text: str) -> tuple[list[str], Lines]:
-    lines: Lines = []
-    columns: dict[str, None] = {}
-    # Not splitlines(), which would split at U+2028, a character that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            lines.append((number, f"not JSON ({error})"))
-            continue
-        if isinstance(record, dict):
-            columns.update(dict.fromkeys(record))
-        lines.append((number, record if isinstance(record, dict) else "not a JSON object"))
-    return list(columns), lines
-
-
-def _text_row(line: int, record: dict[str, Any] | str, names: Columns, source: str) -> Row:
-    where = f"{source} line {line}"
+def _text_row(where: str, record: dict[str, Any] | str, columns: Columns, paths: RowPaths) -> Row:
     if isinstance(record, str):
         return Row(where, None, problem=record)
-    path = record.get(names.image)
-    path = path.get("path") if isinstance(path, dict) else path
-    if not isinstance(path, str) or not path.strip():
+    row = row_of(where, record.get(columns.image), paths)
+    split = record.get(columns.split) if columns.split else None
+    return with_problem(row._replace(label=record.get(columns.label), split=split), columns.split is not None)
+
+
+def row_of(where: str, cell: Any, paths: RowPaths) -> Row:
+    """Returns the row of an image that a cell of a table names, without label and split.
+
+    Args:
+        where: Where the row was found.
+        cell: The cell.
+        paths: How the rows of the table name their images.
+    """
+    name = cell_name(cell)
+    if name is None:
         return Row(where, None, problem="no image path")
-    path = join_source(parent_source(source), path.strip())
-    split = record.get(names.split) if names.split else None
-    return with_problem(Row(path, record.get(names.label), split), names.split is not None)
+    try:
+        return Row(paths.path_of(name), None)
+    except DataError as error:
+        return Row(where, None, problem=str(error))
 
 
 def with_problem(row: Row, has_split: bool) -> Row:
-    """Returns the row with its problem, if it lacks a label, or a split in a source that has splits."""
+    """Returns the row with its problem, if it has one, or lacks a label, or a split in a source that has splits."""
+    if row.problem is not None:
+        return row
     if row.label is None or (isinstance(row.label, str) and not row.label.strip()) or row.label != row.label:
         return row._replace(problem="no label")
     if has_split and (row.split is None or str(row.split).strip() in ("", "nan")):
@@ -253,8 +228,6 @@ def _find_column(columns: Sequence[str], named: str | None, usual: Sequence[str]
     if named in columns:
         return str(named)
     listed = f"columns: {', '.join(columns)}"
-    if len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
-        listed += " (are they separated by something else than the file's suffix says?)"
     if named is not None:
         hint = did_you_mean(named, columns)
         raise DataError(f"data.{role}: {source} has no column '{named}'; {hint if 'mean' in hint else ''} {listed}")

@@ -1,8 +1,11 @@
-"""Opens file systems by URI: local folders, `s3://`, `gs://` and `hf://`."""
+"""Paths and URIs of sources, and the file systems that they are on: local folders, `s3://`, `gs://` and `hf://`."""
 
 from __future__ import annotations
 
+import os
+import posixpath
 import re
+import urllib.parse
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,8 +21,7 @@ REMOTE_SCHEMES = (*BUCKETS, "hf")
 def split_uri(uri: str) -> tuple[str, str, str]:
     """Splits `s3://bucket/key?region=x` into `("s3", "bucket/key", "?region=x")`. A `?` inside a key stays in the key.
 
-    A `?` at the end means that there are no options, so that a key such as `a?region=x` can be written, as `a?region=x?`
-    (see `object_uri`).
+    A `?` at the end means that there are no options. So the key `a?region=x` is written `a?region=x?`.
 
     Raises:
         DataError: The URI contains credentials.
@@ -40,6 +42,42 @@ def object_uri(scheme: str, path: str, query: str) -> str:
     options, because `?endpoint_override=` says which machine gets the credentials.
     """
     return f"{scheme}://{path}{query or '?' * ('?' in path)}"
+
+
+def absolute_source(source: str) -> str:
+    """Returns a local source as an absolute path, and a remote one without a slash at its end.
+
+    Raises:
+        DataError: the URI contains credentials, or names another machine's files.
+    """
+    if source.startswith("file://"):
+        host, _, path = re.split(r"[?#]", source.removeprefix("file://"), maxsplit=1)[0].partition("/")
+        if host not in ("", "localhost"):
+            raise DataError(f"file://{host}/...: names another machine; accepted: file:///path")
+        source = f"/{urllib.parse.unquote(path)}"
+    if "://" in source:
+        scheme, path, query = split_uri(source)
+        return object_uri(scheme, path.rstrip("/"), query)
+    return os.path.abspath(os.path.expanduser(source))
+
+
+def join_source(folder: str, name: str) -> str:
+    """Returns the absolute path or URI of a file in `folder`, given by its relative path.
+
+    In a bucket the name stays as it is, whatever characters it has: it can name no other bucket and no options.
+    """
+    if "://" not in folder:
+        return os.path.abspath(os.path.join(folder, name))
+    scheme, path, query = split_uri(folder)
+    return object_uri(scheme, f"{path}/{name}", query)
+
+
+def parent_source(source: str) -> str:
+    """Returns the folder that contains a path or URI."""
+    if "://" not in source:
+        return os.path.dirname(source)
+    scheme, path, query = split_uri(source)
+    return object_uri(scheme, posixpath.dirname(path), query)
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:

@@ -3,6 +3,7 @@ import pytest
 
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import load_experiment
+from raysweep.experiment.sections import DataConfig
 
 DATA = "data: {source: x}\n"
 ENCODERS = "encoders: [{type: dinov2}]\n"
@@ -349,7 +350,7 @@ CASES = {
     "data str": (
         "data: beans\n" + ENCODERS,
         [
-            "data (line 1): expected keys and values, found 'beans'; its keys are source, image, label, split, validation_fraction, test_fraction, max_bad_fraction, shots, few_shot_seeds"
+            "data (line 1): expected keys and values, found 'beans'; its keys are " + ", ".join(DataConfig.model_fields)
         ],
     ),
     "recursive2": (

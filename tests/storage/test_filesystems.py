@@ -1,8 +1,17 @@
+import os
+
 import pytest
 
 from raysweep.errors import DataError
 from raysweep.storage import copies, filesystems
-from raysweep.storage.filesystems import object_uri, open_filesystem, split_uri
+from raysweep.storage.filesystems import (
+    absolute_source,
+    join_source,
+    object_uri,
+    open_filesystem,
+    parent_source,
+    split_uri,
+)
 
 
 @pytest.fixture
@@ -47,3 +56,26 @@ def test_an_object_of_the_storage_cannot_choose_who_gets_the_credentials(asked, 
     copy = copies.local_path("s3://bucket/model") / name
     assert copies._remote(copy)[1] == f"bucket/model/{name}"
     assert asked == [("s3", "bucket", "")]
+
+
+def test_paths_of_sources():
+    base = "s3://bucket/folder?endpoint_override=localhost:9000"
+    assert join_source(base, "b.png") == "s3://bucket/folder/b.png?endpoint_override=localhost:9000"
+    assert parent_source("s3://bucket/folder/x.csv?region=y") == "s3://bucket/folder?region=y"
+    assert join_source("/data", "../b.png") == "/b.png"
+    assert absolute_source("file:///a%20b/c") == absolute_source("file://localhost/a%20b/c") == "/a b/c"
+    assert absolute_source("~/x") == os.path.expanduser("~/x")
+    assert absolute_source("s3://bucket/folder/") == "s3://bucket/folder"
+
+
+@pytest.mark.parametrize("name", ["gs://other/x.png", "/etc/x", "x?endpoint_override=h&scheme=http", "?a=b", "a//b"])
+def test_a_name_listed_in_a_bucket_stays_in_it(name):
+    for query in ("", "?region=y"):
+        scheme, path, options = split_uri(join_source(f"s3://bucket/folder{query}", name))
+        assert (scheme, path, options) == ("s3", f"bucket/folder/{name}", query)
+
+
+@pytest.mark.parametrize("source", ["file://host/x", "file://[/x", "file://a@b/x"])
+def test_files_of_another_machine_are_not_read(source):
+    with pytest.raises(DataError, match="names another machine"):
+        absolute_source(source)
