@@ -1,0 +1,87 @@
+"""From the labels of a source to class names, with warnings about labels that were changed or look alike."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from raysweep.errors import DataError
+from raysweep.images.tables import Row
+
+PAIRS_SHOWN, LENGTH_SHOWN = 5, 60
+
+
+def label_names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Returns the class name of each row, and warnings about labels that were changed or look wrong.
+
+    Raises:
+        DataError: a label is neither text nor a whole number.
+    """
+    values = Counter((type(row.label), row.label) if _is_class(row.label) else _raise_bad_label(row) for row in rows)
+    names = {key: _class_name(key[1]) for key in values}
+    warnings = []
+    if len({issubclass(kind, str) for kind, _ in values}) > 1:
+        warnings.append("labels mix numbers and text; a number counts as its digits")
+    spaced = {value: count for (_, value), count in values.items() if isinstance(value, str) and value != value.strip()}
+    if spaced:
+        shown = [
+            f"{_shown(value)} ({spaced[value]}) is {_shown(value.strip())}" for value in sorted(spaced)[:PAIRS_SHOWN]
+        ]
+        words = f"{sum(spaced.values())} labels had spaces around them, which were taken off"
+        warnings.append(f"{words}: {', '.join(shown)}{_rest(len(spaced))}")
+    counts: Counter[str] = Counter()
+    for key, count in values.items():
+        counts[names[key]] += count
+    return [names[type(row.label), row.label] for row in rows], [*warnings, *_describe_look_alikes(counts)]
+
+
+def sort_classes(names: set[str]) -> tuple[str, ...]:
+    """Sorts class names by value if all are whole numbers, else as text."""
+    if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def _is_class(label: Any) -> bool:
+    return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
+
+
+def _raise_bad_label(row: Row) -> NoReturn:
+    raise DataError(f"{row.path}: label {row.label!r}; accepted: text or whole numbers, one label per image")
+
+
+def _class_name(label: Any) -> str:
+    # File names on macOS have decomposed accents. Composed, they equal the same names in a table.
+    return unicodedata.normalize("NFC", str(int(label) if isinstance(label, float) else label).strip())
+
+
+def _describe_look_alikes(counts: Mapping[str, int]) -> list[str]:
+    """Returns one warning about classes that may be one class under several spellings, with their numbers of images."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(counts):
+        alike[_spelling_key(name)].append(name)
+    groups = [names for names in alike.values() if len(names) > 1]
+    if not groups:
+        return []
+    shown = [" and ".join(f"{_shown(name)} ({counts[name]})" for name in names) for names in groups[:PAIRS_SHOWN]]
+    return [f"classes whose names look alike, with their numbers of images: {'; '.join(shown)}{_rest(len(groups))}"]
+
+
+def _shown(label: str) -> str:
+    text = repr(label)
+    return text if len(text) <= LENGTH_SHOWN else f"{text[:LENGTH_SHOWN]}..."
+
+
+def _rest(number: int) -> str:
+    return f"; and {number - PAIRS_SHOWN} more" if number > PAIRS_SHOWN else ""
+
+
+def _spelling_key(name: str) -> str:
+    """Returns what look-alike names share: `1` for `01` and `1.0`, `hot dog` for `Hot_Dog` and `hot-dog`."""
+    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).strip()
+    if number := re.fullmatch(r"(-?)\+?0*(\d+?)(\.0*)?", folded):
+        return "".join(number.group(1, 2))
+    words = " ".join(re.split(r"[\s_\u2010-\u2015\u2212-]+", folded)).strip()
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", words)

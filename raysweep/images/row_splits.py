@@ -1,0 +1,80 @@
+"""Splits that the paths of a table's rows name: train/0.png, test/1.png."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raysweep.errors import DataError
+from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split, count_of, normalize_split
+from raysweep.images.tables import Listing, Row
+
+if TYPE_CHECKING:
+    from raysweep.experiment.config import DataConfig
+
+
+def take_splits_from_paths(listing: Listing, data: "DataConfig") -> list[str]:
+    """Gives the rows of a table without a column of splits those that their paths name. Changes the listing.
+
+    Returns:
+        Warnings about it.
+    """
+    usable = [number for number, row in enumerate(listing.rows) if row.position < 0 and not row.problem]
+    named = _splits_in([listing.rows[number].path for number in usable])
+    found = set(named) - {None}
+    if len(found) < 2 or data.split is None:
+        return []
+    by_row: list[Split | None] = [None] * len(listing.rows)
+    for number, split in zip(usable, named, strict=True):
+        by_row[number] = split
+    if any(row.split is not None for row in listing.rows):
+        return compare_splits(listing.rows, by_row, "their paths")
+    counts = Counter(named)
+    counted = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
+    if None in named or "train" not in found:
+        reason = "others name none" if None in named else "none names train"
+        return [f"paths name splits ({counted}), but {reason}: the splits are drawn anew"]
+    listing.rows = [row._replace(split=split) for row, split in zip(listing.rows, by_row, strict=True)]
+    return [f"splits taken from the folders in the paths ({counted}); data.split: null draws them anew"]
+
+
+def compare_splits(rows: Sequence[Row], by_row: Sequence[Split | None], place: str) -> list[str]:
+    """Returns a warning about rows whose column of splits says something else than their place, if there are any."""
+    other = [
+        row for row, split in zip(rows, by_row, strict=True) if split and known_split(row.split) not in (None, split)
+    ]
+    if not other:
+        return []
+    return [
+        f"{count_of(other, 'row')} with another split in the column of splits, which is used, than by {place}: "
+        f"{other[0].source} ({other[0].split})"
+    ]
+
+
+def known_split(value: object) -> Split | None:
+    """Returns the split that a value stands for; None for other values, which stop the sweep later."""
+    try:
+        return normalize_split(value)
+    except DataError:
+        return None
+
+
+def _splits_in(paths: Sequence[str]) -> list[Split | None]:
+    """Returns the split that each path's folder names, on the level on which most folders do, below what all share."""
+    folders = [path.split("/")[:-1] for path in paths]
+    if not folders:
+        return []
+    first, last = min(folders), max(folders)
+    shared = next(
+        (n for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last))
+    )
+    levels: list[list[Split | None]] = [
+        [SPLIT_NAMES.get(names[level].lower()) if len(names) > level else None for names in folders]
+        for level in range(shared, max(map(len, folders)))
+    ]
+    return max(levels, key=lambda named: len(named) - named.count(None), default=[None] * len(folders))
+
+
+def split_of_path(path: str) -> Split | None:
+    """Returns the split that the outermost folder of a relative path with the name of a split says."""
+    splits = (SPLIT_NAMES.get(name.lower()) for name in path.split("/")[:-1])
+    return next((split for split in splits if split), None)

@@ -1,0 +1,186 @@
+"""The tables of a folder that are read as one set: train/metadata.csv and test/metadata.csv, train.csv and test.csv."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from raysweep.errors import DataError
+from raysweep.images.parquet import read_parquet_files
+from raysweep.images.row_splits import compare_splits, take_splits_from_paths
+from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split
+from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table
+from raysweep.storage.filesystems import join_source, parent_source, split_uri
+
+if TYPE_CHECKING:
+    from raysweep.experiment.config import DataConfig
+
+# Names that published datasets (Hugging Face's imagefolder, Roboflow) give to their tables, the surest first.
+TABLE_NAMES = ("metadata", "_classes", "labels", "_annotations", "annotations")
+ROOT_TABLE_NAMES = ("metadata", "_classes", "_annotations")
+
+
+def split_of_table(file: str) -> tuple[Split | None, str]:
+    """Returns the split that a table's folder or name says, and the folder that the split's tables have in common.
+
+    `data/train/metadata.csv` and `data/train.csv` are of train, in `data`. `labels.csv` is of no split.
+    """
+    folder, _, name = file.rpartition("/")
+    above, _, last = folder.rpartition("/")
+    if last.lower() in SPLIT_NAMES:
+        return SPLIT_NAMES[last.lower()], above
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", os.path.splitext(name)[0])}
+    named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return (named.pop() if len(named) == 1 else None), folder
+
+
+def read_tables(
+    source: str, files: Sequence[str], images: Sequence[str], data: "DataConfig"
+) -> tuple[Listing | None, list[DataError]]:
+    """Reads the tables of splits in a folder as one set, or else the table of all images at its top.
+
+    Args:
+        source: Absolute path or URI of the folder.
+        files: Sorted relative paths of the files in it.
+        images: Those of them that are images.
+        data: Names of columns.
+
+    Returns:
+        The rows of all tables with their splits, None if there is no such table; and why other tables were not read.
+
+    Raises:
+        DataError: several folders have tables for the same splits.
+    """
+    by_folder: dict[str, dict[Split, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        split, folder = split_of_table(file)
+        if split and is_table(file):
+            by_folder[folder][split].append(file)
+    problems: list[DataError] = []
+    read: dict[str, list[tuple[str, Split | None, Listing]]] = {}
+    for folder, tables in by_folder.items():
+        splits = [split for split in SPLITS if split in tables]
+        listings = [one for split in splits for one in _read_first(source, tables[split], split, data, problems)]
+        if listings:
+            read[folder] = listings
+    with_train = [folder for folder in read if any(split == "train" for _, split, _ in read[folder])]
+    folders = sorted(with_train or read, key=lambda folder: (folder.count("/") + bool(folder), folder))
+    if len(folders) > 1 and folders[0] and folders[0].count("/") == folders[1].count("/"):
+        raise DataError(
+            f"{source}: tables of splits in several folders ({', '.join(folders)}); "
+            f"name one, as in data.source: {join_source(source, folders[0])}"
+        )
+    for file, _, _ in (one for folder, listings in read.items() if folder != folders[0] for one in listings):
+        problems.append(DataError(f"{join_source(source, file)}: in another folder than the tables of train"))
+    chosen = read[folders[0]] if folders else _read_first(source, _tables_of_all(files), None, data, problems)
+    return (_as_one(source, chosen, images, data) if chosen else None), problems
+
+
+def is_table(file: str) -> bool:
+    """Returns whether a file may be a table of paths. Parquet files of other names hold images."""
+    suffix = os.path.splitext(file)[1].lower()
+    return suffix in TABLE_SUFFIXES and (suffix != ".parquet" or _stem(file) in ROOT_TABLE_NAMES)
+
+
+def _tables_of_all(files: Iterable[str]) -> list[str]:
+    """Returns the tables of known names that lie highest in the folder."""
+    named = [file for file in files if is_table(file) and _stem(file) in ROOT_TABLE_NAMES and file.count("/") < 2]
+    highest = [file for file in named if file.count("/") == min(other.count("/") for other in named)]
+    return highest if len({file.rpartition("/")[0] for file in highest}) == 1 else []
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(file.rpartition("/")[2].lower())[0]
+
+
+def _read_first(
+    source: str, files: Iterable[str], split: Split | None, data: "DataConfig", problems: list[DataError]
+) -> list[tuple[str, Split | None, Listing]]:
+    """Reads the likeliest table of a split, or all its parts (labels-0.csv, labels-1.csv). Others are not read."""
+    groups: dict[tuple[int, str, int], list[str]] = defaultdict(list)
+    for file in files:
+        stem, suffix = _stem(file), os.path.splitext(file)[1].lower()
+        rank = TABLE_NAMES.index(stem) if stem in TABLE_NAMES else len(TABLE_NAMES)
+        groups[rank, re.sub(r"\d+", "0", stem), TABLE_SUFFIXES.index(suffix)].append(file)
+    for _, parts in sorted(groups.items()):
+        try:
+            return [(file, split, _read_one(join_source(source, file), split, data)) for file in parts]
+        except DataError as error:
+            problems.append(error)
+    return []
+
+
+def _read_one(table: str, split: Split | None, data: "DataConfig") -> Listing:
+    if table.lower().partition("?")[0].endswith(".parquet"):
+        return read_parquet_files([(table, split)], data)
+    return read_table(table, data)
+
+
+def _as_one(
+    source: str, tables: Sequence[tuple[str, Split | None, Listing]], images: Sequence[str], data: "DataConfig"
+) -> Listing:
+    """Joins the rows of several tables, each with the split of its table where it has no column of splits."""
+    whole = Listing([])
+    for file, split, listing in tables:
+        table = join_source(source, file)
+        warnings = _find_images(table, split, listing, source, images)
+        if split:
+            warnings += compare_splits(listing.rows, [split] * len(listing.rows), f"its place ({file})")
+            listing.rows = [
+                row if row.split is not None or row.problem else row._replace(split=split) for row in listing.rows
+            ]
+        else:
+            warnings += take_splits_from_paths(listing, data)
+        if listing.image_column and whole.image_column not in (None, listing.image_column):
+            raise DataError(f"{table}: images in column '{listing.image_column}', elsewhere in '{whole.image_column}'")
+        whole.image_column = listing.image_column or whole.image_column
+        whole.rows += listing.rows
+        whole.warnings += [*listing.warnings, *warnings]
+        whole.tables.append(table)
+    return whole
+
+
+def _find_images(table: str, split: Split | None, listing: Listing, source: str, images: Sequence[str]) -> list[str]:
+    """Finds the folder that a table's paths are relative to, if it is not the table's own. Changes the rows."""
+    known = {_plain(join_source(source, image)): image for image in images}
+    files = [row for row in listing.rows if row.position < 0 and not row.problem]
+    if not files or any(_plain(row.path) in known for row in files):
+        return []
+    start = f"{_plain(parent_source(table))}/"
+    tails = {row.path: _plain(row.path).removeprefix(start) for row in files if _plain(row.path).startswith(start)}
+    base = _common_folder(tails.values(), images, split)
+    if base is None:
+        return []
+    available = set(images)
+
+    def moved(row: Row) -> Row:
+        file = base + tails.get(row.path, "")
+        return row._replace(path=join_source(source, file)) if row.path in tails and file in available else row
+
+    listing.rows = [row if row.problem else moved(row) for row in listing.rows]
+    return [f"{table}: its paths start from {join_source(source, base.rstrip('/')) if base else source}"]
+
+
+def _common_folder(tails: Iterable[str], images: Sequence[str], split: Split | None) -> str | None:
+    """Returns the folder, with a slash at its end, in which most of the files lie that end as `tails`."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        by_name[image.rpartition("/")[2]].append(image)
+    counts: Counter[str] = Counter()
+    wanted = list(tails)
+    for tail in wanted:
+        ends = by_name.get(tail.rpartition("/")[2], ())
+        counts.update(image.removesuffix(tail) for image in ends if image == tail or image.endswith(f"/{tail}"))
+    likely = [folder for folder, number in counts.items() if number > len(wanted) / 2]
+    of_split = [folder for folder in likely if split in {SPLIT_NAMES.get(name.lower()) for name in folder.split("/")}]
+    likely = of_split if split and of_split else likely
+    return min(likely, key=len) if len(likely) == 1 or "" in likely else None
+
+
+def _plain(path: str) -> str:
+    """Returns a path or URI without options."""
+    if "://" not in path:
+        return path
+    scheme, inner, _ = split_uri(path)
+    return f"{scheme}://{inner}"

@@ -1,0 +1,162 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from published import indexed, labels_by_split, listed, rows_of, write_images, write_text
+
+from raysweep.errors import DataError
+from raysweep.images.decode import decode_image
+from raysweep.images.formats import FORMATS, IMAGE_SUFFIXES
+
+CLASSES = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(6)]
+SPLITS = [f"{split}/{name}" for split in ("Training", "Testing") for name in CLASSES]
+
+
+def encoded(suffix: str, number: int) -> bytes:
+    formats = {".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jfif": "JPEG", ".avif": "AVIF", ".apng": "PNG"}
+    kind = formats.get(suffix) or Image.registered_extensions()[suffix]
+    mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+    pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+# Formats
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_format_is_taken_from_a_folder_and_from_a_table(tmp_path, suffix):
+    Image.init()
+    for number in range(16):
+        file = tmp_path / "images" / "ab"[number % 2] / f"{number}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(suffix, number))
+    rows = [f"images/{'ab'[number % 2]}/{number}{suffix},{'ab'[number % 2]}" for number in range(16)]
+    write_text(tmp_path / "labels.csv", ["image,label", *rows])
+    folder, table = indexed(tmp_path / "images"), indexed(tmp_path / "labels.csv")
+    assert folder.num_rows_found == table.num_rows_found == 16
+    assert folder.bad_rows == table.bad_rows == ()
+    assert folder.fingerprint == table.fingerprint
+    assert decode_image(encoded(suffix, 0)).size == (32, 32)
+
+
+def test_no_format_that_other_programs_read_is_accepted():
+    assert not {"EPS", "WMF", "MPEG", "PDF"} & set(FORMATS)
+
+
+def test_files_that_are_passed_over_are_counted_by_suffix(tmp_path):
+    write_images(tmp_path, CLASSES)
+    for number in range(30):
+        write_text(tmp_path / "cat" / f"{number}.txt", ["x"])
+        write_text(tmp_path / "dog" / f"{number}.heic", ["x"])
+    for number in range(12):
+        write_text(tmp_path / "dog" / f"no-suffix-{number}", ["x"])
+    assert "72 files left out: 30 .txt, 30 .heic, 12 without suffix" in listed(tmp_path).warnings
+
+
+# Files of other programs
+
+JUNK = [
+    *("cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/x.png", "cat/SYNOPHOTO_THUMB_M.jpg", "#recycle/cat/9.png"),
+    *("__MACOSX/cat/._0.png", "cat/._0.png", "Thumbs.db", "dog/desktop.ini", ".DS_Store", "lost+found/1.png"),
+    *(".ipynb_checkpoints/0-checkpoint.png", "System Volume Information/x.png", "$RECYCLE.BIN/S-1/x.png"),
+    ".thumbnails/large/x.png",
+]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize("images", [CLASSES, SPLITS])
+def test_files_of_other_programs_are_ignored_and_counted(tmp_path, hub, images, is_remote):
+    folder = hub / "datasets" / "org" / "pets" if is_remote else tmp_path / "pets"
+    write_images(folder, [*images, *JUNK])
+    write_text(folder / ".gitattributes", ["x"])
+    listing = listed("hf://datasets/org/pets" if is_remote else folder)
+    assert len(listing.rows) == len(images)
+    assert {row.label for row in listing.rows} == {"cat", "dog"}
+    assert {row.problem for row in listing.rows} == {None}
+    (warning,) = listing.warnings
+    assert warning.startswith("14 hidden or system files ignored: 2 @eaDir, ")
+    for name in ("1 #recycle", "1 __MACOSX", "1 Thumbs.db", "1 .DS_Store", "1 lost+found", "1 SYNOPHOTO_*"):
+        assert name in warning
+
+
+def test_hidden_images_are_counted(tmp_path):
+    write_images(tmp_path, [*CLASSES, ".cache/a.png", "cat/.b.png"])
+    assert listed(tmp_path).warnings == ["2 hidden or system files ignored: 2 hidden image"]
+
+
+def test_a_class_may_be_called_like_waste(tmp_path):
+    write_images(tmp_path, [f"{name}/{number}.png" for name in ("recycled", "trash") for number in range(3)])
+    assert {row.label for row in listed(tmp_path).rows} == {"recycled", "trash"}
+
+
+# Single pictures and empty folders
+
+
+@pytest.mark.parametrize("images", [CLASSES, SPLITS])
+@pytest.mark.parametrize("stray", [["banner.png"], ["logo.jpg", "banner.png"]])
+def test_a_picture_beside_the_folders_is_passed_over_with_a_word(tmp_path, images, stray):
+    write_images(tmp_path, [*images, *stray])
+    index = indexed(tmp_path)
+    assert index.num_rows_found == len(images)
+    assert index.bad_rows == ()
+    words = (
+        f"{len(stray)} image{'s' * (len(stray) > 1)} outside the class folders passed over: {', '.join(sorted(stray))}"
+    )
+    assert words in index.warnings
+
+
+@pytest.mark.parametrize("stray", ["docs/banner.png", "Training/overview.png", "docs/figures/1.png"])
+def test_a_picture_in_a_folder_beside_split_or_class_folders(tmp_path, stray):
+    write_images(tmp_path, [*SPLITS, stray])
+    index = indexed(tmp_path)
+    assert index.num_rows_found == len(SPLITS)
+    assert f"1 image outside the class folders passed over: {stray}" in index.warnings
+
+
+def test_many_images_outside_the_class_folders_stop_the_sweep(tmp_path):
+    write_images(tmp_path, [*CLASSES, *(f"{number}.png" for number in range(6))], 0)
+    with pytest.raises(DataError, match=r"6 of 18 rows cannot be used .*(?s:.*)lies outside every class folder"):
+        indexed(tmp_path)
+
+
+def test_empty_folders_get_a_word(tmp_path):
+    write_images(tmp_path, CLASSES)
+    (tmp_path / "owl").mkdir()
+    write_text(tmp_path / "emu" / "readme.txt", ["x"])
+    assert "2 folders without images: emu, owl" in listed(tmp_path).warnings
+
+
+def test_empty_split_and_class_folders_get_a_word(tmp_path):
+    write_images(tmp_path, SPLITS)
+    for folder in ("val", "Testing/owl", "docs"):
+        (tmp_path / folder).mkdir()
+    index = indexed(tmp_path)
+    assert "2 folders without images: Testing/owl, val" in index.warnings
+    assert index.derived_splits == ("validation",)
+
+
+# Split folders below another folder
+
+
+@pytest.mark.parametrize("above", ["data", "archive/data"])
+def test_split_folders_below_another_folder(tmp_path, above):
+    write_images(tmp_path, [*(f"{above}/{name}" for name in SPLITS), "preview.png"])
+    index = indexed(tmp_path)
+    assert set(labels_by_split(index)) == {"train", "validation", "test"}
+    assert labels_by_split(index)["test"] == {"cat": 6, "dog": 6}
+    assert index.derived_splits == ("validation",)
+    assert rows_of(listed(tmp_path), tmp_path)[f"{above}/Training/cat/0.png"] == ("cat", "Training")
+
+
+def test_a_bucket_of_split_folders_with_tables(hub):
+    folder = hub / "datasets" / "org" / "pets"
+    for split in ("train", "test"):
+        write_images(folder / split, [f"{number}.png" for number in range(8)], 100 * (split == "test"))
+        rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(8)]
+        write_text(folder / split / "metadata.csv", ["file_name,label", *rows])
+    index = indexed("hf://datasets/org/pets")
+    assert labels_by_split(index)["test"] == {"a": 4, "b": 4}
+    assert index.derived_splits == ("validation",)

@@ -1,0 +1,279 @@
+import json
+import os
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from published import indexed, labels_by_split, listed, rows_of, write_images, write_text
+
+from raysweep.errors import DataError
+from raysweep.images.table_sets import split_of_table
+
+SPLIT_SIZES = {"train": 12, "validation": 6, "test": 6}
+
+
+def image_folder(folder, names=("train", "valid", "test"), table="metadata.csv", shown="{name}", start=0):
+    """Split folders of images, each with a table of paths and labels, as Hugging Face's imagefolder has them."""
+    for place, (name, size) in enumerate(zip(names, SPLIT_SIZES.values(), strict=False)):
+        images = [f"{number}.png" for number in range(size)]
+        write_images(folder / name, images, start + 100 * place)
+        write_rows(
+            folder / name / table,
+            [(shown.format(name=image, split=name), "ab"[n % 2]) for n, image in enumerate(images)],
+        )
+    return folder
+
+
+def write_rows(table, rows):
+    table.parent.mkdir(parents=True, exist_ok=True)
+    if table.suffix == ".csv":
+        write_text(table, ["file_name,label", *(",".join(row) for row in rows)])
+    elif table.suffix == ".jsonl":
+        write_text(table, [json.dumps({"file_name": name, "label": label}) for name, label in rows])
+    else:
+        pq.write_table(pa.table({"file_name": [row[0] for row in rows], "label": [row[1] for row in rows]}), table)
+
+
+def assert_published_splits(index):
+    assert labels_by_split(index) == {
+        split: Counter({"a": size // 2, "b": size // 2}) for split, size in SPLIT_SIZES.items()
+    }
+    assert index.derived_splits == ()
+    assert index.bad_rows == ()
+
+
+@pytest.mark.parametrize(
+    "table", ["metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv", "_annotations.csv"]
+)
+def test_the_tables_of_split_folders_are_one_set(tmp_path, table):
+    index = indexed(image_folder(tmp_path, table=table))
+    assert_published_splits(index)
+    assert not any("left out" in warning for warning in index.warnings), index.warnings
+
+
+@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAINING", "VALIDATION", "TESTING")])
+def test_split_folders_in_any_spelling(tmp_path, names):
+    assert_published_splits(indexed(image_folder(tmp_path, names)))
+
+
+def test_split_folders_with_tables_below_another_folder(tmp_path):
+    assert_published_splits(indexed(image_folder(tmp_path / "archive" / "data").parent))
+
+
+def test_paths_that_start_from_the_folder_of_all_splits(tmp_path):
+    index = indexed(image_folder(tmp_path, shown="{split}/{name}"))
+    assert_published_splits(index)
+    assert any("train/metadata.csv: its paths start from" in warning for warning in index.warnings)
+
+
+def test_tables_beside_the_folders_of_their_images(tmp_path):
+    image_folder(tmp_path)
+    for split in ("train", "valid", "test"):
+        os.rename(tmp_path / split / "metadata.csv", tmp_path / f"{split}.csv")
+    assert_published_splits(indexed(tmp_path))
+
+
+def test_images_in_a_folder_of_their_own(tmp_path):
+    image_folder(tmp_path)
+    for split in ("train", "valid", "test"):
+        os.renames(tmp_path / split / "metadata.csv", tmp_path / "annotations" / f"labels_{split}.csv")
+        os.renames(tmp_path / split, tmp_path / "images" / split)
+    assert_published_splits(indexed(tmp_path))
+
+
+def test_a_table_in_parts(tmp_path):
+    write_images(tmp_path / "train", [f"{number}.png" for number in range(8)])
+    for part in (0, 1):
+        rows = [(f"{number}.png", "ab"[number % 2]) for number in range(4 * part, 4 * part + 4)]
+        write_rows(tmp_path / "train" / f"labels-{part}.csv", rows)
+    assert len(listed(tmp_path).rows) == 8
+
+
+def test_links_to_split_folders(tmp_path):
+    image_folder(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "data" / split).symlink_to(tmp_path / "elsewhere" / split)
+    assert_published_splits(indexed(tmp_path / "data"))
+
+
+def test_a_column_of_splits_goes_before_the_place_of_the_table(tmp_path):
+    image_folder(tmp_path)
+    rows = [f"{number}.png,{'ab'[number % 2]},{'test' if number < 2 else 'train'}" for number in range(12)]
+    write_text(tmp_path / "train" / "metadata.csv", ["file_name,label,split", *rows])
+    index = indexed(tmp_path)
+    assert sum(labels_by_split(index)["test"].values()) == 8
+    assert any("2 rows with another split in the column of splits, which is used" in text for text in index.warnings)
+
+
+def test_a_test_table_without_labels_is_left_out_with_a_word(tmp_path):
+    image_folder(tmp_path, table="labels.csv")
+    write_text(tmp_path / "test" / "labels.csv", ["file_name", *(f"{number}.png" for number in range(6))])
+    index = indexed(tmp_path)
+    assert index.derived_splits == ("test",)
+    assert any("test/labels.csv: no column for the label" in warning for warning in index.warnings)
+    assert "7 files left out: 6 .png, 1 .csv" in index.warnings
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_training_table_is_never_made_up_for_by_the_test_table(tmp_path, split):
+    image_folder(tmp_path)
+    write_text(tmp_path / "train" / "metadata.csv", ["file_name,text", "0.png,a cat"])
+    with pytest.raises(DataError, match=r"train/metadata\.csv: no column for the label") as raised:
+        indexed(tmp_path)
+    assert "test/metadata.csv" not in str(raised.value)
+
+
+def test_captions_leave_the_labels_to_the_class_folders(tmp_path):
+    write_images(tmp_path, [f"{s}/{c}/{n}.png" for s in ("train", "test") for c in "ab" for n in range(5)])
+    for split in ("train", "test"):
+        write_text(tmp_path / split / "metadata.csv", ["file_name,text", *(f"a/{n}.png,a cat" for n in range(5))])
+    index = indexed(tmp_path)
+    assert labels_by_split(index)["test"] == {"a": 5, "b": 5}
+    assert any("train/metadata.csv: no column for the label" in warning for warning in index.warnings)
+
+
+def test_a_table_goes_before_class_folders_and_says_where_they_differ(tmp_path):
+    names = [f"{c}/{n}.png" for c in "ab" for n in range(6)]
+    for place, split in enumerate(("train", "test")):
+        write_images(tmp_path / split, names, 100 * place)
+        write_rows(tmp_path / split / "metadata.csv", [(name, "b" if name == "a/0.png" else name[0]) for name in names])
+    index = indexed(tmp_path)
+    assert labels_by_split(index)["test"] == {"a": 5, "b": 7}
+    assert any("2 images in the folder of another class than their table says" in text for text in index.warnings)
+
+
+def test_class_folders_of_a_split_join_the_table_of_another(tmp_path):
+    write_images(tmp_path, [f"Train/{c}/{n}.png" for c in "01" for n in range(6)])
+    write_images(tmp_path, [f"Test/{n}.png" for n in range(6)], 100)
+    write_rows(tmp_path / "Test.csv", [(f"Test/{n}.png", str(n % 2)) for n in range(6)])
+    index = indexed(tmp_path)
+    counts = labels_by_split(index)
+    assert counts["test"] == {"0": 3, "1": 3}
+    assert sum(counts["train"].values()) + sum(counts["validation"].values()) == 12
+    assert index.derived_splits == ("validation",)
+
+
+def test_tables_of_two_datasets_ask_for_one(tmp_path):
+    for name in ("en", "fr"):
+        image_folder(tmp_path / name)
+    with pytest.raises(DataError, match=r"tables of splits in several folders \(en, fr\); name one"):
+        indexed(tmp_path)
+    assert_published_splits(indexed(tmp_path / "fr"))
+
+
+def test_a_table_in_another_place_than_the_others_is_named(tmp_path):
+    os.renames(image_folder(tmp_path, names=("train", "test")) / "test", tmp_path / "official" / "test")
+    index = indexed(tmp_path)
+    assert index.derived_splits == ("test", "validation")
+    assert any("official/test/metadata.csv: in another folder than the tables of train" in w for w in index.warnings)
+
+
+def test_images_that_no_table_names_are_counted(tmp_path):
+    write_images(image_folder(tmp_path), ["train/extra.png", "train/more.png"], 900)
+    index = indexed(tmp_path)
+    assert_published_splits(index)
+    assert "2 files left out: 2 .png" in index.warnings
+
+
+def test_the_best_known_table_of_a_split_is_read_and_others_are_counted(tmp_path):
+    image_folder(tmp_path)
+    for split in ("train", "valid", "test"):
+        write_rows(tmp_path / split / "boxes.csv", [("0.png", "z")])
+    index = indexed(tmp_path)
+    assert_published_splits(index)
+    assert "3 files left out: 3 .csv" in index.warnings
+
+
+# One column a class
+
+
+def one_hot(folder, rows, header="filename, cat, dog"):
+    for place, split in enumerate(("train", "valid", "test")):
+        write_images(folder / split, [f"{number}.png" for number in range(len(rows))], 100 * place)
+        write_text(folder / split / "_classes.csv", [header, *(f"{n}.png, {row}" for n, row in enumerate(rows))])
+    return folder
+
+
+def test_one_column_a_class_as_roboflow_writes_it(tmp_path):
+    index = indexed(one_hot(tmp_path, ["1, 0", "0, 1"] * 4))
+    assert index.classes == ("cat", "dog")
+    assert labels_by_split(index) == {s: Counter(cat=4, dog=4) for s in ("train", "validation", "test")}
+
+
+def test_one_column_a_class_with_several_ones_is_refused_as_multi_label(tmp_path):
+    with pytest.raises(
+        DataError, match=r"train/_classes.csv: multi-label: 2 of 8 rows have a 1 in several of .*cat, dog"
+    ):
+        indexed(one_hot(tmp_path, ["1, 0", "0, 1", "1, 1", "1, 0"] * 2))
+
+
+# A table of all images
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_splits_come_from_the_paths_of_a_table_at_the_top(tmp_path, name, is_folder):
+    image_folder(tmp_path)
+    rows = []
+    for split in ("train", "valid", "test"):
+        os.remove(tmp_path / split / "metadata.csv")
+        rows += [(f"{split}/{image}", "ab"[int(image[:-4]) % 2]) for image in sorted(os.listdir(tmp_path / split))]
+    write_rows(tmp_path / name, rows)
+    index = indexed(tmp_path if is_folder else tmp_path / name)
+    assert_published_splits(index)
+    assert any(
+        "splits taken from the folders in the paths (12 train, 6 validation, 6 test)" in w for w in index.warnings
+    )
+    assert indexed(tmp_path / name, split=None).derived_splits == ("test", "validation")
+
+
+def test_a_table_at_the_top_without_splits_in_its_paths(tmp_path):
+    names = [f"images/{number}.png" for number in range(20)]
+    write_images(tmp_path, names)
+    write_rows(tmp_path / "metadata.csv", [(name, "ab"[n % 2]) for n, name in enumerate(names)])
+    index = indexed(tmp_path)
+    assert index.num_rows_found == 20
+    assert index.derived_splits == ("test", "validation")
+
+
+def test_the_table_of_one_split_alone_is_warned_about(tmp_path):
+    image_folder(tmp_path)
+    warnings = listed(tmp_path / "test" / "metadata.csv").warnings
+    assert any("names the table of the test split alone" in warning for warning in warnings)
+    assert listed(tmp_path / "train" / "metadata.csv").warnings == []
+
+
+def test_the_hint_never_names_the_table_of_one_split(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path / split, ["0.png", "1.png"])
+        write_text(tmp_path / split / "boxes.csv", ["x,y", "1,2"])
+    write_text(tmp_path / "test_labels.tsv", ["x\ty", "1\t2"])
+    with pytest.raises(DataError) as raised:
+        indexed(tmp_path)
+    assert "set data.source to" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("train/metadata.csv", ("train", "")),
+        ("data/VAL/metadata.csv", ("validation", "data")),
+        ("train.csv", ("train", "")),
+        ("labels/trainLabels.csv", ("train", "labels")),
+        ("annotations/labels_test.csv", ("test", "annotations")),
+        ("train_test_split.csv", (None, "")),
+        ("labels.csv", (None, "")),
+        ("contest/latest.csv", (None, "contest")),
+    ],
+)
+def test_the_split_that_a_table_is_of(file, expected):
+    assert split_of_table(file) == expected
+
+
+def test_rows_keep_their_order_and_label(tmp_path):
+    image_folder(tmp_path, names=("train", "test"))
+    rows = rows_of(listed(tmp_path), tmp_path)
+    assert rows["train/1.png"] == ("b", "train")
+    assert rows["test/0.png"] == ("a", "test")
