@@ -147,8 +147,9 @@ def _files_of(local: LocalPath, data: DataConfig) -> tuple[list[Path], dict[str,
     For `data.source` these are the images and tables that the sweep reads.
     """
     if local.key == "data.source":
-        rows = (Path(row.path) for row in list_source(data).rows if "://" not in row.path)
-        paths = {path for path in (*rows, local.path) if path.is_file()}
+        listing = list_source(data)
+        read = {*listing.tables, *(row.path for row in listing.rows)}
+        paths = {path for path in (local.path, *(Path(name) for name in read if "://" not in name)) if path.is_file()}
     else:
         paths = {local.folder / name for name in local_files(str(local.folder))}
     reasons = {path: reason_in_named_folder(path, local.folder) for path in paths if path != local.path}
