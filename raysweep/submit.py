@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from raysweep.errors import ConfigError, RaysweepError, ResourceError
+from raysweep.errors import ConfigError, RaysweepError, ResourceError, has_secrets, hide_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -50,13 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("experiment", nargs="?", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS), metavar="URL",
-                        help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or %(default)s)")  # fmt: skip
+                        help=f"the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or {ADDRESS})")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a key of the file")  # fmt: skip
     parser.add_argument("--no-pip", action="store_true",
                         help="install nothing, the nodes have it all (default: what constraints.txt pins)")  # fmt: skip
     parser.add_argument("--upload-data", action="store_true",
                         help="send local images and weights along (into the storage, if it is a bucket)")  # fmt: skip
+    parser.add_argument("--include", action="append", default=[], metavar="PATH",
+                        help="pack what would be left out: hidden, in .gitignore, or a key file")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true",
                         help="print what the cluster has, the plan, and how long it will take there")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages too, and tracebacks")
@@ -115,13 +117,15 @@ def _submit(options: argparse.Namespace) -> str:
     from raysweep.experiment.config import load_experiment
 
     experiment = load_experiment(options.experiment, options.overrides)
+    _check_settings(options.overrides)
     with _clear_errors(options.address):
         client = connect(options.address)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.zip"
         inside, uploaded = build_package(
-            package, options.experiment, experiment, upload_data=options.upload_data, say=_say
-        )
+            package, options.experiment, experiment,
+            upload_data=options.upload_data, include=options.include, say=_say,
+        )  # fmt: skip
         runtime_env: dict[str, object] = {"working_dir": str(package)}
         if not options.no_pip:
             runtime_env["pip"] = requirements(Path("constraints.txt"))
@@ -144,7 +148,7 @@ def _submit(options: argparse.Namespace) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(hide_secrets(text), file=sys.stderr, flush=True)  # pip's messages repeat the URL of a private index
 
 
 def _entrypoint(options: argparse.Namespace, inside: str, uploaded: Sequence[str]) -> str:
@@ -154,8 +158,8 @@ def _entrypoint(options: argparse.Namespace, inside: str, uploaded: Sequence[str
 
 
 def _follow_and_stop_commands(job: str, address: str) -> str:
-    command = f"raysweep submit --address {address}"
-    return f"follow it   {command} --follow {job}\nstop it     {command} --stop {job}"
+    command = f"raysweep submit --address {shlex.quote(address)}"
+    return f"follow it   {command} --follow {shlex.quote(job)}\nstop it     {command} --stop {shlex.quote(job)}"
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -164,9 +168,7 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         ConfigError: The address is not the URL of a dashboard.
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--address: '{address}' is not the URL of a dashboard; accepted: http://HEAD:8265")
+    _check_address(address)
     from ray.job_submission import JobSubmissionClient
 
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the variable to the argument
@@ -181,6 +183,28 @@ def connect(address: str) -> JobSubmissionClient:
             return super()._do_request(*arguments, timeout=SECONDS_TO_ANSWER, **options)
 
     return TimeLimitedClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def _check_address(address: str) -> None:
+    accepted = "accepted: http://HEAD:8265"
+    try:
+        parts = urlsplit(address)
+        is_dashboard = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # half of an IPv6 address, or a port that is no number
+        is_dashboard = False
+    if not is_dashboard:
+        raise ConfigError(f"--address: '{address}' is not the URL of a dashboard; {accepted}")
+    if parts.username is not None or parts.query:  # it would be printed, and logged on its way
+        raise ConfigError(f"--address: the URL holds a user or a query; {accepted}, with the token in RAY_AUTH_TOKEN")
+
+
+def _check_settings(settings: Sequence[str]) -> None:
+    """Checks that `--set` holds no credentials: Ray shows the command of a job to everybody who sees its dashboard."""
+    if found := next((setting.partition("=")[0] for setting in settings if has_secrets(setting)), None):
+        raise ConfigError(
+            f"--set {found}: the value holds credentials, which the cluster would log; accepted: the URI without them, "
+            "and the credentials in the environment of the nodes"
+        )
 
 
 def read_token() -> tuple[str, str]:

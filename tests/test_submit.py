@@ -104,6 +104,19 @@ def test_where_uploaded_data_lies_comes_after_the_users_settings(client):
     assert "uploaded/data.source/images/a/1.png" in job["names"]
 
 
+def test_it_says_what_is_packed_and_left_out(client, capsys):
+    Path(".env").write_text("canary")
+    Path("id_rsa").write_text("canary")
+    assert submit.main(["x.yaml"]) == 0
+    said = capsys.readouterr().err
+    assert "  constraints.txt\n  x.yaml\n  and raysweep itself, " in said
+    assert "  hidden: .env\n  may hold keys or passwords: id_rsa\n" in said
+    assert submit.main(["x.yaml", "--include", ".env", "--include", "id_rsa"]) == 0
+    without, with_them = (set(job["names"]) for job in client.submitted)
+    assert with_them - without == {".env", "id_rsa"}
+    assert "left out" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["--detach"], ["x.yaml", "--detach", "--follow", "j"]])
 def test_wrong_usage(client, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -286,6 +299,55 @@ def test_an_address_is_that_of_a_dashboard(address, capsys, tmp_path, monkeypatc
     Path("x.yaml").write_text(DIGITS)
     assert submit.main(["x.yaml", "--address", address]) == 1
     assert f"--address: '{address}' is not the URL of a dashboard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "address", ["http://canary@head:8265", "https://user:canary@head", "http://head:8265?token=canary"]
+)
+@pytest.mark.parametrize("action", [["x.yaml"], ["--follow", "job"], ["--stop", "job"]])
+def test_credentials_in_an_address_are_refused_and_not_repeated(address, action, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(DIGITS)
+    assert submit.main([*action, "--address", address]) == 1
+    said = capsys.readouterr()
+    assert "--address: the URL holds a user or a query" in said.err
+    assert "canary" not in said.out + said.err
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://head:port", "http://canary:8265x@head:port"])
+def test_half_an_address_is_no_traceback(address, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(DIGITS)
+    assert submit.main(["x.yaml", "--address", address]) == 1
+    said = capsys.readouterr().err
+    assert "is not the URL of a dashboard" in said
+    assert "canary" not in said
+
+
+@pytest.mark.parametrize("setting", ["data.source=s3://KEY:canary@bucket/x", "storage=s3://b/x?secret_key=canary"])
+def test_credentials_in_a_setting_are_refused_and_not_repeated(client, setting, capsys):
+    """Ray shows a job's command to everybody who sees its dashboard."""
+    assert submit.main(["x.yaml", "--set", setting]) == 1
+    said = capsys.readouterr()
+    assert setting.partition("=")[0] in said.err
+    assert "canary" not in said.out + said.err
+    assert client.submitted == []
+
+
+def test_the_environments_address_is_not_in_the_help(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://user:canary@head:8265")
+    with pytest.raises(SystemExit):
+        submit.main(["--help"])
+    assert "canary" not in capsys.readouterr().out
+
+
+def test_credentials_in_a_jobs_message_are_not_repeated(client, capsys):
+    message = "ERROR: Looking in indexes: https://user:canary@pypi.company/simple"
+    client.info = SimpleNamespace(status=Status("FAILED"), driver_exit_code=None, message=message)
+    assert submit.main(["x.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert "pypi.company/simple" in said
+    assert "canary" not in said
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch, capsys, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 
 from raysweep.cluster import package as packages
 from raysweep.cluster.package import build_package, requirements
+from raysweep.cluster.packing_rules import reason_of_name
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import load_experiment
 
@@ -119,6 +121,211 @@ def test_results_and_secrets_stay_here_without_gitignore_too(project):
     names, _, _ = project(storage="out")
     assert "kept/out/a.txt" in names
     assert not [name for name in names if name.startswith(("out/", ".env", ".ssh", ".ray", "mlflow.db"))]
+
+
+SECRETS = """
+    .netrc .env .env.local .env.production .kaggle/kaggle.json .config/gcloud/credentials.db .config/gh/hosts.yml
+    .kube/config .docker/config.json .cache/huggingface/token .huggingface/token .git-credentials .aws/credentials
+    .ssh/id_ed25519 .pgpass .npmrc .pypirc .vault-token .boto .terraform/terraform.tfstate .azure/accessTokens.json
+    .gnupg/secring.gpg .bash_history .s3cfg .mlflow/credentials sub/.env sub/.hidden/file.txt id_rsa sub/id_ed25519
+    id_rsa.bak server.pem tls.key SERVER.PEM a.p12 a.pfx release.jks passwords.kdbx credentials credentials.json
+    gcp-credentials.json application_default_credentials.json service-account.json service-account-prod.json
+    service_account.json client_secret_123.json raysweep-firebase-adminsdk-x.json kaggle.json kubeconfig
+    prod.kubeconfig terraform.tfstate terraform.tfstate.backup prod.tfvars vault-token vault_password.txt prod.env
+    netrc secrets.yaml secret.txt secrets/db.txt token hf_token hf_token.txt token.json auth_token rootkey.csv
+    alice_accessKeys.csv api_key.txt deploy_key password.txt rclone.conf putty.ppk a.keytab a.gpg a.asc
+"""  # names of files
+
+
+@pytest.mark.parametrize("git", [True, False], ids=["in git", "without"])
+def test_no_secret_is_packed(project, monkeypatch, tmp_path, git):
+    """A canary in the environment, in hidden files and in key files is nowhere in the package."""
+    canary = "canary-7f3a9c"
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, canary)
+    for name in SECRETS.split():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"secret = {canary}\n")
+    Path("deploy.txt").write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{canary}\n-----END OPENSSH PRIVATE KEY-----\n")
+    Path("robot.json").write_text(json.dumps({"private_key": f"-----BEGIN PRIVATE KEY-----\n{canary}\n"}))
+    Path("linked.txt").symlink_to(".env")
+    Path("linked").symlink_to(".aws")
+    Path("outside.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "secret.txt").write_text(canary)
+    if git:
+        shutil.rmtree(".git")
+        subprocess.run(["git", "init", "-q"], check=True)
+        subprocess.run(
+            ["git", "add", "-f", ".env", "id_rsa", "sub/.env"], check=True
+        )  # tracked, and secret all the same
+    names, _, _ = project()
+    assert {"notes.txt", "src/kept.py", "experiments/x.yaml"} <= names
+    package = zipfile.ZipFile(tmp_path / "package.zip")
+    assert [name for name in names if canary.encode() in package.read(name)] == []
+    assert canary.encode() not in (tmp_path / "package.zip").read_bytes()
+
+
+def test_what_a_sweep_needs_is_no_secret():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout.split()
+    needed = [name for name in tracked if name.startswith(("raysweep/", "experiments/", "benchmarks/"))]
+    weights = "model.safetensors config.json preprocessor_config.json tokenizer.json tokenizer_config.json vocab.txt"
+    more_weights = "special_tokens_map.json added_tokens.json merges.txt model.safetensors.index.json"
+    pictures = ["token/1.png", "secrets/key/id_rsa.jpg", "monkey/credentials.webp", "a/password.tif"]
+    rest = ["monkey.csv", "keys.py", "environment.yml", "constraints.txt", "tokenize.py", "README.md", "Makefile"]
+    names = [*needed, *weights.split(), *more_weights.split(), *pictures, *rest]
+    left = {name: reason_of_name(name.split("/")) for name in names}
+    assert {name: reason for name, reason in left.items() if reason} == {}
+
+
+def packed_with(tmp_path, *include):
+    said = []
+    target = tmp_path / "package.zip"
+    target.unlink(missing_ok=True)
+    build_package(
+        target, Path("experiments/x.yaml"), load_experiment("experiments/x.yaml"),
+        upload_data=False, include=include, say=said.append,
+    )  # fmt: skip
+    return set(zipfile.ZipFile(target).namelist()), "\n".join(said)
+
+
+def test_what_is_packed_and_what_is_not_is_listed(project, tmp_path):
+    project(storage="runs")
+    for number in range(30):
+        Path(f"file-{number:02d}").write_bytes(bytes(100_000))
+    for name in (".env", ".config/a/b", ".config/c", "id_rsa", "venv/bin/python", "bad\x1b[2J.key"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    Path("link").symlink_to("/etc/hostname")
+    names, said = packed_with(tmp_path)
+    lines = said.splitlines()
+    own = [name for name in names if not name.startswith("raysweep/")]
+    size = sum(entry.file_size for entry in zipfile.ZipFile(tmp_path / "package.zip").infolist())
+    assert lines[0] == f"the package: {len(names)} files, {size / 1e6:.1f} MB before they are compressed"
+    assert lines[1:21] == [f"  {name}" for name in sorted(own)[:20]]
+    assert lines[21:] == [
+        f"  and {len(own) - 20} more",
+        f"  and raysweep itself, {len(names) - len(own)} files",
+        "left out (--include PATH sends a file or folder all the same):",
+        "  hidden: .config/, .env, .gitignore, src/.gitignore",
+        "  links out of the folder: link",
+        r"  may hold keys or passwords: 'bad\x1b[2J.key', id_rsa",
+        "  named in .gitignore: big.log, runs/, src/secret.key",
+        "  results, caches and environments: venv/",
+    ]
+
+
+def test_what_is_named_is_packed_all_the_same(project, tmp_path):
+    project()
+    names = (
+        ".streamlit/config.toml",
+        ".streamlit/secrets.toml",
+        "settings/.env",
+        "settings/a.txt",
+        "settings/a.key",
+        "id_rsa",
+    )
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    packed, said = packed_with(tmp_path, ".streamlit", "settings/.env", "big.log", "./runs/../runs")
+    assert {".streamlit/config.toml", "settings/.env", "settings/a.txt", "big.log", "runs/x/leaderboard.json"} <= packed
+    assert not {".streamlit/secrets.toml", "settings/a.key", "id_rsa"} & packed
+    assert "may hold keys or passwords: .streamlit/secrets.toml, id_rsa, settings/a.key" in said
+    assert "runs" not in said.partition("left out")[2]
+    assert "id_rsa" in packed_with(tmp_path, "id_rsa")[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("nothing", "no such file"), ("..", "outside"), (".", "outside"), ("/etc", "outside")]
+)
+def test_a_path_to_include_lies_in_the_working_directory(project, tmp_path, path, message):
+    project()
+    with pytest.raises(ConfigError, match=rf"--include: '{path}'.*{message}"):
+        packed_with(tmp_path, path)
+
+
+def test_a_link_within_the_folder_is_followed_to_what_is_packed(project, tmp_path):
+    Path("also.txt").symlink_to("notes.txt")
+    Path("also").symlink_to("src")
+    Path("around").symlink_to(".")
+    Path("left").symlink_to("runs")
+    Path("broken").symlink_to("nowhere")
+    project()
+    names, said = packed_with(tmp_path)
+    assert {"also.txt", "also/kept.py"} <= names
+    assert not [name for name in names if name.startswith(("around", "left", "broken", "also/secret"))]
+    assert "links to what is not packed: around, broken, left" in said
+
+
+def test_a_link_in_the_data_leads_to_an_image_only(project, tmp_path):
+    """Who wrote the data chose where its links lead."""
+    make_images("images")
+    make_images(tmp_path / ".cache" / "dataset")
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "credentials").write_text("canary")
+    (tmp_path / "plain.json").write_text("canary")
+    for name, target in {
+        "cat/3.png": ".aws/credentials",
+        "cat/4.png": "plain.json",
+        "cat/5.png": ".cache/dataset/cat/1.png",
+    }.items():
+        (Path("images") / name).symlink_to(tmp_path / target)
+    for ignored in (".gitignore", "none"):
+        if ignored == "none":
+            Path(".gitignore").unlink()
+        names, _, _ = project(source="images", upload_data=True)
+        found = {name.rpartition("images/")[2] for name in names if name.endswith(".png")}
+        assert found == {"cat/1.png", "dog/2.png", "cat/5.png"}
+
+
+def test_the_tables_of_a_folder_go_along_with_their_images(project):
+    for split in ("train", "test"):
+        (Path("images") / split).mkdir(parents=True)
+        (Path("images") / split / "0.png").write_bytes(b"png")
+        (Path("images") / split / "metadata.csv").write_text("file_name,label\n0.png,cat\n")
+    (Path("images") / "notes.csv").write_text("a,b\n")
+    names, _, _ = project(source="images", upload_data=True)
+    found = {name.rpartition("images/")[2] for name in names if name.startswith("uploaded/")}
+    assert found == {f"{split}/{name}" for split in ("train", "test") for name in ("0.png", "metadata.csv")}
+
+
+def test_a_weights_folder_holds_no_keys(project, monkeypatch):
+    for name in ("config.json", "model.safetensors", "credentials.json", ".env", "deploy.pem"):
+        Path("../weights").mkdir(exist_ok=True)
+        (Path("../weights") / name).write_text("{}")
+    encoder = {"type": "auto", "pretrained_model_name_or_path": "../weights"}
+    names, _, _ = project(encoder=encoder, upload_data=True)
+    inside = "uploaded/encoders.0.pretrained_model_name_or_path/weights"
+    assert {name for name in names if name.startswith("uploaded/")} == {
+        f"{inside}/config.json",
+        f"{inside}/model.safetensors",
+    }
+    sent = []
+    monkeypatch.setattr(packages, "upload", sent.append)
+    project(encoder=encoder, upload_data=True, storage="s3://bucket/team")
+    assert sorted(uri.rpartition("/")[2] for uri in sent[0]) == ["config.json", "model.safetensors"]
+
+
+def test_weights_of_the_hubs_cache_are_links_and_go_along(project, tmp_path):
+    cache = tmp_path / ".cache" / "huggingface" / "hub" / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "f00").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (cache / "blobs" / f"sha-{len(name)}").write_text("{}")
+        (cache / "snapshots" / "f00" / name).symlink_to(f"../../blobs/sha-{len(name)}")
+    encoder = {"type": "auto", "pretrained_model_name_or_path": str(cache / "snapshots" / "f00")}
+    names, _, _ = project(encoder=encoder, upload_data=True)
+    inside = "uploaded/encoders.0.pretrained_model_name_or_path/f00"
+    assert {f"{inside}/config.json", f"{inside}/model.safetensors"} <= names
+
+
+def test_data_in_a_hidden_folder_is_packed_because_it_is_named(project):
+    make_images(".data/pictures")
+    names, _, settings = project(source=".data/pictures")
+    assert ".data/pictures/cat/1.png" in names
+    assert settings == []
 
 
 def test_links_and_repositories_within_are_followed(project, tmp_path):

@@ -1,0 +1,142 @@
+"""Which files stay out of a package: hidden files, files that hold keys or passwords, and links out of a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from raysweep.images.formats import IMAGE_SUFFIXES
+
+# Folders and files that a package never needs, and that .gitignore may not list.
+UNNEEDED = frozenset({"venv", "__pycache__", "mlruns", "mlartifacts", "mlflow.db", "node_modules"})
+
+# Lower-case patterns of names without a leading dot; a name with one is hidden, and stays out for that.
+KEY_FILES = (
+    # SSH, TLS, PGP, key stores
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "ssh_host_*", "*.pem", "*.key", "*.ppk", "*.p8", "*.p12", "*.pfx",
+    "*.pk8", "*.jks", "*.jceks", "*.keystore", "*.kdb", "*.kdbx", "*.keychain*", "*.keytab", "krb5cc*", "*.gpg",
+    "*.pgp", "*.asc", "secring*", "*.age", "*.jwk", "*.jwks", "*.ovpn", "wallet.dat",
+    # clouds
+    "credentials", "credentials.*", "*credentials*.json", "*credential*.db", "access_tokens.db", "accesstokens.json",
+    "msal_token_cache*", "*service-account*", "*service_account*", "*serviceaccount*.json", "*firebase-adminsdk*.json",
+    "client_secret*", "*accesskeys.csv", "rootkey.csv", "boto.cfg", "s3cfg", "rclone.conf", "kubeconfig*",
+    "*.kubeconfig", "kaggle.json",
+    # infrastructure
+    "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.json", "*vault*pass*", "*vault-token", "htpasswd*", "shadow",
+    # passwords and tokens
+    "env", "*.env", "*.env.*", "env.local", "netrc*", "_netrc*", "pgpass*", "*.pgpass", "npmrc", "pypirc", "passwd*",
+    "password*", "*.password", "*.passwords", "*.passwd", "secret", "secrets", "secret.*", "secrets.*", "*.secret",
+    "*.secrets", "*_secret", "*-secret", "*_secrets", "*-secrets", "*secret_key*", "*secret-key*", "*private_key*",
+    "*private-key*", "*_key", "*-key", "*_key.json", "*-key.json", "key.json", "keyfile*", "*api_key*", "*apikey*",
+    "*api-key*", "token", "token.*", "tokens", "tokens.json", "*_token", "*-token", "*_token.txt", "*-token.txt",
+    "*.token", "git-credentials",
+)  # fmt: skip
+KEY_FOLDERS = frozenset({"secret", "secrets", "credentials", "private_keys", "private-keys", "keys.d"})
+MAX_SEARCHED = 2**16  # bytes: a file with a private key is small
+PRIVATE_KEY = re.compile(
+    rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-|AGE-SECRET-KEY-1[A-Z0-9]"
+)
+
+HIDDEN, KEYS, NOT_NEEDED = "hidden", "may hold keys or passwords", "results, caches and environments"
+OUTSIDE, OTHER_LINK = "links out of the folder", "links to what is not packed"
+
+
+def reason_to_leave_out(name: str, path: Path) -> str | None:
+    """Returns why a file stays out of the package, by its name in the folder and its content, or None."""
+    if reason := reason_of_name(name.split("/")):
+        return reason
+    return KEYS if not _is_image(name) and _holds_private_key(path) else None
+
+
+def reason_of_name(parts: list[str]) -> str | None:
+    """Returns why a file stays out of the package, by the parts of its name, or None."""
+    if UNNEEDED & set(parts):
+        return NOT_NEEDED
+    if any(part.startswith(".") for part in parts):
+        return HIDDEN
+    if _is_image(parts[-1]):  # a picture of a class called "token" is data
+        return None
+    name = parts[-1].lower()
+    is_key = any(fnmatchcase(name, pattern) for pattern in KEY_FILES)
+    return KEYS if is_key or KEY_FOLDERS & {part.lower() for part in parts[:-1]} else None
+
+
+def reason_in_named_folder(path: Path, folder: Path) -> str | None:
+    """Returns why a file below a folder that the user has named stays out of the package, or None.
+
+    A link may lead out of such a folder, to where the images or weights lie. It may not lead to a file of another kind:
+    whoever wrote the folder chose the target, as in `cat/1.png -> ~/.aws/credentials`.
+    """
+    if not path.is_relative_to(folder):  # a table names it, which is checked elsewhere
+        return None
+    name = path.relative_to(folder).as_posix()
+    reason = None if _is_image(name) else reason_to_leave_out(name, path)
+    if reason or not is_reached_by_link(folder, name):
+        return reason
+    root, real = os.path.realpath(folder), Path(os.path.realpath(path))
+    parts = [part for part in Path(os.path.relpath(real, root)).parts if part != ".."]
+    in_hub_cache = real.parent.name == "blobs"  # snapshots of the Hugging Face cache link to files without suffix
+    is_other_kind = real.suffix.lower() != path.suffix.lower() and not in_hub_cache
+    return OTHER_LINK if is_other_kind or (not _is_image(real.name) and reason_of_name(parts)) else None
+
+
+def follow_links(folder: Path, links: Iterable[str], kept: Collection[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Follows links to files and folders that are packed themselves.
+
+    Args:
+        folder: The folder that is packed.
+        links: Relative names of links, and of files that are reached by links.
+        kept: Relative names of the files that are packed, which are no links.
+
+    Returns:
+        Files to pack by name, and reasons by name of the links that stay out.
+    """
+    files: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    root = os.path.realpath(folder)
+    for name in links:
+        real = Path(os.path.realpath(folder / name))
+        if not real.is_relative_to(root):
+            left_out[name] = OUTSIDE
+            continue
+        target = real.relative_to(root).as_posix()
+        within = [inner for inner in kept if inner.startswith(f"{target}/")]
+        if target in kept:
+            files[name] = real
+        elif within:
+            files |= {f"{name}/{inner[len(target) + 1 :]}": folder / inner for inner in within}
+        else:
+            left_out[name] = OTHER_LINK
+    return files, left_out
+
+
+def is_reached_by_link(folder: Path, name: str) -> bool:
+    """Returns whether a file, or a folder above it within `folder`, is a symbolic link."""
+    return os.path.realpath(folder / name) != os.path.join(os.path.realpath(folder), *name.split("/"))
+
+
+def grouped(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Returns the names that stay out by reason. Of a hidden folder, only the folder is named."""
+    groups: dict[str, set[str]] = {}
+    for name, reason in left_out.items():
+        parts = name.split("/")
+        cut = next((n for n, part in enumerate(parts[:-1]) if part.startswith(".") or part in UNNEEDED), None)
+        shown = name if cut is None or reason not in (HIDDEN, NOT_NEEDED) else "/".join([*parts[: cut + 1], ""])
+        groups.setdefault(reason, set()).add(shown)
+    return {reason: sorted(names) for reason, names in sorted(groups.items())}
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _holds_private_key(path: Path) -> bool:
+    try:
+        if path.stat().st_size > MAX_SEARCHED or not path.is_file():
+            return False
+        return PRIVATE_KEY.search(path.read_bytes()) is not None
+    except OSError:  # it cannot be packed either, which is said then
+        return False
