@@ -401,6 +401,52 @@ def test_the_local_cluster_starts_wants_its_token_and_stops(state):
     assert (stopped.returncode, stopped.stderr.strip()) == (1, f"error: no cluster is running ({state} is not there)")
 
 
+@pytest.mark.process
+def test_only_a_folder_that_start_made_is_removed(state):
+    """RAYSWEEP_LOCAL_CLUSTER may name any folder, and a file in it any process."""
+    state.mkdir()
+    (state / "thesis.txt").write_text("text")
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        (state / "head.pid").write_text(f"{other.pid}\n")
+        for mark in (None, ""):
+            if mark is not None:
+                (state / ".made-by-raysweep").write_text(mark)
+            stopped = local_cluster(state, "stop")
+            assert (stopped.returncode, stopped.stdout) == (1, "")
+            assert str(state / ".made-by-raysweep") in stopped.stderr
+            assert (state / "thesis.txt").exists()
+            assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.process
+def test_only_processes_of_the_cluster_are_ended(state):
+    """Not those whose command names its folder, and not those whose id a file names."""
+    state.mkdir()
+    (state / ".made-by-raysweep").write_text("0123abcd\n")
+    (state / "head.log").write_text("")
+    own = os.environ | {"RAYSWEEP_LOCAL_CLUSTER_ID": "0123abcd"}
+    another = os.environ | {"RAYSWEEP_LOCAL_CLUSTER_ID": "another"}
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    reader = subprocess.Popen(["tail", "-f", state / "head.log"], env=another, start_new_session=True)
+    named = subprocess.Popen(["sleep", "60"], env=another, start_new_session=True)
+    node = subprocess.Popen(["sleep", "60"], env=own, start_new_session=True)
+    stubborn = subprocess.Popen([sys.executable, "-c", code], env=own, start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        stubborn.stdout.readline()
+        for name, process in {"worker-1": named, "head": node}.items():
+            (state / f"{name}.pid").write_text(f"{process.pid}\n")
+        assert local_cluster(state, "stop").stdout == "stopped\n"
+        assert not state.exists()
+        assert [reader.poll(), named.poll()] == [None, None]
+        assert [node.wait(5), stubborn.wait(5)] == [-signal.SIGTERM, -signal.SIGKILL]
+    finally:
+        stubborn.stdout.close()
+        for process in (reader, named, node, stubborn):
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("arguments", [[], ["begin"], ["start", "--what", "1"]])
 def test_the_local_cluster_says_how_it_is_used(state, arguments):
     done = local_cluster(state, *arguments)
