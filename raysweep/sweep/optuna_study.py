@@ -1,20 +1,20 @@
 """A study in Optuna: its next settings, the result of each trial, and the best trial.
 
-The only module that imports optuna. The journal is the only record of a study: every trial that ended is in it. A
-resumed sweep opens it again, and starts a new Tune run for the rest of the budget.
+The journal is the only record of a study: every trial that ended is in it. A resumed sweep opens it again, and starts a
+new Tune run for the rest of the budget.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.errors import ConfigError, TrialError
-from raysweep.experiment.search_blocks import SearchBlock
+from raysweep.experiment.search_blocks import SearchBlock, population_size
 from raysweep.experiment.space import (
     Choices,
     Dimension,
@@ -35,16 +35,23 @@ SCHEMA_LOCK = 0x7261797377656570  # "raysweep"
 RUNG_PREFIX = "completed_rung_"  # prefix of the system attributes in which Optuna's ASHA stores compared values
 STOPPED = "stopped"  # user attribute of a trial that its scheduler stops
 MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
-RESULT = "record"  # user attribute of a trial that has ended: its TrialResult
+RESULT = "record"  # user attribute of a trial that has ended: its TrialResult, and when it ended
+ENDED = "ended"  # the latter's key: `time.time()`
+CONTINUES = "continues"  # user attribute: number of the interrupted trial that a trial continues
 
 
 def open_optuna_study(
-    store: Path | str, name: str, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking, seed: int
+    store: Path | str | optuna.storages.BaseStorage,
+    name: str,
+    block: SearchBlock,
+    space: Mapping[str, Dimension],
+    ranking: Ranking,
+    seed: int,
 ) -> OptunaStudy:
     """Opens or creates a study, and enqueues its interrupted trials again.
 
     Args:
-        store: argument of `open_store`; holds the studies of all invocations.
+        store: holds the studies of all invocations; opened, or an argument of `open_store`.
         name: name of the study; unique, because it holds a signature of everything that the results depend on.
         block: sampler, scheduler and budget.
         space: search space from `study_space`.
@@ -58,22 +65,16 @@ def open_optuna_study(
 
     if block.sampler == "grid":  # an encoder without some feature source has fewer grid points
         block = block.model_copy(update={"num_trials": min(block.num_trials, num_grid_points(space))})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        opened = optuna.create_study(
-            storage=open_store(store),
-            study_name=name,
-            direction=ranking.direction,
-            sampler=_sampler(block.sampler, seed),
-            pruner=_pruner(block.scheduler),
-            load_if_exists=True,
-        )
-    past = opened.get_trials(deepcopy=False)
-    # A resumed sampler must not draw the same settings again.
-    opened.sampler = _sampler(block.sampler, seed + len(past))
-    study = OptunaStudy(opened, block, space, ranking)
-    study.enqueue_first(past)
+    opened = optuna.create_study(
+        storage=open_store(store) if isinstance(store, Path | str) else store,
+        study_name=name,
+        direction=ranking.direction,
+        pruner=_pruner(block.scheduler),
+        load_if_exists=True,
+    )
+    study = OptunaStudy(opened, block, space, ranking, seed)
     study.continue_interrupted()
+    study.enqueue_first()
     return study
 
 
@@ -84,35 +85,35 @@ class OptunaStudy:
     """
 
     def __init__(
-        self, study: optuna.Study, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking
+        self, study: optuna.Study, block: SearchBlock, space: Mapping[str, Dimension], ranking: Ranking, seed: int
     ) -> None:
+        from raysweep.sweep.sampling import SettingSampler
+
         self.study, self.block, self.space, self.ranking = study, block, dict(space), ranking
         self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
+        self._sampler = SettingSampler(block.sampler, seed, self.distributions, ranking.direction)
+        self._results: dict[int, TrialResult] = {}
+        self._read_results()
 
-    def enqueue_first(self, past: Sequence[optuna.trial.FrozenTrial]) -> None:
-        """Enqueues the recommended settings, or the grid, without those in `past`: the budget may have grown."""
-        failed = {result.number for result in self.results if result.error is not None}
-        known = [t.system_attrs.get("fixed_params", t.params) for t in past if t.number not in failed]
-        if self.block.sampler == "grid":
-            first = grid(self.space)[: self.block.num_trials]
-        else:
-            first = [fit_to_space(setting, self.space) for setting in self.block.mode.recommendations]
-        seen = {_key(setting) for setting in known}
-        for setting in first:
-            if _key(setting) not in seen:
-                seen.add(_key(setting))
-                self.study.enqueue_trial(setting)
+    def _read_results(self) -> None:
+        for trial in self.study.get_trials(deepcopy=False):
+            if RESULT in trial.user_attrs:
+                self._results[trial.number] = read_result(trial.user_attrs[RESULT])
 
     def continue_interrupted(self) -> None:
         """Ends trials that an earlier invocation left running, and enqueues each again with its reported values."""
         from optuna.trial import TrialState
 
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if RESULT in trial.user_attrs:  # it had ended, but the sweep was killed before it told Optuna
-                self._tell(trial.number, read_result(trial.user_attrs[RESULT]))
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in [trial for trial in trials if trial.state == TrialState.RUNNING]:
+            if trial.number in self._results:  # it had ended, but the sweep was killed before it told Optuna
+                self._tell(trial.number, self._results[trial.number])
                 continue
+            # In this order a kill in between loses no setting. The next invocation finds the waiting trial.
+            folder_number = self.folder_number(trial.number)
+            if not any(other.user_attrs.get(CONTINUES) == folder_number for other in trials[trial.number + 1 :]):
+                self.study.add_trial(self._continuation(trial))
             self.study.tell(trial.number, state=TrialState.FAIL)
-            self.study.add_trial(self._continuation(trial))
 
     def _continuation(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
         """Returns a waiting trial as from `enqueue_trial`, plus the reported values: no epoch is compared twice."""
@@ -121,24 +122,46 @@ class OptunaStudy:
         rungs = {name: value for name, value in trial.system_attrs.items() if name.startswith(RUNG_PREFIX)}
         return create_trial(
             state=TrialState.WAITING,
-            system_attrs={"fixed_params": trial.params, **rungs},
+            system_attrs={"fixed_params": _setting_of(trial), **rungs},
             user_attrs={
-                "continues": self.folder_number(trial.number),
+                CONTINUES: self.folder_number(trial.number),
                 **{name: True for name in (STOPPED,) if name in trial.user_attrs},
             },
             intermediate_values=trial.intermediate_values,
         )
 
+    def enqueue_first(self) -> None:
+        """Enqueues the recommended settings, or the grid, without those that need no trial: the budget may grow."""
+        if self.block.sampler == "grid":
+            first = grid(self.space)[: self.block.num_trials]
+        else:
+            first = [fit_to_space(setting, self.space) for setting in self.block.mode.recommendations]
+        needless = [_setting_of(t) for t in self.study.get_trials(deepcopy=False) if not self._is_tried_again(t)]
+        seen: dict[tuple[str, ...], set[tuple[Any, ...]]] = {}  # values of the keys of a setting, which may be a part
+        for setting in first:
+            names = tuple(setting)
+            if names not in seen:
+                seen[names] = {_values(other, names) for other in needless if other.keys() >= setting.keys()}
+            if _values(setting, names) not in seen[names]:
+                seen[names].add(_values(setting, names))
+                self.study.enqueue_trial(setting)
+
+    def _is_tried_again(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether a trial leaves its setting untried: an error ended it, or it was interrupted and is over."""
+        from optuna.trial import TrialState
+
+        result = self._results.get(trial.number)
+        return result.error is not None if result else trial.state == TrialState.FAIL
+
     def folder_number(self, number: int) -> int:
         """Returns the number that names a trial's folder: its own, or that of the trial that it continues."""
         trial = self.study.get_trials(deepcopy=False)[number]
-        return int(trial.user_attrs.get("continues", number))
+        return int(trial.user_attrs.get(CONTINUES, number))
 
     @property
     def results(self) -> list[TrialResult]:
         """Results of all trials that ended: failed ones included, interrupted ones not."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [read_result(trial.user_attrs[RESULT]) for trial in trials if RESULT in trial.user_attrs]
+        return [self._results[number] for number in sorted(self._results)]
 
     @property
     def num_done(self) -> int:
@@ -159,20 +182,51 @@ class OptunaStudy:
 
     @property
     def seconds_spent(self) -> float:
-        """Wall time with a running trial of this study, over all invocations; parallel trials count once."""
-        trials = self.study.get_trials(deepcopy=False)
-        spans = sorted(
-            (t.datetime_start, t.datetime_complete) for t in trials if t.datetime_start and t.datetime_complete
-        )
-        seconds, until = 0.0, datetime.min
-        for start, end in spans:
-            seconds += max(0.0, (end - max(start, until)).total_seconds())
-            until = max(until, end)
-        return seconds
+        """Time that was worked: wall time with a running trial, over all invocations; parallel trials count once.
+
+        Of an interrupted trial, the epochs that its continuation did not train again count.
+        """
+        spans = []
+        for trial in self.study.get_trials(deepcopy=False):
+            if (result := self._results.get(trial.number)) is None or trial.datetime_start is None:
+                continue
+            complete = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
+            end = float(trial.user_attrs[RESULT].get(ENDED, complete))
+            seconds = end - trial.datetime_start.timestamp()
+            if CONTINUES in trial.user_attrs:
+                seconds = max(seconds, result.train_seconds)
+            spans.append((end - seconds, end))
+        return _covered(spans)
 
     def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
-        """Draws the settings of a Population."""
-        return [self.study.ask(self.distributions) for _ in range(num_trials)]
+        """Draws the settings of a Population, or of the rest of one that was interrupted."""
+        if not num_trials:
+            return []
+        from optuna.samplers import PartialFixedSampler, RandomSampler
+        from optuna.trial import TrialState
+
+        trials = self.study.get_trials(deepcopy=False)
+        draws = _draw_numbers(trials)
+        num_draws = len(set(draws))
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        if any(CONTINUES in trial.user_attrs for trial in waiting):
+            # Further settings would have been drawn from the results of these.
+            num_trials = min(num_trials, len(waiting) + -num_draws % population_size(self.block))
+        self._sampler.start(sorted(trials, key=lambda trial: draws[trial.number]))
+        asked = []
+        for place in range(num_trials):
+            given = waiting[place] if place < len(waiting) else None
+            setting = _setting_of(given) if given else {}
+            if self.distributions.keys() <= setting.keys():
+                self._sampler.add(setting)
+            else:
+                setting = self._sampler.draw(draws[given.number] if given else num_draws) | setting
+                num_draws += given is None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # this sampler is experimental
+                self.study.sampler = PartialFixedSampler(setting, RandomSampler(seed=0))
+            asked.append(self.study.ask(self.distributions))
+        return asked
 
     def should_stop(self, trial: optuna.trial.Trial, history: Sequence[Mapping[str, float]]) -> bool:
         """Reports a trial's last epoch to the scheduler; returns whether it stops the trial.
@@ -209,7 +263,8 @@ class OptunaStudy:
 
     def tell(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
         """Records the end of a trial. A trial without a finite value fails, so that none stays RUNNING."""
-        trial.set_user_attr(RESULT, field_values(result))
+        trial.set_user_attr(RESULT, field_values(result) | {ENDED: time.time()})
+        self._results[trial.number] = result
         self._tell(trial.number, result)
 
     def _tell(self, number: int, result: TrialResult) -> None:
@@ -251,23 +306,29 @@ def read_result(values: Mapping[str, Any]) -> TrialResult:
     """Reads a result from Optuna's journal. In version 0.1 it has no study, and its costs are under `details`."""
     found = {"study": "", **values, **values.get("details", {}), "history": tuple(values["history"])}
     found.pop("details", None)
+    found.pop(ENDED, None)
     return TrialResult(**found)
 
 
-def open_store(store: Path | str) -> optuna.storages.BaseStorage:
+def open_store(store: Path | str, warn: Callable[[str], None] = warnings.warn) -> optuna.storages.BaseStorage:
     """Opens Optuna's storage: a journal file, which is created if missing, or a PostgreSQL database.
+
+    Args:
+        store: path of the journal, or URI of the database.
+        warn: is told what was mended in the journal.
 
     Raises:
         ConfigError: the database cannot be used.
+        DataError: the journal is damaged.
     """
     import optuna
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages import RDBStorage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if isinstance(store, Path):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(store)))
+        from raysweep.sweep.journal import open_journal
+
+        return open_journal(store, warn)
     try:
         import psycopg
 
@@ -285,19 +346,33 @@ def open_store(store: Path | str) -> optuna.storages.BaseStorage:
         raise ConfigError(f"tracking.optuna_uri: '{store}' cannot be used by Optuna ({reason}); {hint}") from error
 
 
-def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(setting.items()))
+def _setting_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """Returns what is known of a trial's setting: what was enqueued, and what was drawn."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
-def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    import optuna
+def _values(setting: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(setting[name] for name in names)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if kind == "tpe":
-            # The constant liar makes the settings of a Population differ, although all are asked for at once.
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        return optuna.samplers.RandomSampler(seed=seed)  # all settings of a grid are enqueued, none is drawn
+
+def _draw_numbers(trials: Sequence[optuna.trial.FrozenTrial]) -> list[int]:
+    """Returns the number of each trial in a sweep that nobody interrupted: continuations have that of their first."""
+    numbers: list[int] = []
+    num_continuations = 0
+    for trial in trials:
+        first = trial.user_attrs.get(CONTINUES)
+        numbers.append(trial.number - num_continuations if first is None else numbers[first])
+        num_continuations += first is not None
+    return numbers
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of the union of spans of time."""
+    seconds, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        seconds += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return seconds
 
 
 def _pruner(scheduler: Scheduler) -> optuna.pruners.BasePruner:

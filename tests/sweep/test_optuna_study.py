@@ -1,6 +1,8 @@
 import itertools
 import json
 from dataclasses import replace
+from datetime import UTC
+from types import SimpleNamespace
 
 import pytest
 from jobs import make_result, make_trial
@@ -9,6 +11,8 @@ from optuna.trial import TrialState
 from raysweep.errors import TrialError
 from raysweep.experiment.modes import MODES
 from raysweep.experiment.search_blocks import FineTuneSearch, LinearProbeSearch, study_space
+from raysweep.sweep import optuna_study as module
+from raysweep.sweep import sampling
 from raysweep.sweep.optuna_study import open_optuna_study
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import TrialResult
@@ -516,3 +520,142 @@ def test_a_grid_tries_failed_points_again(tmp_path):
     again = open_study(tmp_path, block)
     assert again.num_remaining == 1
     assert again.ask(1)[0].params["epochs"] == 2
+
+
+def test_an_interrupted_point_that_then_failed_is_tried_again(tmp_path):
+    block = probe(sampler="grid", space={"epochs": {"choices": (1, 2, 3)}, "normalize": "none"})
+    open_study(tmp_path, block).ask(3)  # and is killed
+    study = open_study(tmp_path, block)
+    for trial in study.ask(3):
+        study.tell(trial, failure_of(trial, "lost") if trial.params["epochs"] == 2 else result_of(trial))
+    again = open_study(tmp_path, block)
+    assert [trial.params["epochs"] for trial in again.ask(again.num_remaining)] == [2]
+
+
+def test_a_recommendation_that_was_interrupted_is_not_enqueued_beside_its_continuation(tmp_path):
+    block = probe(num_trials=3)
+    settings = [dict(trial.params) for trial in open_study(tmp_path, block).ask(3)]  # and is killed
+    study = open_study(tmp_path, block)
+    assert [dict(trial.params) for trial in study.ask(3)] == settings
+    assert states(study) == ["FAIL"] * 3 + ["RUNNING"] * 3
+    assert len(study.study.trials) == 6
+
+
+@pytest.mark.parametrize("num_drawn", [0, 1, 3])
+def test_a_setting_that_was_drawn_in_part_when_the_sweep_was_killed_is_drawn_to_its_end(
+    tmp_path, monkeypatch, num_drawn
+):
+    block = probe(sampler="grid", space=GRID)
+    whole = [dict(trial.params) for trial in open_study(tmp_path / "whole", block).ask(12)]
+    killed = open_study(tmp_path, block)
+    killed.distributions = dict(list(killed.distributions.items())[:num_drawn])
+    killed.study.ask(killed.distributions)  # and is killed
+    study = open_study(tmp_path, block)
+    assert study.study.trials[0].state == TrialState.FAIL
+    asked = [trial for _ in range(2) for trial in study.ask(12)][:12]
+    assert sorted(map(str, whole)) == sorted(str(dict(trial.params)) for trial in asked)
+
+
+def test_a_kill_between_a_continuation_and_the_end_of_what_it_continues_doubles_no_setting(tmp_path, monkeypatch):
+    killed = open_study(tmp_path, fine_tune(num_trials=1))
+    (lost,) = killed.ask(1)
+    again = open_study(tmp_path / "other", fine_tune(num_trials=1))
+    again.study = killed.study
+    again.study.add_trial(again._continuation(killed.study.trials[lost.number]))  # and is killed
+    study = open_study(tmp_path, fine_tune(num_trials=1))
+    continued = [trial for trial in study.study.trials if "continues" in trial.user_attrs]
+    assert [trial.state.name for trial in continued] == ["WAITING"]
+    assert states(study) == ["FAIL"]
+
+
+# Time that was worked
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Optuna's clock and ours; it stands still until it is set."""
+    from datetime import datetime
+
+    from optuna.storages.journal import _storage
+
+    clock = SimpleNamespace(now=1_800_000_000.0)
+    clock.time = lambda: clock.now
+    fake = SimpleNamespace(
+        now=lambda tz=None: datetime.fromtimestamp(clock.now, tz or UTC), fromisoformat=datetime.fromisoformat
+    )
+    monkeypatch.setattr(_storage, "datetime", fake)
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def budget(seconds=100):
+    return fine_tune(num_trials=3, time_budget_s=seconds)
+
+
+def test_time_in_which_a_killed_sweep_lay_idle_is_not_spent(tmp_path, clock):
+    study = open_study(tmp_path, budget())
+    done, _lost = study.ask(2)
+    clock.now += 30
+    study.tell(done, result_of(done))
+    clock.now += 20  # of the other trial, which is killed
+    clock.now += 86400
+    again = open_study(tmp_path, budget())
+    assert again.seconds_spent == pytest.approx(30)
+    assert again.num_remaining == 2
+
+
+def test_a_trial_killed_between_its_result_and_its_end_has_spent_no_idle_time(tmp_path, clock, monkeypatch):
+    study = open_study(tmp_path, budget())
+    (trial,) = study.ask(1)
+    clock.now += 30
+    monkeypatch.setattr(study, "_tell", lambda *result: None)
+    study.tell(trial, result_of(trial))
+    clock.now += 86400
+    again = open_study(tmp_path, budget())
+    assert states(again) == ["COMPLETE"]
+    assert again.seconds_spent == pytest.approx(30)
+    assert again.num_remaining == 2
+
+
+def test_epochs_of_an_interrupted_trial_that_were_kept_are_spent(tmp_path, clock):
+    open_study(tmp_path, budget()).ask(3)
+    clock.now += 86400
+    again = open_study(tmp_path, budget())
+    (trial,) = again.ask(1)
+    clock.now += 40
+    again.tell(trial, replace(result_of(trial), train_seconds=90.0))
+    assert again.seconds_spent == pytest.approx(90)
+    assert open_study(tmp_path, budget(90)).num_remaining == 0
+    assert open_study(tmp_path, budget(91)).num_remaining == 2
+
+
+def test_trials_side_by_side_spend_their_time_once(tmp_path, clock):
+    study = open_study(tmp_path, budget())
+    one, two = study.ask(2)
+    clock.now += 30
+    study.tell(one, result_of(one))
+    clock.now += 10
+    study.tell(two, result_of(two))
+    assert study.seconds_spent == pytest.approx(40)
+
+
+def test_a_failed_trial_spends_its_time_too(tmp_path, clock):
+    study = open_study(tmp_path, budget())
+    (trial,) = study.ask(1)
+    clock.now += 30
+    study.tell(trial, failure_of(trial, "lost"))
+    assert study.seconds_spent == pytest.approx(30)
+
+
+# Many trials
+
+
+def test_a_setting_is_compared_with_so_many_trials_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_COMPARED", 12)
+    monkeypatch.setattr(sampling, "MAX_BEST", 2)
+    study = open_study(tmp_path, probe(num_trials=40))
+    play(study, 5, 6)
+    compared = study._sampler._compared(study.study.get_trials())
+    best = sorted(study.study.trials, key=lambda trial: -trial.value)[:2]
+    assert {trial.number for trial in compared} == {*range(20, 30), *(trial.number for trial in best)}
+    assert len(study.ask(4)) == 4
