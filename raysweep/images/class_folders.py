@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from raysweep.errors import DataError
 from raysweep.images.folder_files import FolderFiles, kinds_of
 from raysweep.images.formats import IMAGE_SUFFIXES
+from raysweep.images.row_splits import split_of_folder
 from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.tables import Listing, Row
 from raysweep.storage.filesystems import join_source
@@ -78,7 +79,9 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
     for image, names in zip(images, below, strict=True):
         path = join_source(source, image)
         if names is not None:
-            rows.append(Row(path, names[layout.split_levels], names[0] if layout.split_levels else None))
+            rows.append(
+                Row(path, names[layout.split_levels], split_of_folder(names[0]) if layout.split_levels else None)
+            )
         elif not has_few_outside:
             rows.append(Row(path, None, problem="lies outside every class folder"))
     in_classes = [names for names in below if names is not None]
@@ -112,9 +115,10 @@ def _find_layout(images: Iterable[str]) -> _Layout:
     below = {folder[len(above) :] for folder in folders if folder[: len(above)] == above}
     top = {folder[0] for folder in below if folder}
     # Only names of letters are splits here. Folders 0, 1, 2 are classes, although a split column may use numbers.
-    splits = {name for name in top if name.lower() in SPLIT_NAMES}
-    if splits != top and not any(len(folder) > 1 and folder[0] in splits for folder in below):
-        splits = set()  # classes may be called train and bus
+    splits = {name for name in top if split_of_folder(name)}
+    is_nested = any(len(folder) > 1 and folder[0] in splits for folder in below)
+    if not is_nested and not all(name.lower() in SPLIT_NAMES for name in top):
+        splits = set()  # classes may be called train and bus, or test 1 and test 2
     return _Layout(above, int(bool(splits)), frozenset(splits), frozenset(top - splits))
 
 
@@ -123,7 +127,7 @@ def _folders_above_splits(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
     while True:
         depth = len(above)
         top = {folder[depth] for folder in folders if len(folder) > depth and folder[:depth] == above}
-        if top and all(name.lower() in SPLIT_NAMES for name in top):
+        if top and all(map(split_of_folder, top)):
             return above
         if len(top) != 1:
             return ()
@@ -160,8 +164,8 @@ def _empty_folders(folders: Sequence[str], images: Sequence[str], layout: _Layou
     for folder in folders:
         names = folder.split("/")
         is_class = len(names) == start + layout.split_levels + 1
-        is_split = len(names) == start + 1 and names[-1].lower() in SPLIT_NAMES
-        in_split = not layout.split_levels or (len(names) > start and names[start].lower() in SPLIT_NAMES)
+        is_split = len(names) == start + 1 and split_of_folder(names[-1]) is not None
+        in_split = not layout.split_levels or (len(names) > start and split_of_folder(names[start]) is not None)
         if folder not in used and tuple(names[:start]) == layout.above and (is_split or (is_class and in_split)):
             empty.append(folder)
     if not empty:

@@ -128,7 +128,6 @@ def _junk_part(path: str) -> str | None:
         lower = name.lower()
         if lower in _JUNK:
             return name.strip()
-        starts = [start for start in _JUNK_STARTS if lower.startswith(start)]
-        if starts:
-            return f"{name[: len(starts[0])]}*"
+        if lower.startswith(_JUNK_STARTS):
+            return next(f"{name[: len(start)]}*" for start in _JUNK_STARTS if lower.startswith(start))
     return None

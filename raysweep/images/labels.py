@@ -10,13 +10,14 @@ from raysweep.errors import DataError
 from raysweep.images.tables import Row
 
 PAIRS_SHOWN, LENGTH_SHOWN = 5, 60
+MAX_SEVERAL = 0.25  # share of the images
 
 
 def label_names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Returns the class name of each row, and warnings about labels that were changed or look wrong.
 
     Raises:
-        DataError: a label is neither text nor a whole number.
+        DataError: a label is neither text nor a whole number, or many images have several labels.
     """
     values = Counter((type(row.label), row.label) if _is_class(row.label) else _raise_bad_label(row) for row in rows)
     names = {key: _class_name(key[1]) for key in values}
@@ -33,7 +34,8 @@ def label_names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     counts: Counter[str] = Counter()
     for key, count in values.items():
         counts[names[key]] += count
-    return [names[type(row.label), row.label] for row in rows], [*warnings, *_describe_look_alikes(counts)]
+    by_row = [names[type(row.label), row.label] for row in rows]
+    return by_row, [*warnings, *_describe_look_alikes(counts), *_describe_repeats(rows, by_row)]
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:
@@ -54,6 +56,28 @@ def _raise_bad_label(row: Row) -> NoReturn:
 def _class_name(label: Any) -> str:
     # File names on macOS have decomposed accents. Composed, they equal the same names in a table.
     return unicodedata.normalize("NFC", str(int(label) if isinstance(label, float) else label).strip())
+
+
+def _describe_repeats(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Returns a warning about files that several rows name, as in tables of boxes, if there are any.
+
+    Raises:
+        DataError: so many of them have several labels that these are no mistakes.
+    """
+    files = [(row.path, name) for row, name in zip(rows, names, strict=True) if row.position < 0 and row.inline is None]
+    repeats = len(files) - len({path for path, _ in files})
+    if not repeats:
+        return []
+    labels: dict[str, set[str]] = defaultdict(set)
+    for path, name in files:
+        labels[path].add(name)
+    several = [path for path in labels if len(labels[path]) > 1]
+    if len(several) > MAX_SEVERAL * len(labels):
+        raise DataError(
+            f"multi-label: {len(several)} of {len(labels)} images have rows with different labels, such as "
+            f"{several[0]} ({', '.join(map(_shown, sorted(labels[several[0]])))}); accepted: one class per image"
+        )
+    return [f"{repeats} rows name an image that another row names too; such images count several times"]
 
 
 def _describe_look_alikes(counts: Mapping[str, int]) -> list[str]:

@@ -76,8 +76,7 @@ def _list_table(source: str, data: "DataConfig") -> Listing:
 def _list_images(source: str, images: list[str], found: FolderFiles, data: "DataConfig") -> Listing:
     """Lists a folder of images by its tables, or, where it has none that can be used, by the names of its folders."""
     tables, problems = read_tables(source, found.files, images, data)
-    paths = {join_source(source, image) for image in images}
-    if tables and (tables.image_column or any(row.path in paths for row in tables.rows)):
+    if tables and (tables.image_column or _names_any(tables, source, images)):
         listing = _add_class_folders(source, tables, images, found, problems)
     else:
         try:
@@ -91,6 +90,11 @@ def _list_images(source: str, images: list[str], found: FolderFiles, data: "Data
             problems.append(DataError(f"{', '.join(tables.tables)}: no image of theirs is in {source}"))
     listing.warnings += [f"not used: {problem}" for problem in problems[:PROBLEMS_SHOWN]]
     return listing
+
+
+def _names_any(tables: Listing, source: str, images: list[str]) -> bool:
+    paths = {join_source(source, image) for image in images}
+    return any(row.path in paths for row in tables.rows)
 
 
 def _hint(source: str, files: list[str]) -> str:

@@ -1,5 +1,6 @@
-"""Splits that the paths of a table's rows name: train/0.png, test/1.png."""
+"""Splits that the names of folders say: train, training_set, val2017; and those of the folders in a table's paths."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,44 @@ from raysweep.images.tables import Listing, Row
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
+
+
+# Words that stand beside the name of a split in names of folders: training_set, test_images, train2017.
+_BESIDE = {
+    "set",
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "data",
+    "split",
+    "input",
+    "pictures",
+    "photos",
+    "jpg",
+    "jpeg",
+    "png",
+}
+
+
+def split_of_folder(name: str) -> Split | None:
+    """Returns the split that a folder's name says, if it says nothing else."""
+    lower = name.lower()
+    if lower in SPLIT_NAMES or lower.removesuffix("set") in SPLIT_NAMES:
+        return SPLIT_NAMES.get(lower) or SPLIT_NAMES[lower.removesuffix("set")]
+    words = split_words(name)
+    named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return named.pop() if len(named) == 1 and all(word in SPLIT_NAMES or word in _BESIDE for word in words) else None
+
+
+def split_words(name: str) -> set[str]:
+    """Returns the words of a name in lower case: train and labels of `trainLabels_2`."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+
+
+def split_of_path(path: str) -> Split | None:
+    """Returns the split that the outermost folder of a relative path with the name of a split says."""
+    return next((split for split in map(split_of_folder, path.split("/")[:-1]) if split), None)
 
 
 def take_splits_from_paths(listing: Listing, data: "DataConfig") -> list[str]:
@@ -68,13 +107,7 @@ def _splits_in(paths: Sequence[str]) -> list[Split | None]:
         (n for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last))
     )
     levels: list[list[Split | None]] = [
-        [SPLIT_NAMES.get(names[level].lower()) if len(names) > level else None for names in folders]
+        [split_of_folder(names[level]) if len(names) > level else None for names in folders]
         for level in range(shared, max(map(len, folders)))
     ]
     return max(levels, key=lambda named: len(named) - named.count(None), default=[None] * len(folders))
-
-
-def split_of_path(path: str) -> Split | None:
-    """Returns the split that the outermost folder of a relative path with the name of a split says."""
-    splits = (SPLIT_NAMES.get(name.lower()) for name in path.split("/")[:-1])
-    return next((split for split in splits if split), None)

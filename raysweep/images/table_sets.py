@@ -3,12 +3,19 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from raysweep.errors import DataError
 from raysweep.images.parquet import read_parquet_files
-from raysweep.images.row_splits import compare_splits, take_splits_from_paths
+from raysweep.images.row_paths import split_suffix
+from raysweep.images.row_splits import (
+    compare_splits,
+    split_of_folder,
+    split_of_path,
+    split_words,
+    take_splits_from_paths,
+)
 from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split
 from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table
 from raysweep.storage.filesystems import join_source, parent_source, split_uri
@@ -28,9 +35,9 @@ def split_of_table(file: str) -> tuple[Split | None, str]:
     """
     folder, _, name = file.rpartition("/")
     above, _, last = folder.rpartition("/")
-    if last.lower() in SPLIT_NAMES:
-        return SPLIT_NAMES[last.lower()], above
-    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", os.path.splitext(name)[0])}
+    if split := split_of_folder(last):
+        return split, above
+    words = split_words(os.path.splitext(name)[0])
     named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     return (named.pop() if len(named) == 1 else None), folder
 
@@ -53,9 +60,9 @@ def read_tables(
         DataError: several folders have tables for the same splits.
     """
     by_folder: dict[str, dict[Split, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for file in files:
+    for file in filter(is_table, files):
         split, folder = split_of_table(file)
-        if split and is_table(file):
+        if split:
             by_folder[folder][split].append(file)
     problems: list[DataError] = []
     read: dict[str, list[tuple[str, Split | None, Listing]]] = {}
@@ -142,38 +149,39 @@ def _as_one(
 
 
 def _find_images(table: str, split: Split | None, listing: Listing, source: str, images: Sequence[str]) -> list[str]:
-    """Finds the folder that a table's paths are relative to, if it is not the table's own. Changes the rows."""
-    known = {_plain(join_source(source, image)): image for image in images}
+    """Finds the files that a table names from another folder than its own, or without a suffix. Changes the rows."""
+    known = {_plain(join_source(source, image)) for image in images}
     files = [row for row in listing.rows if row.position < 0 and not row.problem]
-    if not files or any(_plain(row.path) in known for row in files):
+    if any(_plain(row.path) in known for row in files):
         return []
     start = f"{_plain(parent_source(table))}/"
     tails = {row.path: _plain(row.path).removeprefix(start) for row in files if _plain(row.path).startswith(start)}
-    base = _common_folder(tails.values(), images, split)
+    has_suffix = any(split_suffix(tail)[1] for tail in tails.values())
+    by_name = {image if has_suffix else split_suffix(image)[0]: image for image in images}
+    base = _common_folder(tails.values(), by_name, split)
     if base is None:
         return []
-    available = set(images)
 
     def moved(row: Row) -> Row:
-        file = base + tails.get(row.path, "")
-        return row._replace(path=join_source(source, file)) if row.path in tails and file in available else row
+        image = by_name.get(base + tails.get(row.path, "")) if not row.problem else None
+        return row._replace(path=join_source(source, image)) if image and row.position < 0 else row
 
-    listing.rows = [row if row.problem else moved(row) for row in listing.rows]
-    return [f"{table}: its paths start from {join_source(source, base.rstrip('/')) if base else source}"]
+    listing.rows = [moved(row) for row in listing.rows]
+    ids = "" if has_suffix else ", and have no suffix"
+    return [f"{table}: its paths start from {join_source(source, base.rstrip('/')) if base else source}{ids}"]
 
 
-def _common_folder(tails: Iterable[str], images: Sequence[str], split: Split | None) -> str | None:
-    """Returns the folder, with a slash at its end, in which most of the files lie that end as `tails`."""
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        by_name[image.rpartition("/")[2]].append(image)
+def _common_folder(tails: Collection[str], names: Iterable[str], split: Split | None) -> str | None:
+    """Returns the folder, with a slash at its end, in which most of the files lie whose names end as `tails`."""
+    by_end: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_end[name.rpartition("/")[2]].append(name)
     counts: Counter[str] = Counter()
-    wanted = list(tails)
-    for tail in wanted:
-        ends = by_name.get(tail.rpartition("/")[2], ())
-        counts.update(image.removesuffix(tail) for image in ends if image == tail or image.endswith(f"/{tail}"))
-    likely = [folder for folder, number in counts.items() if number > len(wanted) / 2]
-    of_split = [folder for folder in likely if split in {SPLIT_NAMES.get(name.lower()) for name in folder.split("/")}]
+    for tail in tails:
+        alike = by_end.get(tail.rpartition("/")[2], ())
+        counts.update(name.removesuffix(tail) for name in alike if name == tail or name.endswith(f"/{tail}"))
+    likely = [folder for folder, number in counts.items() if number > len(tails) / 2]
+    of_split = [folder for folder in likely if split_of_path(folder) == split]
     likely = of_split if split and of_split else likely
     return min(likely, key=len) if len(likely) == 1 or "" in likely else None
 

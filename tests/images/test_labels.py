@@ -5,8 +5,12 @@ from raysweep.images.labels import label_names, sort_classes
 from raysweep.images.tables import Row
 
 
+def rows_with(*labels_of_files):
+    return [Row(f"{number}.png", label) for number, labels in enumerate(labels_of_files) for label in labels]
+
+
 def warnings_about(*labels):
-    return label_names([Row("x.png", label) for label in labels])[1]
+    return label_names(rows_with(*([label] for label in labels)))[1]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_many_pairs_are_cut_short_with_their_number():
 
 
 def test_blanks_around_labels_are_taken_off_and_named():
-    names, warnings = label_names([Row("x.png", label) for label in ("cat ", "cat", "\u00a0dog")])
+    names, warnings = label_names(rows_with(["cat "], ["cat"], ["\u00a0dog"]))
     assert names == ["cat", "cat", "dog"]
     assert warnings == [
         "2 labels had spaces around them, which were taken off: 'cat ' (1) is 'cat', '\\xa0dog' (1) is 'dog'"
@@ -59,3 +63,15 @@ def test_classes_are_sorted_by_value_if_all_are_numbers():
     assert sort_classes({"10", "9", "-1"}) == ("-1", "9", "10")
     assert sort_classes({"10", "9", "b"}) == ("10", "9", "b")
     assert sort_classes({"9" * 5000, "1"}) == ("1", "9" * 5000)
+
+
+def test_images_with_several_labels_are_refused_as_multi_label():
+    with pytest.raises(DataError, match=r"multi-label: 2 of 3 images have rows with different labels, such as 0.png"):
+        label_names(rows_with("ab", "ab", "b"))
+
+
+def test_images_in_several_rows_are_counted():
+    words = "rows name an image that another row names too; such images count several times"
+    assert label_names(rows_with("aa", "b", "bbb"))[1] == [f"3 {words}"]
+    assert label_names(rows_with("ab", *"b" * 20))[1] == [f"1 {words}"]
+    assert label_names([Row("x.parquet", "a", position=0), Row("x.parquet", "b", position=1)])[1] == []

@@ -148,7 +148,23 @@ def test_split_folders_below_another_folder(tmp_path, above):
     assert set(labels_by_split(index)) == {"train", "validation", "test"}
     assert labels_by_split(index)["test"] == {"cat": 6, "dog": 6}
     assert index.derived_splits == ("validation",)
-    assert rows_of(listed(tmp_path), tmp_path)[f"{above}/Training/cat/0.png"] == ("cat", "Training")
+    assert rows_of(listed(tmp_path), tmp_path)[f"{above}/Training/cat/0.png"] == ("cat", "train")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("training_set", "test_set"), ("train2017", "val2017"), ("trainset", "testset"), ("TrainImages", "Valid-Data")],
+)
+def test_names_of_split_folders_that_say_what_they_contain(tmp_path, names):
+    write_images(tmp_path, [f"{split}/{name}" for split in names for name in CLASSES])
+    index = indexed(tmp_path)
+    assert index.classes == ("cat", "dog")
+    assert len(index.derived_splits) == 1
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    write_images(tmp_path, [f"test {number}/{image}.png" for number in (1, 2) for image in range(5)])
+    assert indexed(tmp_path).classes == ("test 1", "test 2")
 
 
 def test_a_bucket_of_split_folders_with_tables(hub):

@@ -11,6 +11,7 @@ from raysweep.errors import DataError
 from raysweep.images.table_sets import split_of_table
 
 SPLIT_SIZES = {"train": 12, "validation": 6, "test": 6}
+KEYS = {"train": "train", "valid": "validation", "test": "test"}
 
 
 def image_folder(folder, names=("train", "valid", "test"), table="metadata.csv", shown="{name}", start=0):
@@ -186,6 +187,24 @@ def test_the_best_known_table_of_a_split_is_read_and_others_are_counted(tmp_path
     assert "3 files left out: 3 .csv" in index.warnings
 
 
+@pytest.mark.parametrize("shown", ["{stem}", "{split}/{stem}"])
+def test_ids_without_a_suffix_beside_the_folders_of_their_images(tmp_path, shown):
+    image_folder(tmp_path)
+    for split in ("train", "valid", "test"):
+        rows = [(shown.format(stem=n, split=split), "ab"[n % 2]) for n in range(SPLIT_SIZES[KEYS[split]])]
+        os.remove(tmp_path / split / "metadata.csv")
+        write_rows(tmp_path / f"{split}_labels.csv", rows)
+    assert_published_splits(indexed(tmp_path))
+
+
+def test_a_table_of_boxes_is_refused_as_multi_label(tmp_path):
+    write_images(tmp_path / "train", [f"{number}.png" for number in range(8)])
+    boxes = [f"{number}.png,9,9,{name},1,1,5,5" for number in range(8) for name in ("cat", "dog")]
+    write_text(tmp_path / "train" / "_annotations.csv", ["filename,width,height,class,xmin,ymin,xmax,ymax", *boxes])
+    with pytest.raises(DataError, match=r"multi-label: 8 of 8 images have rows with different labels, such as .*0.png"):
+        indexed(tmp_path)
+
+
 # One column a class
 
 
@@ -200,6 +219,18 @@ def test_one_column_a_class_as_roboflow_writes_it(tmp_path):
     index = indexed(one_hot(tmp_path, ["1, 0", "0, 1"] * 4))
     assert index.classes == ("cat", "dog")
     assert labels_by_split(index) == {s: Counter(cat=4, dog=4) for s in ("train", "validation", "test")}
+
+
+def test_one_column_a_class_with_numbers_for_ids_as_the_isic_archive_writes_it(tmp_path):
+    folder = one_hot(tmp_path, ["0.0,1.0,0.0", "1.0,0.0,0.0", "0.0,0.0,1.0"] * 3, header="image,MEL,NV,BCC")
+    index = indexed(folder)
+    assert index.classes == ("BCC", "MEL", "NV")
+    assert index.derived_splits == ()
+
+
+def test_a_row_without_any_one_has_no_label(tmp_path):
+    index = indexed(one_hot(tmp_path, ["1, 0", "0, 1", "0, 1", "1, 0", "0, 0"]), max_bad_fraction=0.2)
+    assert [bad.reason for bad in index.bad_rows] == ["no label"] * 3
 
 
 def test_one_column_a_class_with_several_ones_is_refused_as_multi_label(tmp_path):
