@@ -1,56 +1,83 @@
 """From encoded image bytes to upright RGB pixels, or to a short reason why they cannot be decoded."""
 
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raysweep.errors import DataError
+from raysweep.images.decode_process import decode_apart
+from raysweep.images.formats import FORMATS
+from raysweep.images.limits import MAX_MEGAPIXELS, WORK_HERE, check_bytes, check_header, decoding_work
+from raysweep.images.pixel_depth import USUAL_WHITES, WhiteLevels, decode_low_bytes, is_deep, to_8_bits
 
-# Only these are accepted. Pillow has other readers, such as the one for EPS, which runs Ghostscript on its input.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 LFS_POINTER = b"version https://git-lfs"
+PIXELS_AT_ONCE = 2**22
+JPEG2000_HALVINGS = 5  # what encoders offer unless they are told otherwise
 
 
-def open_image(data: bytes) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How the images of a data set are decoded.
+
+    Attributes:
+        max_megapixels: An image with more is refused, before any pixel of it is decoded.
+        whites: The values that are white in images of more than 8 bits a channel.
+    """
+
+    max_megapixels: float = MAX_MEGAPIXELS
+    whites: WhiteLevels = USUAL_WHITES
+
+
+DEFAULT_OPTIONS = DecodeOptions()
+
+
+def open_image(data: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> Image.Image:
     """Opens an image by its header; no pixels are decoded yet.
 
     Raises:
-        DataError: the bytes are empty, are no image, or declare more pixels than Pillow's decompression bomb limit.
+        DataError: the bytes are empty, are no image or too many, or declare too many pixels.
     """
     if not data:
         raise DataError("empty (0 bytes)")
     if data.startswith(LFS_POINTER):
         raise DataError("a Git LFS pointer, not the image itself (run 'git lfs pull')")
+    check_bytes(len(data))
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:
         raise DataError(_reason(error)) from error
+    check_header(image, data, options.max_megapixels)
+    return image
 
 
-def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
+def decode_image(data: bytes, min_side: int | None = None, options: DecodeOptions = DEFAULT_OPTIONS) -> Image.Image:
     """Decodes an image to RGB as a person would see it.
 
-    EXIF orientation is applied, transparent pixels are blended with white, 16-bit grey is scaled to 8 bits, and an
-    animation is represented by its first frame.
+    EXIF orientation is applied, transparent pixels are blended with white, channels of more than 8 bits are scaled to
+    8 bits, and an animation is represented by its first frame.
 
     Args:
         data: The encoded image.
-        min_side: Pixels that the shorter side must keep. A JPEG with at least twice as many is decoded at 1/2, 1/4 or
-            1/8 of its size, which is several times faster. None decodes at full size.
+        min_side: Pixels that the shorter side must keep. A JPEG or JPEG 2000 with at least twice as many is decoded at
+            a half, a quarter ... of its size, which is several times faster. None decodes at full size.
+        options: Limits, and the values that are white.
 
     Raises:
         DataError: the image cannot be decoded completely; the message is a short reason.
     """
-    return decode_images(data, (min_side,))[min_side]
+    return decode_images(data, (min_side,), options)[min_side]
 
 
-def decode_images(data: bytes, min_sides: Collection[int | None]) -> dict[int | None, Image.Image]:
+def decode_images(
+    data: bytes, min_sides: Collection[int | None], options: DecodeOptions = DEFAULT_OPTIONS
+) -> dict[int | None, Image.Image]:
     """Decodes an image for several values of `min_side` (see `decode_image`).
 
-    Values for which draft mode chooses the same size share one decoding. The header determines that size.
+    An image that is much work, for the size of its pixels or by the number of its scans, is decoded in a process of
+    its own, with limits of time and memory.
 
     Returns:
         The image for each value of `min_side`.
@@ -58,29 +85,76 @@ def decode_images(data: bytes, min_sides: Collection[int | None]) -> dict[int | 
     Raises:
         DataError: the image cannot be decoded completely; the message is a short reason.
     """
-    drafts = {min_side: _draft(open_image(data), min_side) for min_side in set(min_sides)}
-    sizes = {min_side: image.size for min_side, image in drafts.items()}
-    one_of_each = {image.size: image for image in drafts.values()}
-    decoded = {size: _decode(image) for size, image in one_of_each.items()}
-    return {min_side: decoded[size] for min_side, size in sizes.items()}
+    if decoding_work(open_image(data, options), data) > WORK_HERE:
+        return decode_apart(data, min_sides, options)
+    return decode_here(data, min_sides, options)
+
+
+def decode_here(
+    data: bytes, min_sides: Collection[int | None], options: DecodeOptions
+) -> dict[int | None, Image.Image]:
+    """Does what `decode_images` does, in this process, however long it takes.
+
+    Values for which the decoder chooses the same size share one decoding. The header determines that size.
+    """
+    drafts = {min_side: _draft(open_image(data, options), min_side) for min_side in set(min_sides)}
+    kinds = {min_side: (image.size, _reduction(image)) for min_side, image in drafts.items()}
+    one_of_each = dict(zip(kinds.values(), drafts.values(), strict=True))
+    decoded = {kind: _decode(image, data, options) for kind, image in one_of_each.items()}
+    return {min_side: decoded[kind] for min_side, kind in kinds.items()}
 
 
 def _draft(image: Image.Image, min_side: int | None) -> Image.Image:
     if min_side is not None:
         # This has an effect on JPEG only. The mode is unchanged, so that draft mode reduces only the size.
         image.draft(image.mode, (min_side, min_side))
+        if image.format == "JPEG2000" and min(image.size) >= 2 * min_side:
+            cast(Any, image).reduce = min(JPEG2000_HALVINGS, (min(image.size) // min_side).bit_length() - 1)
     return image
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _reduction(image: Image.Image) -> int:
+    """Returns how often a JPEG 2000, not yet loaded, is to be halved."""
+    return getattr(image, "_reduce", 0) if image.format == "JPEG2000" else 0
+
+
+def _decode(image: Image.Image, data: bytes, options: DecodeOptions) -> Image.Image:
     try:
-        image.load()
-        return _to_rgb(_upright(image))
+        image = _load(image, data, options)
+        pixels = _upright(image)
+        if is_deep(pixels):
+            pixels = to_8_bits(pixels, options.whites, lambda: _upright(decode_low_bytes(image, data)))
+        return _by_rows(pixels, _to_rgb)
     except DataError:
         raise
     # Pillow's readers raise many kinds of errors on damaged files: OSError, SyntaxError, struct.error, IndexError ...
     except Exception as error:
         raise DataError(_reason(error)) from error
+
+
+def _load(image: Image.Image, data: bytes, options: DecodeOptions) -> Image.Image:
+    is_deep(image)  # remembers the layout of the channels
+    try:
+        image.load()
+    except OSError:
+        if not _reduction(image):
+            raise
+        # The file has fewer resolutions, or sides that Pillow rounds in another way than the decoder.
+        image = open_image(data, options)
+        image.load()
+    return image
+
+
+def _by_rows(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Converts an image to RGB some rows at a time, so that a large one has few copies in memory."""
+    num_rows = max(1, PIXELS_AT_ONCE // max(1, image.width))
+    if image.height <= num_rows or (image.mode == "RGB" and "transparency" not in image.info):
+        return convert(image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        result.paste(convert(image.crop((0, top, image.width, bottom))), (0, top))
+    return result
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -93,22 +167,10 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode == "F":
-        raise DataError("floating-point pixels, whose range is unknown; save the image with 8 or 16 bits per channel")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scales 0..65535 to 0..255; `convert` would clip all values above 255 to white."""
-    pixels = np.asarray(cast(Any, image)).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise DataError("32-bit integer pixels; save the image with 8 or 16 bits per channel")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _reason(error: Exception) -> str:
@@ -116,5 +178,7 @@ def _reason(error: Exception) -> str:
         return "not an image in a known format"  # Pillow's own message contains a memory address
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"too many pixels: {error}"
+    if isinstance(error, MemoryError):
+        return "takes more memory to decode than an image gets"
     text = " ".join(str(error).split())
     return f"cannot be decoded: {text or type(error).__name__}"[:200]

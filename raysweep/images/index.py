@@ -2,22 +2,22 @@
 
 import hashlib
 import os
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from raysweep.errors import DataError
-from raysweep.images.decode import open_image
+from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
+from raysweep.images.labels import label_names, sort_classes
 from raysweep.images.listing import list_source
 from raysweep.images.parquet import parquet_images
+from raysweep.images.pixel_depth import USUAL_WHITES, WhiteLevels, describe_whites, is_deep, judge_whites
 from raysweep.images.splits import SPLITS, describe_copies, describe_few_images, settle_splits
 from raysweep.images.tables import Listing, Row, read_file, reading
 from raysweep.storage.paths import signature
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
 ROWS_PER_CHUNK = 64
+UNREAD = "not read in the pass"
+DEPTH_SAMPLE = 256  # images whose values tell which value is white, where channels have more than 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,11 @@ class BadRow:
     row_id: int
     source: str
     reason: str
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether a pass did not get the image that was hashed. A later pass may, so caches do not keep this reason."""
+        return self.reason.startswith(UNREAD)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class ImageIndex:
             or the location of the files.
         image_column: Column of the images in Parquet files, None where there are none; for `read_image_bytes`.
         derived_splits: Splits that the source did not have. Their rows were taken from train.
+        decode_options: How the images are decoded.
     """
 
     table: pa.Table
@@ -71,15 +79,18 @@ class ImageIndex:
     fingerprint: str
     image_column: str | None = None
     derived_splits: tuple[str, ...] = ()
+    decode_options: DecodeOptions = DEFAULT_OPTIONS
 
     @cached_property
     def row_signature(self) -> str:
-        """Signature of row ids and contents in their order. Caches of all rows depend on it."""
+        """Signature of row ids and contents in their order, and of white. Caches of all rows depend on it."""
         row_ids, contents = hashlib.sha256(), hashlib.sha256()
         for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=2**16):
             row_ids.update(batch["row_id"].to_numpy().tobytes())
             contents.update("".join(f"{content}\n" for content in batch["content_hash"].to_pylist()).encode())
-        return signature([row_ids.hexdigest(), contents.hexdigest()])
+        kept = [row_ids.hexdigest(), contents.hexdigest()]
+        whites = self.decode_options.whites
+        return signature(kept if whites == USUAL_WHITES else [*kept, asdict(whites)])
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Returns the number of images by split and class name, zeros included."""
@@ -95,11 +106,11 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
             or no training images, or the share of bad rows exceeds `data.max_bad_fraction`.
     """
     listing = list_source(data)
-    outcomes = _hash_images(listing)
+    outcomes, deep = _hash_images(listing, DecodeOptions(data.max_megapixels))
     good, bad_rows = _separate(listing.rows, outcomes, data)
     rows = [listing.rows[row_id] for row_id in good]
-    names, label_warnings = _label_names(rows)
-    classes = _sort_classes(set(names))
+    names, label_warnings = label_names(rows)
+    classes = sort_classes(set(names))
     if len(classes) < 2:
         raise DataError(f"{data.source}: at least 2 classes are needed; found {len(classes)}: {', '.join(classes)}")
     numbers = {name: number for number, name in enumerate(classes)}
@@ -108,8 +119,9 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
     with reading(data.source):
         splits, derived = settle_splits([row.split for row in rows], labels, hashes, fractions, seed)
+    options, warning = _decode_options(data, listing, {row_id: good[row_id] for row_id in deep if row_id in good})
     shots = max((shots for shots in data.shots if isinstance(shots, int)), default=0)
-    warnings = [*listing.warnings, *label_warnings]
+    warnings = [*listing.warnings, *label_warnings, *warning]
     warnings += describe_copies([row.source for row in rows], names, splits, hashes)
     warnings += describe_few_images(labels, splits, classes, shots)
     columns = {
@@ -130,7 +142,32 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
         fingerprint=_fingerprint(hashes, names, splits, classes),
         image_column=listing.image_column,
         derived_splits=derived,
+        decode_options=options,
     )
+
+
+def _decode_options(data: "DataConfig", listing: Listing, deep: dict[int, str]) -> tuple[DecodeOptions, list[str]]:
+    """Returns how the images are decoded, and a warning if their values are not read as the files declare.
+
+    Args:
+        data: Limits, and perhaps the bit depth.
+        listing: The rows.
+        deep: Content hash of each good row with more than 8 bits a channel, by row id.
+    """
+    if data.bit_depth is not None:
+        return DecodeOptions(data.max_megapixels, WhiteLevels.of_bits(data.bit_depth)), []
+    # The smallest hashes are a sample that depends only on the contents.
+    sample = sorted(deep, key=lambda row_id: (deep[row_id], row_id))[:DEPTH_SAMPLE]
+    rows = [listing.rows[row_id] for row_id in sample]
+    columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
+    options = DecodeOptions(data.max_megapixels)
+    whites, num_judged = judge_whites(
+        (open_image(image, options), image)
+        for place, image in _stream_images(*columns, listing.image_column)
+        if isinstance(image, bytes) and content_hash(image) == deep[sample[place]]
+    )
+    warning = describe_whites(whites, len(deep), num_judged)
+    return DecodeOptions(data.max_megapixels, whites), [warning] if warning else []
 
 
 def read_image_bytes(
@@ -177,8 +214,13 @@ def _stream_images(
                 yield row, DataError(reason)
 
 
-def _hash_images(listing: Listing) -> list[str | DataError]:
-    """Returns for each row its content hash, or the reason why it is bad. The bytes are not kept."""
+def _hash_images(listing: Listing, options: DecodeOptions) -> tuple[list[str | DataError], set[int]]:
+    """Reads all images; their bytes are not kept.
+
+    Returns:
+        For each row its content hash, or the reason why it is bad; and the rows with more than 8 bits a channel.
+    """
+    deep: set[int] = set()
     unread = DataError("not read")  # one object for all rows, because an exception needs more memory than a row
     outcomes: list[str | DataError] = [DataError(row.problem) if row.problem else unread for row in listing.rows]
     files: list[int] = []
@@ -189,25 +231,31 @@ def _hash_images(listing: Listing) -> list[str | DataError]:
     chunks = [files[start : start + ROWS_PER_CHUNK] for start in range(0, len(files), ROWS_PER_CHUNK)]
     chunks += tables.values()
 
+    def hash_image(number: int, image: bytes | DataError) -> str | DataError:
+        if isinstance(image, DataError):
+            return image
+        try:
+            with open_image(image, options) as opened:
+                if is_deep(opened):
+                    deep.add(number)
+        except DataError as error:
+            return error
+        return content_hash(image)
+
     def hash_rows(numbers: list[int]) -> None:
         rows = [listing.rows[number] for number in numbers]
         columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
         for offset, image in _stream_images(*columns, listing.image_column):
-            outcomes[numbers[offset]] = _hash_image(image)
+            outcomes[numbers[offset]] = hash_image(numbers[offset], image)
 
     remote = any("://" in row.path for row in listing.rows[:1])
     with ThreadPoolExecutor(32 if remote else min(16, 2 * (os.cpu_count() or 1))) as pool:
         list(pool.map(hash_rows, chunks))
-    return outcomes
+    return outcomes, deep
 
 
-def _hash_image(image: bytes | DataError) -> str | DataError:
-    if isinstance(image, DataError):
-        return image
-    try:
-        open_image(image).close()
-    except DataError as error:
-        return error
+def content_hash(image: bytes) -> str:
+    """Returns the SHA-256 of an encoded image, in hex."""
     return hashlib.sha256(image).hexdigest()
 
 
@@ -236,44 +284,6 @@ def _separate(
         f"{data.source}: {len(bad)} of {len(rows)} rows cannot be used ({len(bad) / len(rows):.1%}); "
         f"data.max_bad_fraction is {data.max_bad_fraction:g}:{examples}{more}"
     )
-
-
-def _label_names(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """Returns the class name of each row, and warnings about labels that were changed or look wrong."""
-    values = Counter((type(row.label), row.label) if _is_class(row.label) else _raise_bad_label(row) for row in rows)
-    names = {key: _class_name(key[1]) for key in values}
-    warnings = []
-    if len({issubclass(kind, str) for kind, _ in values}) > 1:
-        warnings.append("labels mix numbers and text; a number counts as its digits")
-    spaced = sum(count for (_, value), count in values.items() if isinstance(value, str) and value != value.strip())
-    if spaced:
-        warnings.append(f"{spaced} labels had spaces around them, which were taken off")
-    folded = defaultdict(set)
-    for name in names.values():
-        folded[name.casefold()].add(name)
-    alike = [", ".join(sorted(group)) for group in folded.values() if len(group) > 1]
-    if alike:
-        warnings.append(f"classes that differ only in upper and lower case: {'; '.join(sorted(alike)[:5])}")
-    return [names[type(row.label), row.label] for row in rows], warnings
-
-
-def _is_class(label: Any) -> bool:
-    return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
-
-
-def _raise_bad_label(row: Row) -> NoReturn:
-    raise DataError(f"{row.path}: label {row.label!r}; accepted: text or whole numbers, one label per image")
-
-
-def _class_name(label: Any) -> str:
-    # File names on macOS have decomposed accents. Composed, they equal the same names in a table.
-    return unicodedata.normalize("NFC", str(int(label) if isinstance(label, float) else label).strip())
-
-
-def _sort_classes(names: set[str]) -> tuple[str, ...]:
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
 
 
 def _fingerprint(hashes: list[str], names: list[str], splits: list[str], classes: tuple[str, ...]) -> str:

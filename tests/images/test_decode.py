@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from raysweep.errors import DataError
-from raysweep.images.decode import decode_image, open_image
+from raysweep.experiment.config import DataConfig
+from raysweep.images import decode, decode_process
+from raysweep.images.decode import DecodeOptions, decode_image, decode_images, open_image
+from raysweep.images.limits import MAX_MEGAPIXELS, MAX_SCANS
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -84,13 +87,6 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
         assert [decoded.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255], format
 
 
-def test_32_bit_and_floating_point_pixels_are_refused_rather_than_guessed():
-    with pytest.raises(DataError, match="32-bit"):
-        decode_image(encode(Image.fromarray(np.array([[0, 10**6]], np.int32)), "TIFF"))
-    with pytest.raises(DataError, match="floating-point"):
-        decode_image(encode(Image.fromarray(np.array([[0.5]], np.float32)), "TIFF"))
-
-
 def test_one_bit_and_cmyk():
     assert decode_image(encode(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
     decoded = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
@@ -152,6 +148,104 @@ def bomb() -> bytes:
 def test_a_decompression_bomb_is_refused_by_its_header():
     with pytest.raises(DataError, match="too many pixels"):
         open_image(bomb())
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(format):
+    data = encode(gradient(1200, 1000), format)
+    options = DecodeOptions(max_megapixels=1)
+    with pytest.raises(DataError, match=r"1,200 x 1,000 is 1.2 megapixels; data.max_megapixels is 1"):
+        open_image(data[: len(data) * 4 // 5] if format not in ("WEBP", "AVIF") else data, options)
+    assert decode_image(data, options=DecodeOptions(max_megapixels=1.2)).size == (1200, 1000)
+
+
+def test_the_default_limit_is_that_of_the_experiment_file():
+    assert DataConfig(source="x").max_megapixels == DecodeOptions().max_megapixels == MAX_MEGAPIXELS
+
+
+def test_tiles_larger_than_their_image_are_refused():
+    """This image of 10 x 10 pixels took 1.5 GB."""
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: 40000, 323: 40000, 324: 134, 325: 100}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4 + 100)
+    with pytest.raises(DataError, match=r"a tile has 1,600.0 megapixels"):
+        decode_image(data)
+
+
+def with_scans(image: Image.Image, num_scans: int) -> bytes:
+    """A progressive JPEG whose last scan stands in it many times."""
+    data = encode(image, "JPEG", progressive=True, quality=10)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_by_its_header():
+    image = Image.new("L", (64, 64), 90)
+    assert decode_image(with_scans(image, MAX_SCANS)).size == (64, 64)
+    with pytest.raises(DataError, match=r"too many scans: 3,000; an image has at most 100"):
+        open_image(with_scans(image, 3000))
+
+
+def test_a_large_image_is_decoded_apart_and_is_the_same():
+    pixels = np.arange(4100 * 4100, dtype=np.uint32).reshape(4100, 4100).astype(np.uint16)
+    data = encode(Image.fromarray(pixels), "PNG", compress_level=1)
+    apart = decode_image(data)
+    assert apart.size == (4100, 4100)
+    assert apart.tobytes() == decode.decode_here(data, [None], DecodeOptions())[None].tobytes()
+
+
+@pytest.fixture
+def always_apart(monkeypatch):
+    monkeypatch.setattr(decode, "WORK_HERE", 0)
+
+
+@pytest.mark.usefixtures("always_apart")
+def test_what_is_decoded_apart_has_its_sizes_and_its_errors():
+    data = encode(gradient(800, 640), "JPEG")
+    images = decode_images(data, [None, 320])
+    assert {min_side: image.size for min_side, image in images.items()} == {None: (800, 640), 320: (400, 320)}
+    assert images[320].tobytes() == decode.decode_here(data, [320], DecodeOptions())[320].tobytes()
+    with pytest.raises(DataError, match="cannot be decoded: image file is truncated"):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.usefixtures("always_apart")
+def test_an_image_gets_only_so_many_seconds(monkeypatch):
+    monkeypatch.setattr(decode_process, "MAX_SECONDS", 1)
+    with pytest.raises(DataError, match="takes more than 1 s to decode"):
+        decode_image(with_scans(Image.new("L", (7000, 7000)), MAX_SCANS))
+
+
+@pytest.mark.usefixtures("always_apart")
+def test_an_image_gets_only_so_much_memory(monkeypatch):
+    monkeypatch.setattr(decode_process, "MEMORY_OF_A_PIXEL", 0)
+    monkeypatch.setattr(decode_process, "MEMORY_BYTES", 2**29)
+    with pytest.raises(DataError, match="takes more memory to decode than an image gets"):
+        decode_image(encode(Image.new("RGBA", (6900, 6900)), "TIFF", compression="tiff_lzw"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGBA", (9, 8, 7, 100)), ("LA", (9, 100)), ("P", 3), ("CMYK", (1, 2, 3, 4))]
+)
+def test_rows_are_converted_some_at_a_time_without_a_seam(mode, colour, monkeypatch):
+    data = encode(Image.new(mode, (50, 41), colour), "TIFF")
+    whole = decode_image(data)
+    monkeypatch.setattr(decode, "PIXELS_AT_ONCE", 300)
+    assert decode_image(data).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(("min_side", "size"), [(None, 512), (257, 512), (256, 256), (100, 128), (1, 16)])
+def test_a_jpeg_2000_is_decoded_at_a_reduced_size(min_side, size):
+    data = encode(gradient(512, 512), "JPEG2000")
+    decoded = decode_image(data, min_side)
+    assert decoded.size == (size, size)
+    whole = gradient(512, 512).resize((size, size), Image.Resampling.BOX)
+    assert np.abs(np.asarray(decoded, float) - np.asarray(whole, float)).mean() < 255 / size
+
+
+def test_a_jpeg_2000_without_smaller_resolutions_is_decoded_whole():
+    data = encode(gradient(512, 384), "JPEG2000", num_resolutions=1)
+    assert decode_image(data, min_side=64).tobytes() == gradient(512, 384).tobytes()
 
 
 def test_a_broken_exif_block_does_not_lose_the_image():

@@ -26,7 +26,9 @@ SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 def config(source, **keys):
     usual = {"image": None, "label": None, "split": "split", "validation_fraction": 0.1, "test_fraction": 0.2}
     usual |= {"image_folder": None, "image_suffix": None, "image_prefix": None, "allow_images_from": ()}
-    return SimpleNamespace(source=str(source), **{**usual, **DECODING, "max_bad_fraction": 0.01, "shots": ("all",), **keys})
+    return SimpleNamespace(
+        source=str(source), **{**usual, **DECODING, "max_bad_fraction": 0.01, "shots": ("all",), **keys}
+    )
 
 
 def png(number: int) -> bytes:
@@ -131,17 +133,15 @@ def test_bad_files_become_bad_rows_with_reasons_and_keep_their_row_ids(tmp_path)
     (tmp_path / "cat" / "01-text.jpg").write_text("not an image")
     (tmp_path / "cat" / "02-link.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "dog" / "zz.png").mkdir()
-    write_images(tmp_path, ["stray.png"], 77)
     index = load_index(config(tmp_path, max_bad_fraction=0.2), seed=0)
     assert {Path(bad.source).name: bad.reason for bad in index.bad_rows} == {
         "00-empty.png": "empty (0 bytes)",
         "01-text.jpg": "not an image in a known format",
         "02-link.png": "no such file",
-        "stray.png": "lies outside every class folder",
     }
-    assert index.num_rows_found == 24
+    assert index.num_rows_found == 23
     ids = column(index, "row_id") + [bad.row_id for bad in index.bad_rows]
-    assert sorted(ids) == list(range(24))
+    assert sorted(ids) == list(range(23))
 
 
 def test_too_many_bad_rows_stop_with_the_first_few_named(tmp_path):
@@ -380,7 +380,8 @@ def test_json_lines_with_mixed_labels_and_broken_lines(tmp_path):
     assert labels_of(index)[:4] == ["1", "1", "2", "é"]
     assert [bad.reason.split(" (")[0] for bad in index.bad_rows] == ["not JSON", "not a JSON object", "no image path"]
     assert "labels mix numbers and text; a number counts as its digits" in index.warnings
-    assert "10 labels had spaces around them, which were taken off" in index.warnings
+    words = "10 labels had spaces around them, which were taken off: '1 ' (5) is '1', '\\u2028é' (5) is 'é'"
+    assert words in index.warnings
 
 
 @pytest.mark.parametrize("label", [["a", "b"], 0.37, {"x": 1}])
@@ -390,11 +391,6 @@ def test_labels_that_are_no_classes(tmp_path, label):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(DataError, match="accepted: text or whole numbers, one label per image"):
         load_index(config(tmp_path / "rows.jsonl"), seed=0)
-
-
-def test_classes_that_differ_in_case_are_pointed_out(tmp_path):
-    table = write_table(tmp_path, [row.replace(",b", ",A") for row in usual_rows()])
-    assert "classes that differ only in upper and lower case: A, a" in load_index(config(table), seed=0).warnings
 
 
 def test_an_unknown_split_is_named_with_its_count(tmp_path):
@@ -571,21 +567,6 @@ def test_digits_come_inline():
     assert pixels.shape == (8, 8)
     assert pixels.max() > 200
     assert_readable(index)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub made of a local folder, behind the fsspec interface that huggingface_hub has."""
-    from fsspec.implementations.dirfs import DirFileSystem
-    from fsspec.implementations.local import LocalFileSystem
-
-    def build():
-        return DirFileSystem(str(tmp_path / "hub"), LocalFileSystem())
-
-    monkeypatch.setattr("huggingface_hub.HfFileSystem", build)
-    filesystems._connect.cache_clear()
-    yield tmp_path / "hub"
-    filesystems._connect.cache_clear()
 
 
 def test_hub_dataset_of_parquet_files(hub):
