@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +12,26 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import ray.data
 
-# Options of `map_batches` for functions from an Arrow table to an Arrow table, one block at a time.
-WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+MAX_RETRIES = 3  # of a task whose process was killed; Ray Data's own default is without end
+
+
+def map_blocks(dataset: ray.data.Dataset, function: Callable[..., Any], **options: Any) -> ray.data.Dataset:
+    """Applies a function from an Arrow table to an Arrow table to one block at a time; nothing runs yet.
+
+    Args:
+        dataset: The blocks.
+        function: The function, or the class of an actor whose instances are such functions.
+        options: Further arguments of Ray Data's `map_batches`, or others than these.
+    """
+    from ray.data import ActorPoolStrategy
+
+    in_actors = isinstance(options.get("compute"), ActorPoolStrategy)
+    names = ("max_restarts", "max_task_retries") if in_actors else ("max_retries",)
+    whole_blocks = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    with warnings.catch_warnings():
+        # Ray Data calls these options deprecated, and has no others for the number of retries.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return dataset.map_batches(function, **{**whole_blocks, **dict.fromkeys(names, MAX_RETRIES), **options})
 
 
 def list_blocks(num_rows: int, size: int) -> list[dict[str, int]]:

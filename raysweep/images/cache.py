@@ -1,38 +1,28 @@
 """What feature caches and pixel caches share: a folder with files of rows and a `manifest.json`.
 
-The folder is named after a signature. Each pass writes into its own subfolder. The manifest is written last and names
-the subfolder that counts. Without a manifest the cache is not finished, and a pass makes it again (see `passes`).
-A cache holds neither labels nor splits, so a change of these needs no new pass.
+The folder is named after a signature. Each pass writes into its own subfolder. The manifest is written last. It names
+the subfolder that counts, and its files with their checksums (see `cache_files`). Without a manifest the cache is not
+finished, and a pass makes it again (see `passes`). It does the same if the manifest is damaged, since nothing else
+tells damaged files from good ones. A cache holds neither labels nor splits, so a change of these needs no new pass.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache as cached
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from raysweep.errors import DataError
 from raysweep.images.index import BadRow
-from raysweep.storage.copies import (
-    fetch,
-    fetch_folder,
-    forget,
-    is_bucket,
-    local_path,
-    location,
-    publish,
-    remove,
-    replacing,
-    written,
-)
-from raysweep.storage.paths import read_json, write_json
+from raysweep.storage.checksums import read_checked_json, write_checked_json
+from raysweep.storage.copies import fetch, forget, is_bucket, location, remove, written
 
 MANIFEST = "manifest.json"
 
@@ -52,6 +42,7 @@ class Cache:
         peak_gpu_memory_bytes: Most GPU memory that any process of the pass had allocated.
         made_now: Whether this call made the cache; False if the cache already existed.
         streamed: Whether the pass only looked for bad rows, because the disk had no room for pixels (see `streaming`).
+        files: Name of each file of rows to its checksum; None in caches of earlier versions (see `add_checksums`).
     """
 
     folder: str
@@ -63,29 +54,57 @@ class Cache:
     peak_gpu_memory_bytes: int
     made_now: bool
     streamed: bool = False
+    files: Mapping[str, int] | None = None
 
 
 def open_cache(folder: Path) -> Cache | None:
-    """Returns the cache in `folder`, or None if no pass has finished there."""
+    """Returns the cache in `folder`, or None if no pass has finished there, or if its manifest is damaged."""
+    try:
+        return _read_manifest(folder)
+    except DataError:
+        return None
+
+
+def damage_of_manifest(folder: Path) -> str:
+    """Returns what is wrong with the manifest of a cache; empty if nothing is, or if there is none."""
+    try:
+        _read_manifest(folder)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _read_manifest(folder: Path) -> Cache | None:
     manifest = folder / MANIFEST
     if not manifest.exists():
         return None
-    values = read_json(manifest)
+    values = read_checked_json(manifest)
     if "rows" not in values:  # an earlier version wrote all passes into one folder
         return None
-    bad_rows = tuple(BadRow(**row) for row in values.pop("bad_rows"))
-    folder = folder.resolve()
-    rows = location(folder / values.pop("rows"))
-    return Cache(folder=location(folder), rows=rows, bad_rows=bad_rows, made_now=False, **values)
+    try:
+        stored = _manifests().validate_python({**values, "folder": location(folder.resolve()), "made_now": False})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, wrong["loc"]))
+        raise DataError(f"{manifest}: {key}: {wrong['msg'].lower()}") from None
+    for name in (stored.rows, *(stored.files or ())):
+        if Path(name).name != name:
+            raise DataError(f"{manifest}: '{name}' is not the name of a file in its folder")
+    return replace(stored, rows=location(folder.resolve() / stored.rows))
+
+
+@cached
+def _manifests() -> TypeAdapter[Cache]:
+    return TypeAdapter(Cache)
 
 
 def write_manifest(folder: Path, cache: Cache) -> None:
     """Marks a cache as finished, so that `open_cache` finds it."""
-    values = asdict(cache)
+    values: dict[str, Any] = asdict(cache)
     del values["folder"], values["made_now"]
     # Only the subfolder's name is stored, so that the cache can be moved.
     subfolder = Path(values.pop("rows")).name
-    write_json(folder / MANIFEST, values | {"rows": subfolder})
+    write_checked_json(folder / MANIFEST, values | {"rows": subfolder})
 
 
 def has_cache(folder: Path, *, streamed: bool = False) -> bool:
@@ -153,95 +172,3 @@ def num_leftover_bytes(folder: Path) -> int:
 
 def _has_rows(name: str) -> bool:
     return name.startswith(("rows-", ".rows-"))
-
-
-def fetched(cache: str) -> str:
-    """Brings the rows of a finished cache to this node, and returns the local folder that they are in.
-
-    Args:
-        cache: `Cache.rows`.
-
-    Raises:
-        RaysweepError: the cache lies in a bucket that cannot be read.
-    """
-    rows = local_path(cache)
-    if is_bucket(cache):
-        with only_writer(rows):
-            fetch_folder(rows, lambda name: name.startswith("rows-") and not name.endswith(".f16"))
-            others = [path for path in rows.parent.iterdir() if path.is_dir() and path != rows]
-            kept = {name.partition("/")[0] for name in written(rows.parent)} if others else set()
-            for other in others:
-                if other.name not in kept:
-                    forget(other)  # an interrupted pass wrote it
-    return str(rows)
-
-
-def write_rows(folder: str, table: pa.Table) -> None:
-    """Writes one file of a cache. The name comes from the first row id, so a retried task replaces its own file."""
-    if len(table):
-        path = file_of_rows(folder, table["row_id"][0].as_py(), "parquet")
-        with replacing(path) as temporary:
-            pq.write_table(table, temporary, compression="none")
-        publish(path)
-
-
-def file_of_rows(folder: str, first: int, suffix: str) -> Path:
-    """Returns the path of the file that begins with the row id `first`."""
-    return Path(folder) / f"rows-{first:012d}.{suffix}"
-
-
-def read_blocks(folder: str, row_ids: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """Reads the wanted rows, file by file.
-
-    Yields:
-        For every file with wanted rows: their positions in `row_ids`, and the rows in the same order.
-
-    Raises:
-        DataError: a wanted row is not in the cache, or a file is damaged.
-    """
-    order = np.argsort(row_ids)
-    wanted, num_found = row_ids[order], 0
-    for path in sorted(Path(folder).glob("rows-*.parquet")):
-        with reading_file(path):
-            table = pq.read_table(path, columns=["row_id", *columns])
-        ids = table["row_id"].to_numpy()
-        places = np.searchsorted(wanted, ids)
-        hits = places < len(wanted)
-        hits[hits] = wanted[places[hits]] == ids[hits]
-        if hits.any():
-            num_found += int(hits.sum())
-            yield order[places[hits]], table.filter(pa.array(hits))
-    if num_found != len(row_ids):
-        raise missing_rows(folder, len(row_ids) - num_found)
-
-
-def missing_rows(folder: str, count: int) -> DataError:
-    """Returns the error for a cache that lacks wanted rows."""
-    return DataError(f"{folder}: {count} rows are missing; {_remedy(Path(folder))}")
-
-
-def _remedy(rows: Path) -> str:
-    return f"delete {location(rows.parent)} to have the cache made again"
-
-
-def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
-    """Returns the length of the fixed-size lists of each column.
-
-    Raises:
-        DataError: the cache is empty or damaged.
-    """
-    for path in Path(folder).glob("rows-*.parquet"):
-        with reading_file(path):
-            schema = pq.read_schema(path)
-            return {column: schema.field(column).type.list_size for column in columns}
-    raise DataError(f"{folder}: no rows; {_remedy(Path(folder))}")
-
-
-@contextmanager
-def reading_file(path: Path) -> Iterator[None]:
-    """Turns errors of Arrow and of the file system into a DataError that names the file of the cache."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged ({reason}); {_remedy(path.parent)}") from error

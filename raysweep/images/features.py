@@ -14,9 +14,12 @@ import pyarrow as pa
 import torch
 
 from raysweep.encoders.base import Encoder, EncoderSpec
-from raysweep.images.cache import list_sizes, only_writer, read_blocks
+from raysweep.errors import EncoderError
+from raysweep.images.cache import only_writer
+from raysweep.images.cache_files import list_sizes, read_blocks
 from raysweep.images.disk_rows import DiskRows
 from raysweep.images.index import ImageIndex
+from raysweep.storage.checksums import checksum_of
 from raysweep.storage.paths import signature
 
 # Images per forward pass. A GPU needs many. On a CPU few are faster, because their activations fit into its cache.
@@ -100,9 +103,19 @@ def _forward(
 
 
 def feature_table(row_ids: np.ndarray, parts: Mapping[str, np.ndarray]) -> pa.Table:
-    """Returns rows of a feature cache: `row_id`, and a fixed-size list of half floats for each part."""
+    """Returns rows of a feature cache: `row_id`, and a fixed-size list of half floats for each part.
+
+    Raises:
+        EncoderError: a feature is NaN or infinite.
+    """
     columns: dict[str, Any] = {"row_id": row_ids}
     for part, features in parts.items():
+        bad = ~np.isfinite(features).all(axis=1)
+        if bad.any():
+            raise EncoderError(
+                f"features: the encoder gives NaN or infinity as '{part}' of {bad.sum()} of {len(bad)} images, "
+                f"the first with row id {row_ids[bad][0]}; its weights may be damaged; train.precision: fp32 may help"
+            )
         flat = pa.array(np.clip(features, -LARGEST, LARGEST).astype(STORED_DTYPE).reshape(-1))
         columns[part] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
     return pa.table(columns)
@@ -152,13 +165,18 @@ def _half_floats(table: pa.Table, part: str, width: int) -> np.ndarray:
 
 def _on_disk(folder: str, row_ids: np.ndarray, part: str, width: int) -> DiskRows:
     key = signature([part, hashlib.sha256(row_ids.tobytes()).hexdigest()])
-    path = Path(folder) / f"rows-{key}.f16"
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for places, table in read_blocks(folder, row_ids, [part]):
             yield places, _half_floats(table, part, width)
 
     with only_writer(Path(folder)):  # several workers may need the same rows
-        if not path.exists():
-            DiskRows.create(path, len(row_ids), width, blocks())
+        # The checksum is in the name, so that a damaged file is not found, and is made again.
+        for path in Path(folder).glob(f"rows-{key}*.f16"):
+            if path.name == f"rows-{key}-{checksum_of(path):08x}.f16":
+                return DiskRows.open(path, width)
+            path.unlink()
+        new = Path(folder) / f"rows-{key}.f16"
+        DiskRows.create(new, len(row_ids), width, blocks())
+        path = new.rename(new.with_stem(f"{new.stem}-{checksum_of(new):08x}"))
     return DiskRows.open(path, width)

@@ -14,10 +14,11 @@ import torch
 from raysweep.encoders.base import Encoder, EncoderSpec
 from raysweep.encoders.build import encoder_from_spec
 from raysweep.images.blocks import rows_of, tensor_column, tensors
-from raysweep.images.cache import write_rows
+from raysweep.images.cache_files import Checksums, write_rows
+from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions
 from raysweep.images.features import encode, feature_table, load_arrays
 from raysweep.images.pixels import Geometry, decode_rows, write_pixels
-from raysweep.images.task_reports import build_reports, seconds_of
+from raysweep.images.task_reports import build_reports, files_of, seconds_of
 from raysweep.storage.copies import local_path
 
 
@@ -26,12 +27,14 @@ class IndexReference:
     """An `ImageIndex` in Ray's object store: what workers need to decode its rows. `passes.put_index` makes it.
 
     Attributes:
-        rows: Object reference of a table with the columns `row_id`, `path`, `position` and `image`.
+        rows: Object reference of a table with the columns `row_id`, `path`, `position`, `image` and `content_hash`.
         image_column: Column of the images in Parquet files; None where there are none.
+        decode_options: How the images are decoded.
     """
 
     rows: Any
     image_column: str | None
+    decode_options: DecodeOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +92,17 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
     seconds = np.zeros(1 + len(targets))
     started = time.perf_counter()
     geometries = list(dict.fromkeys(target.geometry for target in targets))
-    errors, pixels = decode_rows(rows, job.index.image_column, geometries, num_threads)
+    errors, pixels = decode_rows(rows, job.index.image_column, geometries, num_threads, job.index.decode_options)
     seconds[0] = time.perf_counter() - started
     row_ids, good = rows["row_id"].to_numpy(), np.array([error is None for error in errors])
+    files: list[Checksums] = [{} for _ in targets]
     for number, target in enumerate(targets):
         if target.encoder is None and not target.streamed:
             started, images = time.perf_counter(), pixels[target.geometry]
-            write_pixels(str(local_path(target.folder)), row_ids[good], images if good.all() else images[good])
+            images = images if good.all() else images[good]
+            files[number] = write_pixels(str(local_path(target.folder)), row_ids[good], images)
             seconds[1 + number] = time.perf_counter() - started
-    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds)
+    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds, files=files)
     for number, geometry in enumerate(job.encoded_geometries):
         decoded = decoded.append_column(f"pixels_{number}", tensor_column(pixels[geometry]))
     return decoded
@@ -124,16 +129,16 @@ class EncoderActor:
         """Takes what `decode_block` returned, writes one file for each feature cache, and returns the reports."""
         good = decoded["error"].is_null().to_numpy()
         row_ids, geometries = decoded["row_id"].to_numpy(), self.job.encoded_geometries
-        seconds = seconds_of(decoded)
+        seconds, files = seconds_of(decoded), files_of(decoded, len(self.job.targets))
         for number, encoder in self.encoders.items():
             started, target = time.perf_counter(), self.job.targets[number]
             pixels = tensors(decoded, f"pixels_{geometries.index(target.geometry)}")
             features = encode(encoder, pixels if good.all() else pixels[good], self.device, target.precision)
-            write_rows(str(local_path(target.folder)), feature_table(row_ids[good], features))
+            files[number] |= write_rows(str(local_path(target.folder)), feature_table(row_ids[good], features))
             seconds[1 + number] = time.perf_counter() - started
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()
-        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory)
+        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory, files)
 
 
 class DecoderEncoderActor(EncoderActor):

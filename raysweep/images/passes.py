@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.blocks import WHOLE_BLOCKS, dataset_of_blocks
+from raysweep.images.blocks import dataset_of_blocks, map_blocks
 from raysweep.images.cache import (
     Cache,
     has_cache,
@@ -30,8 +31,10 @@ from raysweep.images.cache import (
     remove_older_passes,
     write_manifest,
 )
+from raysweep.images.cache_files import damaged_files, fetch_files, is_whole, read_row_ids, remove_others
 from raysweep.images.features import FeatureRequest
 from raysweep.images.index import BadRow, ImageIndex
+from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.pass_tasks import (
     DecoderEncoderActor,
     EncoderActor,
@@ -43,14 +46,13 @@ from raysweep.images.pass_tasks import (
 )
 from raysweep.images.pixels import Geometry, PixelRequest
 from raysweep.images.task_reports import Tally
-from raysweep.storage.copies import location, on_every_node, remove
+from raysweep.storage.copies import local_path, location, on_every_node, remove
 
 if TYPE_CHECKING:
     import ray.data
 
 ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 64, 512
 MIN_BLOCKS, MAX_BLOCKS = 8, 2_000  # the minimum lets the progress be seen with few images too
-RAY_DATA_SUFFIX = "\nFailed to apply UDF transform"  # Ray Data appends this, and advice, to the message of any error
 GPU_BLOCK = 256  # rows that a GPU actor gets at once: several batches, so that uploads and forward passes overlap
 
 Request = FeatureRequest | PixelRequest
@@ -68,6 +70,8 @@ def build_caches(
 ) -> list[Cache]:
     """Returns the requested caches, in order. One pass makes those that do not exist yet.
 
+    Of a cache that exists, only files that are missing or damaged are made again, in a pass over their images alone.
+
     Args:
         requests: Feature caches and pixel caches of this index. Requests with the same folder are one cache.
         index: The images.
@@ -79,24 +83,33 @@ def build_caches(
 
     Raises:
         DataError: the pass did not see every image.
+        ResourceError: a disk is full, or a process of the pass was ended too often.
     """
-    missing = {request.folder: request for request in requests if not _exists(request)}
+    missing = {request.folder: request for request in requests if not _is_whole(request)}
     with ExitStack() as locks:
         for folder in sorted(missing):  # every sweep uses the same order, so that no two wait for each other
             locks.enter_context(only_writer(folder))
-        missing = {folder: request for folder, request in missing.items() if not _exists(request)}
-        if missing:
-            _make_pass(list(missing.values()), index, num_gpus, num_threads, num_nodes, on_progress)
+        missing = {folder: request for folder, request in missing.items() if not _is_whole(request)}
+        damaged = [request for request in missing.values() if _exists(request)]
+        absent = [request for request in missing.values() if not _exists(request)]
+        if absent:
+            _make_pass(absent, index, num_gpus, num_threads, num_nodes, on_progress)
+        for request in damaged:
+            _mend(request, index, num_gpus, num_threads, num_nodes, on_progress)
     caches = []
     for request in requests:
         cache = open_cache(request.folder)
         assert cache is not None
-        caches.append(replace(cache, made_now=request.folder in missing))
+        caches.append(replace(cache, made_now=request.folder in {made.folder for made in absent}))
     return caches
 
 
 def _exists(request: Request) -> bool:
     return has_cache(request.folder, streamed=_is_streamed(request))
+
+
+def _is_whole(request: Request) -> bool:
+    return is_whole(request.folder, streamed=_is_streamed(request))
 
 
 def _is_streamed(request: Request) -> bool:
@@ -110,7 +123,7 @@ def warm_up() -> None:
     """
     import ray.data
 
-    ray.data.from_items([{"start": 0}]).map_batches(_import_encoders, **WHOLE_BLOCKS).materialize()
+    map_blocks(ray.data.from_items([{"start": 0}]), _import_encoders).materialize()
 
 
 def _import_encoders(block: pa.Table) -> pa.Table:
@@ -123,10 +136,10 @@ def put_index(index: ImageIndex) -> IndexReference:
     """Puts into Ray's object store what workers need to decode the rows of an index."""
     import ray
 
-    rows = index.table.select(["row_id", "path", "position", "image"])
+    rows = index.table.select(["row_id", "path", "position", "image", "content_hash"])
     paths = pa.array([on_every_node(path) for path in rows["path"].to_pylist()], pa.string())
     rows = rows.set_column(rows.schema.get_field_index("path"), "path", paths)
-    return IndexReference(ray.put(rows), index.image_column)
+    return IndexReference(ray.put(rows), index.image_column, index.decode_options)
 
 
 def _make_pass(
@@ -137,26 +150,90 @@ def _make_pass(
     num_nodes: int,
     on_progress: Progress,
 ) -> None:
+    """Makes caches of all images. The caller holds their locks."""
     started = time.perf_counter()
     for request in requests:
         remove_leftovers(request.folder)
-    tally, num_rows, key = Tally(len(requests)), len(index.table), uuid.uuid4().hex
+    key = uuid.uuid4().hex
     dataset = _dataset(requests, key, index, num_gpus, num_threads, num_nodes)
-    with _raising_own_errors():
+    try:
+        tally = _run_pass(dataset, len(requests), len(index.table), on_progress)
+        _finish_caches(requests, key, index, tally, time.perf_counter() - started)
+    except BaseException:
+        for request in requests:
+            with suppress(RaysweepError):  # an error of the storage must not hide the first one
+                if not _exists(request):
+                    remove(request.folder / key)  # a disk that is full gets its room back
+        raise
+
+
+def _mend(
+    request: Request,
+    index: ImageIndex,
+    num_gpus: int,
+    num_threads: int,
+    num_nodes: int,
+    on_progress: Progress,
+) -> None:
+    """Makes again the rows of a cache that its whole files do not hold. The caller holds its lock.
+
+    The manifest is written last: until then it names the damaged files, and an interrupted repair begins anew.
+    """
+    cache = open_cache(request.folder)
+    assert cache is not None
+    folder, files = local_path(cache.rows), dict(cache.files or {})
+    for name in damaged_files(cache):
+        del files[name]
+    remove_others(folder, files)
+    known = [read_row_ids(path) for path in sorted(fetch_files(folder, files))]
+    bad_rows = [row for row in cache.bad_rows if not row.is_unread]
+    cache = replace(cache, num_rows=cache.num_rows + len(cache.bad_rows) - len(bad_rows), bad_rows=tuple(bad_rows))
+    row_ids = index.table["row_id"].to_numpy()
+    is_missing = ~np.isin(row_ids, np.concatenate([*known, [row.row_id for row in cache.bad_rows]]))
+    missing = replace(index, table=index.table.filter(pa.array(is_missing)))
+    num_missing = len(missing.table)
+    if num_missing:
+        dataset = _dataset([request], folder.name, missing, num_gpus, num_threads, num_nodes)
+        num_done = len(row_ids) - num_missing
+        tally = _run_pass(dataset, 1, num_missing, lambda done, _total: on_progress(num_done + done, len(row_ids)))
+        new_bad_rows = _bad_rows(missing, tally)
+        cache = replace(
+            cache,
+            num_rows=cache.num_rows - len(new_bad_rows),
+            bad_rows=tuple(sorted((*bad_rows, *new_bad_rows), key=lambda row: row.row_id)),
+            peak_memory_bytes=max(cache.peak_memory_bytes, tally.memory),
+            peak_gpu_memory_bytes=max(cache.peak_gpu_memory_bytes, tally.gpu_memory),
+        )
+        files |= tally.files[0]
+    write_manifest(request.folder, replace(cache, files=files))
+
+
+def _run_pass(dataset: ray.data.Dataset, num_caches: int, num_rows: int, on_progress: Progress) -> Tally:
+    """Runs a pass to its end, and returns what its tasks reported.
+
+    Raises:
+        DataError: the pass did not see every image.
+        ResourceError: a disk is full, or a process was ended too often.
+    """
+    tally = Tally(num_caches)
+    with raising_own_errors():
         for reports in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             tally.add(reports)
             on_progress(tally.num_rows, num_rows)
     if tally.num_rows != num_rows:
-        folders = ", ".join(str(request.folder) for request in requests)
-        raise DataError(f"{folders}: the pass saw {tally.num_rows} of {num_rows} images; start the sweep again")
-    _finish_caches(requests, key, index, tally, time.perf_counter() - started)
+        raise DataError(f"the pass saw {tally.num_rows} of {num_rows} images; run the same command again")
+    return tally
+
+
+def _bad_rows(index: ImageIndex, tally: Tally) -> tuple[BadRow, ...]:
+    paths = dict(zip(index.table["row_id"].to_pylist(), index.table["path"].to_pylist(), strict=True))
+    return tuple(BadRow(row_id, paths[row_id], error) for row_id, error in sorted(tally.errors.items()))
 
 
 def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tally: Tally, wall_seconds: float) -> None:
     """Writes the manifests of a pass that has ended."""
-    paths = dict(zip(index.table["row_id"].to_pylist(), index.table["path"].to_pylist(), strict=True))
-    bad_rows = tuple(BadRow(row_id, paths[row_id], error) for row_id, error in sorted(tally.errors.items()))
-    for request, seconds in zip(requests, tally.shares(wall_seconds), strict=True):
+    bad_rows = _bad_rows(index, tally)
+    for request, seconds, files in zip(requests, tally.shares(wall_seconds), tally.files, strict=True):
         if _exists(request):  # in a bucket, where another head node finished first
             remove(request.folder / key)
             continue
@@ -170,29 +247,10 @@ def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tal
             peak_gpu_memory_bytes=tally.gpu_memory,
             made_now=True,
             streamed=_is_streamed(request),
+            files=files,
         )
         write_manifest(request.folder, cache)
         remove_older_passes(request.folder / key)
-
-
-@contextmanager
-def _raising_own_errors() -> Iterator[None]:
-    """Raises a RaysweepError of a task as it was raised there.
-
-    Ray wraps it in its own error, and adds the tracebacks of all processes in between to the message.
-    """
-    import ray
-
-    try:
-        yield
-    except ray.exceptions.RayTaskError as error:
-        cause: BaseException = error
-        # The class of such an error is derived from both RayTaskError and the class of its cause.
-        while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, RaysweepError):
-            raise type(cause)(str(cause).partition(RAY_DATA_SUFFIX)[0]) from None
-        raise
 
 
 def _dataset(
@@ -206,13 +264,13 @@ def _dataset(
     block_size = _block_size(num_rows)
     blocks, num_blocks = dataset_of_blocks(num_rows, block_size), math.ceil(num_rows / block_size)
     if not any(isinstance(request, FeatureRequest) for request in requests):
-        return blocks.map_batches(partial(decode_block, job=job), **WHOLE_BLOCKS)
+        return map_blocks(blocks, partial(decode_block, job=job))
     if not num_gpus and not num_nodes:
         # A task, not an actor: Ray starts a new process for each actor, but keeps idle processes for tasks. Each task
         # asks for one CPU only, because it might never start beside training runs otherwise. One process works on all
         # blocks, and ends after the last one, which frees the memory of the encoders.
         one_process: dict[str, Any] = {"compute": TaskPoolStrategy(size=1), "max_calls": num_blocks}
-        return blocks.map_batches(partial(decode_and_encode_block, job=job), **one_process, **WHOLE_BLOCKS)
+        return map_blocks(blocks, partial(decode_and_encode_block, job=job), **one_process)
     size = {"size": num_gpus}
     if num_nodes:  # nodes that join a cluster during the pass get actors too
         size = {"min_size": num_gpus or num_nodes, "max_size": max(num_gpus, num_blocks)}
@@ -220,15 +278,16 @@ def _dataset(
         # One actor on each node, with its next block already waiting. If these were tasks, Ray would notice a tenth of
         # a second late, after every block, that another node is free.
         one_per_node: dict[str, Any] = {"compute": ActorPoolStrategy(**size), "num_cpus": num_threads}
-        return blocks.map_batches(DecoderEncoderActor, fn_constructor_args=(job,), **one_per_node, **WHOLE_BLOCKS)
-    return blocks.map_batches(partial(decode_block, job=job), **WHOLE_BLOCKS).map_batches(
+        return map_blocks(blocks, DecoderEncoderActor, fn_constructor_args=(job,), **one_per_node)
+    return map_blocks(
+        map_blocks(blocks, partial(decode_block, job=job)),
         EncoderActor,
         fn_constructor_args=(job,),
         # Two calls run at once: one copies pixels or writes its file while the GPU works for the other.
         compute=ActorPoolStrategy(**size, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
         num_cpus=0,  # all CPUs are left for decoding, also on a machine with only one
         num_gpus=1,
-        **(WHOLE_BLOCKS | {"batch_size": GPU_BLOCK}),
+        batch_size=GPU_BLOCK,
     )
 
 

@@ -15,11 +15,18 @@ import torch
 
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
-from raysweep.images.cache import file_of_rows, missing_rows, reading_file
-from raysweep.images.decode import decode_images
+from raysweep.images.cache_files import (
+    Checksums,
+    check_types,
+    file_of_rows,
+    list_files,
+    missing_rows,
+    reading_file,
+    write_file,
+)
+from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, decode_images
 from raysweep.images.disk_rows import read_into, runs
-from raysweep.images.index import ImageIndex, read_image_bytes
-from raysweep.storage.copies import publish, replacing
+from raysweep.images.index import UNREAD, ImageIndex, content_hash, read_image_bytes
 from raysweep.storage.paths import signature
 
 PIXEL_FORMAT = "arrow"  # format of the files; a new value makes every existing pixel cache invalid
@@ -73,21 +80,28 @@ class Geometry:
 
 
 def decode_rows(
-    rows: pa.Table, image_column: str | None, geometries: Sequence[Geometry], num_threads: int
+    rows: pa.Table,
+    image_column: str | None,
+    geometries: Sequence[Geometry],
+    num_threads: int,
+    options: DecodeOptions = DEFAULT_OPTIONS,
 ) -> tuple[list[str | None], dict[Geometry, np.ndarray]]:
     """Reads and decodes rows of an `ImageIndex`. Each image is decoded once for each size that draft mode gives.
 
     Args:
-        rows: A table with the columns `path`, `position` and `image`.
+        rows: A table with the columns `path`, `position`, `image` and `content_hash`.
         image_column: `ImageIndex.image_column`.
         geometries: The geometries that every image is prepared for.
         num_threads: Threads that read and decode. Pillow releases Python's global interpreter lock.
+        options: `ImageIndex.decode_options`.
 
     Returns:
-        For every row None, or the reason why it is bad. For each geometry uint8 `(len(rows), *shape)`, where bad rows
-        are zero.
+        For every row None, or the reason why it is bad. It begins with `UNREAD` if the image was not read, or has
+        changed: that says nothing about the image that was hashed. For each geometry uint8 `(len(rows), *shape)`,
+        where bad rows are zero.
     """
     paths, positions, inline = (rows[name].to_pylist() for name in ("path", "position", "image"))
+    hashes = rows["content_hash"].to_pylist()
     in_tables = any(position >= 0 for position in positions)
     contents = read_image_bytes(paths, positions, inline, image_column) if in_tables else []
     pixels = {geometry: np.zeros((len(rows), *geometry.shape), np.uint8) for geometry in geometries}
@@ -98,8 +112,10 @@ def decode_rows(
             # The threads read files too: reading a file over a network takes as long as decoding it.
             content = contents[row] if in_tables else read_image_bytes([paths[row]], [-1], [inline[row]], None)[0]
             if isinstance(content, DataError):
-                raise content
-            images = decode_images(content, min_sides)
+                return f"{UNREAD}: {content}"
+            if inline[row] is None and content_hash(content) != hashes[row]:
+                return f"{UNREAD}: the image has changed since this sweep began"
+            images = decode_images(content, min_sides, options)
         except DataError as error:
             return str(error)
         for geometry in geometries:
@@ -124,8 +140,10 @@ def pixel_bytes(index: ImageIndex, preprocessing: Preprocessing) -> int:
     return len(index.table) * math.prod(Geometry.of(preprocessing, for_training=True).shape)
 
 
-def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
-    """Writes one file of a pixel cache, completely or not at all. A retried task replaces its own file.
+def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> Checksums:
+    """Writes one file of a pixel cache; returns its name and checksum, or nothing if there are no rows.
+
+    A retried task replaces its own file.
 
     Args:
         folder: Local folder of the cache's rows.
@@ -133,14 +151,16 @@ def write_pixels(folder: str, row_ids: np.ndarray, pixels: np.ndarray) -> None:
         pixels: uint8 `(n, height, width, 3)`.
     """
     if not len(row_ids):
-        return
+        return {}
     kind, flat = pa.binary(pixels[0].nbytes), pa.py_buffer(np.ascontiguousarray(pixels))
     values = pa.FixedSizeBinaryArray.from_buffers(kind, len(row_ids), [None, flat])
     rows = pa.record_batch({"row_id": row_ids, "pixels": values})
-    path = file_of_rows(folder, int(row_ids[0]), "arrow")
-    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), rows.schema) as writer:
-        writer.write_batch(rows)
-    publish(path)
+
+    def write(path: Path) -> None:
+        with pa.ipc.new_file(str(path), rows.schema) as writer:
+            writer.write_batch(rows)
+
+    return write_file(file_of_rows(folder, int(row_ids[0]), "arrow"), write)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -202,7 +222,7 @@ def open_pixels(folder: str, row_ids: np.ndarray, shape: tuple[int, int, int]) -
     Raises:
         DataError: a wanted row is not in the cache, or a file is damaged or has pixels of another shape.
     """
-    paths = tuple(sorted(Path(folder).glob("rows-*.arrow")))
+    paths = tuple(path for path, _ in list_files(folder))
     layouts = [_layout(path, math.prod(shape)) for path in paths]
     lengths = np.array([len(ids) for ids, _ in layouts], np.int64)
     ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in layouts)])
@@ -221,6 +241,7 @@ def _layout(path: Path, row_bytes: int) -> tuple[np.ndarray, int]:
     with reading_file(path):
         whole = pa.memory_map(str(path)).read_buffer()
         rows = pa.ipc.open_file(whole).get_batch(0)
+        check_types(rows.schema)
         if rows["pixels"].type != pa.binary(row_bytes):
             raise pa.ArrowInvalid(f"{rows['pixels'].type} where {row_bytes} bytes are expected")
         return rows["row_id"].to_numpy().copy(), rows["pixels"].buffers()[1].address - whole.address

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from raysweep.errors import DataError
-from raysweep.images.blocks import WHOLE_BLOCKS, dataset_of_blocks, rows_of, tensor_column, tensors
+from raysweep.images.blocks import dataset_of_blocks, map_blocks, rows_of, tensor_column, tensors
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.pixels import Geometry, decode_rows
 
@@ -75,7 +75,7 @@ class StreamedPixels:
         size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // math.prod(self.geometry.shape)))
         # A task returns only one block. If it returned two, it would keep its CPU until the second was taken, and
         # another worker of the same training step may need that CPU.
-        dataset = dataset_of_blocks(len(order), size).map_batches(partial(_decode_block, job=job), **WHOLE_BLOCKS)
+        dataset = map_blocks(dataset_of_blocks(len(order), size), partial(_decode_block, job=job))
         dataset.context.enable_progress_bars = False
         dataset.context.execution_options.preserve_order = True
         dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=READ_AHEAD_BYTES)
@@ -97,7 +97,8 @@ def _decode_block(block: pa.Table, job: StreamJob) -> pa.Table:
     table, row_ids = ray.get(job.index.rows), ray.get(job.row_ids)[rows_of(block)]
     # Row ids ascend, because they are positions in the listing of the source.
     rows = table.take(np.searchsorted(table["row_id"].to_numpy(), row_ids))
-    errors, pixels = decode_rows(rows, job.index.image_column, [job.geometry], num_threads=1)
+    index = job.index
+    errors, pixels = decode_rows(rows, index.image_column, [job.geometry], 1, index.decode_options)
     messages = [error and f"{path}: {error}" for error, path in zip(errors, rows["path"].to_pylist(), strict=True)]
     return pa.table({"error": pa.array(messages, pa.string()), "pixels": tensor_column(pixels[job.geometry])})
 

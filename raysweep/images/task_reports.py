@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +12,16 @@ import pyarrow.compute as pc
 from raysweep.images.blocks import tensor_column, tensors
 from raysweep.images.memory import peak_memory_bytes
 
+FILES = pa.list_(pa.struct({"cache": pa.int32(), "name": pa.string(), "checksum": pa.int64()}))
+
 
 def build_reports(
-    row_ids: np.ndarray, errors: pa.Array, seconds: np.ndarray, memory: int = 0, gpu_memory: int = 0
+    row_ids: np.ndarray,
+    errors: pa.Array,
+    seconds: np.ndarray,
+    memory: int = 0,
+    gpu_memory: int = 0,
+    files: Sequence[Mapping[str, int]] = (),
 ) -> pa.Table:
     """Returns the reports of the rows of one block.
 
@@ -24,8 +32,14 @@ def build_reports(
             an equal part.
         memory: Largest resident set size of the processes that worked on the block before this one, in bytes.
         gpu_memory: Most GPU memory that this process had allocated, in bytes.
+        files: For each cache, the names and checksums of the files that were written. The first row carries them all.
     """
     num_rows = len(row_ids)
+    written = [
+        {"cache": number, "name": name, "checksum": checksum}
+        for number, checksums in enumerate(files)
+        for name, checksum in checksums.items()
+    ]
     return pa.table(
         {
             "row_id": row_ids,
@@ -33,6 +47,7 @@ def build_reports(
             "seconds": tensor_column(np.tile(seconds / num_rows, (num_rows, 1))),
             "memory": np.full(num_rows, max(memory, peak_memory_bytes())),
             "gpu_memory": np.full(num_rows, gpu_memory),
+            "files": pa.array([written, *[None] * (num_rows - 1)], FILES),
         }
     )
 
@@ -41,6 +56,15 @@ def seconds_of(reports: pa.Table) -> np.ndarray:
     """Returns the sum of the seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache."""
     total: np.ndarray = tensors(reports, "seconds").sum(axis=0)
     return total
+
+
+def files_of(reports: pa.Table, num_caches: int) -> list[dict[str, int]]:
+    """Returns for each cache the names and checksums of the files that were written."""
+    files: list[dict[str, int]] = [{} for _ in range(num_caches)]
+    for written in reports["files"].drop_null().to_pylist():
+        for file in written:
+            files[file["cache"]][file["name"]] = file["checksum"]
+    return files
 
 
 @dataclass
@@ -54,6 +78,7 @@ class Tally:
         gpu_memory: Most GPU memory that any process had allocated, in bytes.
         errors: The reason for each bad row, by row id.
         seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache.
+        files: For each cache, the names and checksums of its files.
     """
 
     num_caches: int
@@ -62,9 +87,11 @@ class Tally:
     gpu_memory: int = 0
     errors: dict[int, str] = field(default_factory=dict)
     seconds: np.ndarray = field(init=False)
+    files: list[dict[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.seconds = np.zeros(1 + self.num_caches)
+        self.files = [{} for _ in range(self.num_caches)]
 
     def add(self, reports: pa.Table) -> None:
         """Adds the reports of one block."""
@@ -72,6 +99,8 @@ class Tally:
         self.memory = max(self.memory, pc.max(reports["memory"]).as_py())
         self.gpu_memory = max(self.gpu_memory, pc.max(reports["gpu_memory"]).as_py())
         self.seconds += seconds_of(reports)
+        for number, written in enumerate(files_of(reports, self.num_caches)):
+            self.files[number] |= written
         bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
-from raysweep.cluster.session import joins_cluster
+from raysweep.cluster.address import joins_cluster
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.experiment.studies import RowConfig, StudyConfig
-from raysweep.images.cache import Cache, has_cache, num_leftover_bytes, open_cache
+from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, num_leftover_bytes, open_cache
+from raysweep.images.cache_files import add_checksums, damaged_files
 from raysweep.images.features import FeatureRequest, feature_signature
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.streaming import DECODING_CPUS
+from raysweep.storage.copies import fetch, remove
 from raysweep.sweep.encoder_card import LazyEncoder
 from raysweep.sweep.state import SweepState
 
@@ -27,15 +29,20 @@ TIMED_IMAGES = 2  # per forward pass, when precisions are compared on a CPU
 def find_or_make_caches(state: SweepState, configs: Sequence[StudyConfig]) -> dict[str, Cache]:
     """Returns the cache of each study, by study name. Makes missing caches in one pass.
 
+    Caches that exist are compared with their checksums. What is damaged is made again, with a word.
+
     Raises:
-        ResourceError: the pixels do not fit on the disk, and no CPU is left to decode them in every epoch.
+        ResourceError: the pixels do not fit on the disk, and no CPU is left to decode them in every epoch; or the
+            features do not fit on the disk.
     """
     folders = {config.name: _cache_folder(state, config) for config in configs}
     wanted: dict[Path, StudyConfig] = {}
     for config in configs:
         wanted.setdefault(folders[config.name], config)
+    for folder, config in wanted.items():
+        _check_manifest(state, folder, config)
     streamed = _streamed(state, wanted)
-    missing = {f: config for f, config in wanted.items() if not has_cache(f, streamed=f in streamed)}
+    missing = {f: config for f, config in wanted.items() if not _is_whole(state, f, config, f in streamed)}
     if streamed:
         check_resources(state.experiment.resources, state.present, DECODING_CPUS)
     made = _make_caches(state, missing, streamed) if missing else {}
@@ -46,6 +53,30 @@ def find_or_make_caches(state: SweepState, configs: Sequence[StudyConfig]) -> di
     caches = {name: cache for name, cache in found.items() if cache is not None}
     state.set_aside([row for cache in caches.values() for row in cache.bad_rows])
     return caches
+
+
+def _check_manifest(state: SweepState, folder: Path, config: StudyConfig) -> None:
+    """Has a cache made again whose manifest is damaged, or that an earlier version made and that is damaged."""
+    damage = damage_of_manifest(fetch(folder / MANIFEST).parent) or add_checksums(folder)
+    if damage:
+        state.progress.say(f"{config.encoder_name}: {damage}; this cache is made again")
+        remove(folder / MANIFEST)
+
+
+def _is_whole(state: SweepState, folder: Path, config: StudyConfig, streamed: bool) -> bool:
+    """Whether a cache exists and is as it was written; says so if it exists and is not."""
+    if not has_cache(folder, streamed=streamed):
+        return False
+    cache = open_cache(folder)
+    damaged = damaged_files(cache) if cache else []
+    if cache and damaged:
+        files = f"{len(damaged)} of {len(cache.files or ())} files are damaged or missing (first: {damaged[0]})"
+        state.progress.say(f"{config.encoder_name}: {cache.rows}: {files}; only these are made again")
+    num_unread = sum(row.is_unread for row in cache.bad_rows) if cache else 0
+    if num_unread:
+        say = state.progress.say
+        say(f"{config.encoder_name}: {num_unread} images that an earlier pass did not get are read again")
+    return not damaged and not num_unread
 
 
 def _cache_folder(state: SweepState, config: RowConfig) -> Path:

@@ -14,7 +14,7 @@ import torch
 from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
-from raysweep.images.cache import fetched
+from raysweep.images.cache_files import fetched
 from raysweep.images.disk_rows import DiskRows
 from raysweep.images.features import load_arrays, load_features
 from raysweep.images.memory import forget_peak_memory

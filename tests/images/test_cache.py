@@ -79,6 +79,7 @@ def test_a_manifest_has_these_keys_and_gives_the_cache_back(tmp_path):
         peak_gpu_memory_bytes=0,
         made_now=False,
         streamed=True,
+        files={"rows-1.arrow": 17},
     )
     write_manifest(folder, cache)
     expected = {
@@ -88,7 +89,9 @@ def test_a_manifest_has_these_keys_and_gives_the_cache_back(tmp_path):
         "peak_memory_bytes": 2,
         "peak_gpu_memory_bytes": 0,
         "streamed": True,
+        "files": {"rows-1.arrow": 17},
         "rows": "a-pass",
+        "checksum": 424646417,
     }
     assert (folder / "manifest.json").read_text() == json.dumps(expected, indent=2) + "\n"
     assert open_cache(folder) == cache

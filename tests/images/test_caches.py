@@ -23,10 +23,12 @@ from raysweep.images import decode, passes
 from raysweep.images import features as features_module
 from raysweep.images import pixels as pixels_module
 from raysweep.images.blocks import list_blocks
-from raysweep.images.cache import only_writer, open_cache, write_rows
+from raysweep.images.cache import only_writer, open_cache
+from raysweep.images.cache_files import write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
-from raysweep.images.index import ImageIndex
+from raysweep.images.index import ImageIndex, content_hash
+from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import (
     Geometry,
@@ -301,7 +303,9 @@ def test_a_file_that_shrinks_or_goes_after_it_was_opened_is_named(pixel_files):
     files, _ = pixel_files
     middle = files.paths[1]
     os.truncate(middle, middle.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(it has become shorter\); delete "):
+    with pytest.raises(
+        DataError, match=r"rows-0+114\.arrow: damaged \(it has become shorter\); run the same command again"
+    ):
         list(files.read([torch.arange(15)]))
     middle.unlink()
     with pytest.raises(DataError, match=r"rows-0+114\.arrow: damaged \(.*No such file"):
@@ -449,10 +453,13 @@ def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, 
     (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, num_threads=2)
     ids, file = index.table["row_id"].to_numpy(), min(Path(cache.rows).glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*delete "):
+    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*; run the same command again"):
         load_pixels(cache.rows, ids, encoder.preprocessing.training_size)
     file.unlink()
-    with pytest.raises(DataError, match=f"1 rows are missing; delete {tmp_path} to have the cache made again"):
+    with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*; run the same command again"):
+        load_pixels(cache.rows, ids, encoder.preprocessing.training_size)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match=f"1 rows are missing; delete {tmp_path} to have it made again"):
         load_pixels(cache.rows, ids, encoder.preprocessing.training_size)
 
 
@@ -462,7 +469,7 @@ def test_a_missing_and_a_damaged_file_of_features_are_named(tmp_path):
     write_rows(str(tmp_path), feature_table(np.array([1]), {"cls": np.ones((1, 4), np.float32)}))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"rows-0+1\.parquet: damaged .*delete "):
+    with pytest.raises(DataError, match=r"rows-0+1\.parquet: damaged .*; run the same command again"):
         load_features(str(tmp_path), np.array([1]), ["cls"])
 
 
@@ -550,7 +557,7 @@ def test_a_block_is_decoded_row_by_row(encoder):
 
 def test_rows_are_read_from_files(tmp_path, encoder):
     (tmp_path / "0.png").write_bytes(image_bytes(0))
-    table = make_index([None, None]).table
+    table = make_index([None, None], hashes=[content_hash(image_bytes(0)), "gone"]).table
     paths = pa.array([str(tmp_path / "0.png"), str(tmp_path / "missing.png")])
     errors, pixels = decode_rows(table.set_column(1, "path", paths), None, [eval_geometry(encoder)], 2)
     assert errors[0] is None
@@ -568,7 +575,7 @@ def jpeg(width, height):
 def test_an_image_is_decoded_once_for_all_geometries_of_one_draft_size(monkeypatch, encoder, other_encoder):
     decoded = []
     original = decode._decode
-    monkeypatch.setattr(decode, "_decode", lambda image: decoded.append(image.size) or original(image))
+    monkeypatch.setattr(decode, "_decode", lambda image, *rest: decoded.append(image.size) or original(image, *rest))
     geometries = [eval_geometry(encoder), eval_geometry(other_encoder)]
     geometries.append(Geometry.of(encoder.preprocessing, for_training=True))
     # Shorter sides of 74 and 54 must be kept: 300 allows a quarter for both, 240 a half for the one.
@@ -655,11 +662,11 @@ def test_what_a_task_of_a_pass_raises_is_told_in_its_own_words(ray_cluster):
 
     for function, compute in ((fail, None), (Fails, ray.data.ActorPoolStrategy(size=1))):
         dataset = ray.data.from_items([{"start": 0}]).map_batches(function, compute=compute)
-        with pytest.raises(RaysweepError) as error, passes._raising_own_errors():
+        with pytest.raises(RaysweepError) as error, raising_own_errors():
             dataset.materialize()
         assert str(error.value) == "s3://bucket/x: the storage cannot be used"
         assert type(error.value) is RaysweepError
-    with pytest.raises(ray.exceptions.RayTaskError), passes._raising_own_errors():
+    with pytest.raises(ray.exceptions.RayTaskError), raising_own_errors():
         ray.data.from_items([{"start": 0}]).map_batches(lambda batch: 1 / 0).materialize()
 
 

@@ -16,7 +16,8 @@ from pyarrow import fs
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images import passes
-from raysweep.images.cache import fetched, has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
+from raysweep.images.cache import has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
+from raysweep.images.cache_files import fetched
 from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
 from raysweep.images.task_reports import build_reports
 from raysweep.storage import copies as storage
@@ -281,8 +282,8 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
                 on_node(number)
                 for start in range(0, num_rows, rows_per_block):
                     block = np.arange(start, min(num_rows, start + rows_per_block))
-                    write_pixels(str(local_path(uri) / key), block, pixels[block])
-                    yield build_reports(block, pa.nulls(len(block), pa.string()), np.ones(2))
+                    files = [write_pixels(str(local_path(uri) / key), block, pixels[block])]
+                    yield build_reports(block, pa.nulls(len(block), pa.string()), np.ones(2), files=files)
 
             return SimpleNamespace(iter_batches=iter_batches)
 

@@ -8,7 +8,7 @@ from jobs import SMALL_CNN, make_job, test_work
 
 from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
-from raysweep.images.cache import write_rows
+from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws

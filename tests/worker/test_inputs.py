@@ -10,7 +10,7 @@ from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Head
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import TrialError
-from raysweep.images.cache import write_rows
+from raysweep.images.cache_files import write_rows
 from raysweep.images.disk_rows import DiskRows
 from raysweep.images.features import feature_table
 from raysweep.images.pass_tasks import IndexReference

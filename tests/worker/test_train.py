@@ -10,7 +10,7 @@ from jobs import SMALL_CNN, make_job, make_trial, train_work
 
 from raysweep.encoders.build import build_encoder
 from raysweep.errors import TrialError
-from raysweep.images.cache import write_rows
+from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
