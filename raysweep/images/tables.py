@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # In order of preference, for tables with several of them: the first contain images, the last often only names.
 # fmt: off
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", "image_file_path", "file_name",
-                 "filename", "file")
+                 "filename", "file", "image_name", "image_id")
 # fmt: on
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
