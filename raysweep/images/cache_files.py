@@ -206,6 +206,7 @@ def list_sizes(folder: str, columns: Sequence[str]) -> dict[str, int]:
     for path, _ in list_files(folder):
         with reading_file(path):
             schema = pq.read_schema(path)
+            check_types(schema)
             return {column: schema.field(column).type.list_size for column in columns}
     raise DataError(f"{folder}: no rows; delete {location(Path(folder).parent)} {MADE_AGAIN}")
 

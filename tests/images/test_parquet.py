@@ -14,7 +14,7 @@ from PIL import Image
 from raysweep.errors import DataError
 from raysweep.experiment.sections import DataConfig
 from raysweep.images.cache import Cache, write_manifest
-from raysweep.images.cache_files import read_blocks, read_row_ids
+from raysweep.images.cache_files import list_sizes, read_blocks, read_row_ids
 from raysweep.images.decode import open_image
 from raysweep.images.index import load_index, read_image_bytes
 from raysweep.images.listing import list_source
@@ -229,6 +229,8 @@ def test_a_cache_of_features_runs_nothing(tmp_path, payload, place):
     path = write_features(tmp_path / "cache", columns)
     with pytest.raises(DataError, match=r"damaged \(column '\w+' is .*, which no cache has\)"):
         list(read_blocks(str(path.parent), np.array([0, 1]), ["cls"]))
+    with pytest.raises(DataError, match="which no cache has"):
+        list_sizes(str(path.parent), ["cls"])
     if place == "row_id":
         with pytest.raises(DataError, match="which no cache has"):
             read_row_ids(path)
