@@ -117,7 +117,8 @@ def _find_layout(images: Iterable[str]) -> _Layout:
     # Only names of letters are splits here. Folders 0, 1, 2 are classes, although a split column may use numbers.
     splits = {name for name in top if split_of_folder(name)}
     is_nested = any(len(folder) > 1 and folder[0] in splits for folder in below)
-    if not is_nested and not all(name.lower() in SPLIT_NAMES for name in top):
+    is_exact = all(name.lower() in SPLIT_NAMES for name in top)
+    if not is_nested and (splits != top or not (is_exact or len(set(map(split_of_folder, top))) > 1)):
         splits = set()  # classes may be called train and bus, or test 1 and test 2
     return _Layout(above, int(bool(splits)), frozenset(splits), frozenset(top - splits))
 

@@ -45,6 +45,16 @@ def sort_classes(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def spelling_key(name: str) -> str:
+    """Returns what look-alike names share: `1` for `01` and `1.0`, `hot dog` for `Hot_Dog` and `hot-dog`."""
+    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).strip()
+    if number := re.fullmatch(r"(-?)\+?0*(\d+?)(\.0*)?", folded):
+        return "".join(number.group(1, 2))
+    words = " ".join(re.split(r"[\s_\u2010-\u2015\u2212-]+", folded)).strip()
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", words)
+
+
 def _is_class(label: Any) -> bool:
     return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
 
@@ -84,7 +94,7 @@ def _describe_look_alikes(counts: Mapping[str, int]) -> list[str]:
     """Returns one warning about classes that may be one class under several spellings, with their numbers of images."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in sorted(counts):
-        alike[_spelling_key(name)].append(name)
+        alike[spelling_key(name)].append(name)
     groups = [names for names in alike.values() if len(names) > 1]
     if not groups:
         return []
@@ -99,13 +109,3 @@ def _shown(label: str) -> str:
 
 def _rest(number: int) -> str:
     return f"; and {number - PAIRS_SHOWN} more" if number > PAIRS_SHOWN else ""
-
-
-def _spelling_key(name: str) -> str:
-    """Returns what look-alike names share: `1` for `01` and `1.0`, `hot dog` for `Hot_Dog` and `hot-dog`."""
-    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).strip()
-    if number := re.fullmatch(r"(-?)\+?0*(\d+?)(\.0*)?", folded):
-        return "".join(number.group(1, 2))
-    words = " ".join(re.split(r"[\s_\u2010-\u2015\u2212-]+", folded)).strip()
-    return re.sub(r"(?<![\d.])0+(?=\d)", "", words)

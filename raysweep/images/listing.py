@@ -13,6 +13,7 @@ from raysweep.errors import DataError, did_you_mean
 from raysweep.images.class_folders import compare_labels, list_class_folders
 from raysweep.images.folder_files import FolderFiles, kinds_of, list_folder
 from raysweep.images.formats import IMAGE_SUFFIXES
+from raysweep.images.labels import spelling_key
 from raysweep.images.parquet import read_parquet_files
 from raysweep.images.row_splits import known_split, split_of_path, take_splits_from_paths
 from raysweep.images.splits import SPLIT_NAMES, count_of
@@ -57,7 +58,7 @@ def list_source(data: "DataConfig") -> Listing:
     if left_out:
         listing.warnings.append(f"{count_of(left_out, 'file')} left out: {kinds_of(left_out)}")
     listing.warnings += found.describe_ignored()
-    return listing
+    return _warn_of_one_split(listing, SPLIT_NAMES.get(source.rpartition("/")[2].lower()), "folder")
 
 
 def _list_table(source: str, data: "DataConfig") -> Listing:
@@ -65,10 +66,14 @@ def _list_table(source: str, data: "DataConfig") -> Listing:
     listing = read_parquet_files([(source, None)], data) if is_parquet else read_table(source, data)
     listing.warnings += take_splits_from_paths(listing, data)
     split, _ = split_of_table("/".join(source.partition("?")[0].split("/")[-2:]))
-    if split not in (None, "train") and all(row.split is None for row in listing.rows):
+    return _warn_of_one_split(listing, split, "table")
+
+
+def _warn_of_one_split(listing: Listing, split: str | None, place: str) -> Listing:
+    if split not in (None, "train") and not any(row.split for row in listing.rows):
         listing.warnings.append(
-            f"data.source names the table of the {split} split alone, whose rows are split anew; to use every split as "
-            "published, name the folder that contains the tables of all splits"
+            f"data.source names the {place} of the {split} split alone, whose images are split anew; to use every "
+            "split as published, name the folder that contains all of them"
         )
     return listing
 
@@ -123,17 +128,29 @@ def _add_class_folders(
     named = {row.path for row in tables.rows}
     rest = [image for image in images if split_of_path(image) not in (*covered, None)]
     rest = [image for image in rest if join_source(source, image) not in named]
-    folders = Listing([])
-    if rest:
-        try:
-            folders = list_class_folders(source, rest, replace(found, folders=[]))
-        except DataError as error:
-            problems.append(error)
+    folders = _class_folders_like(source, tables, rest, found)
     if problems and not any(known_split(row.split) == "train" for row in [*tables.rows, *folders.rows]):
         raise problems[0]
     tables.rows += folders.rows
     tables.warnings += folders.warnings
+    if len(folders.rows) < len(rest):
+        splits = ", ".join(sorted({str(split_of_path(image)) for image in rest}))
+        number = len(rest) - len(folders.rows)
+        tables.warnings.append(
+            f"{number} images of {splits} are in no table and in no folder of a class that a table has"
+        )
     return tables
+
+
+def _class_folders_like(source: str, tables: Listing, images: list[str], found: FolderFiles) -> Listing:
+    """Lists images of split folders by their class folders, if there are such and a table has some of their classes."""
+    images = [image for image in images if split_of_path(image.rpartition("/")[0])]
+    try:
+        listing = list_class_folders(source, images, replace(found, folders=[]))
+    except DataError:
+        return Listing([])
+    classes = {spelling_key(str(row.label)) for row in tables.rows}
+    return listing if any(spelling_key(str(row.label)) in classes for row in listing.rows) else Listing([])
 
 
 def _list_sklearn(source: str) -> Listing:

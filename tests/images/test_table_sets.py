@@ -145,6 +145,19 @@ def test_a_table_goes_before_class_folders_and_says_where_they_differ(tmp_path):
     assert any("2 images in the folder of another class than their table says" in text for text in index.warnings)
 
 
+def test_tables_beside_split_folders_as_the_traffic_signs_have_them(tmp_path):
+    write_images(tmp_path, [f"Train/{c}/{n}.png" for c in (0, 1) for n in range(6)])
+    write_images(tmp_path, [*(f"Test/{n}.png" for n in range(6)), *(f"Meta/{n}.png" for n in range(2))], 100)
+    for split, images in (("Train", [f"{c}/{n}" for c in (0, 1) for n in range(6)]), ("Test", range(6))):
+        rows = [f"9,{str(image)[0] if split == 'Train' else image % 2},{split}/{image}.png" for image in images]
+        write_text(tmp_path / f"{split}.csv", ["Width,ClassId,Path", *rows])
+    write_text(tmp_path / "Meta.csv", ["Path,ClassId", "Meta/0.png,0"])
+    index = indexed(tmp_path)
+    assert labels_by_split(index)["test"] == {"0": 3, "1": 3}
+    assert index.num_rows_found == 18
+    assert "3 files left out: 2 .png, 1 .csv" in index.warnings
+
+
 def test_class_folders_of_a_split_join_the_table_of_another(tmp_path):
     write_images(tmp_path, [f"Train/{c}/{n}.png" for c in "01" for n in range(6)])
     write_images(tmp_path, [f"Test/{n}.png" for n in range(6)], 100)
@@ -228,6 +241,16 @@ def test_one_column_a_class_with_numbers_for_ids_as_the_isic_archive_writes_it(t
     assert index.derived_splits == ()
 
 
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_one_column_a_class_in_parquet(tmp_path, kind):
+    write_images(tmp_path, [f"train/{number}.png" for number in range(12)])
+    columns = {name: [kind(number % 2 == place) for number in range(12)] for place, name in enumerate(("cat", "dog"))}
+    table = pa.table({"file_name": [f"{number}.png" for number in range(12)], **columns})
+    pq.write_table(table, tmp_path / "train" / "metadata.parquet")
+    rows = rows_of(listed(tmp_path), tmp_path)
+    assert (rows["train/0.png"], rows["train/1.png"]) == (("cat", "train"), ("dog", "train"))
+
+
 def test_a_row_without_any_one_has_no_label(tmp_path):
     index = indexed(one_hot(tmp_path, ["1, 0", "0, 1", "0, 1", "1, 0", "0, 0"]), max_bad_fraction=0.2)
     assert [bad.reason for bad in index.bad_rows] == ["no label"] * 3
@@ -274,6 +297,41 @@ def test_the_table_of_one_split_alone_is_warned_about(tmp_path):
     warnings = listed(tmp_path / "test" / "metadata.csv").warnings
     assert any("names the table of the test split alone" in warning for warning in warnings)
     assert listed(tmp_path / "train" / "metadata.csv").warnings == []
+
+
+def test_the_folder_of_one_split_alone_is_warned_about(tmp_path):
+    image_folder(tmp_path)
+    write_images(tmp_path / "classes" / "test", [f"{name}/{number}.png" for name in "ab" for number in range(4)])
+    for folder in (tmp_path / "test", tmp_path / "classes" / "test"):
+        assert any("names the folder of the test split alone" in warning for warning in listed(folder).warnings)
+    assert listed(tmp_path / "train").warnings == []
+
+
+def kaggle_folder(folder, header="image,label"):
+    write_images(folder, [f"train_images/{number}.png" for number in range(12)])
+    write_images(folder, [f"test_images/{number}.png" for number in range(5)], 100)
+    write_text(folder / "train.csv", [header, *(f"{number}.png,{'ab'[number % 2]}" for number in range(12))])
+    write_text(folder / "test.csv", ["image", *(f"{number}.png" for number in range(5))])
+    return folder
+
+
+def test_images_of_a_test_split_without_labels_are_left_out_with_a_word(tmp_path):
+    index = indexed(kaggle_folder(tmp_path))
+    assert index.classes == ("a", "b")
+    assert index.num_rows_found == 12
+    words = "5 images of test are in no table and in no folder of a class that a table has"
+    assert {words, "6 files left out: 5 .png, 1 .csv"} <= set(index.warnings)
+
+
+def test_folders_of_splits_are_no_classes_where_their_tables_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"train\.csv: no column for the image"):
+        indexed(kaggle_folder(tmp_path, header="id_code,diagnosis"))
+
+
+def test_folders_within_split_folders_that_are_no_classes_of_a_table(tmp_path):
+    image_folder(tmp_path, names=("train",))
+    write_images(tmp_path, [f"test/images/{number}.png" for number in range(6)], 100)
+    assert indexed(tmp_path).classes == ("a", "b")
 
 
 def test_the_hint_never_names_the_table_of_one_split(tmp_path):
