@@ -1,5 +1,6 @@
 """What all sections of the experiment file share, and the sections about data, training, resources and tracking."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -47,6 +48,26 @@ def without_credentials(value: str | None) -> str | None:
     return value
 
 
+class GroupPattern(Section):
+    """How the paths of images name their groups."""
+
+    pattern: Text = Field(
+        description="Regular expression that is searched in each image's path below the source; its group in brackets, "
+        "or all that it matches, names the group, as in patient_([0-9]+)."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_an_expression(cls, value: str) -> str:
+        try:
+            num_groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}; found {value}") from None
+        if num_groups > 1:
+            raise ValueError(f"one group in brackets or none is accepted, or (?:...); found {num_groups} in {value}")
+        return value
+
+
 class DataConfig(Section):
     """Where the images are, and how they are split."""
 
@@ -78,6 +99,11 @@ class DataConfig(Section):
         (),
         min_length=0,
         description="Tables: other buckets, hub datasets or folders that rows may name, such as s3://bucket.",
+    )
+    group: Text | GroupPattern | None = Field(
+        default=None,
+        description="Images that belong together, such as those of one patient, and stay in one split: column of a "
+        "table, or {pattern: regular expression} for the paths of the images.",
     )
     validation_fraction: Fraction = Field(
         default=0.1, description="Taken from train, stratified, when there is no validation."
@@ -207,6 +233,11 @@ class ResourcesConfig(Section):
     max_concurrent_trials: Count | Literal["auto"] = Field(default="auto", description="auto: as many as fit.")
     max_concurrent_studies: Count | Literal["auto"] = Field(
         default="auto", description="Studies side by side; auto: as many as fit."
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="Times that trials run again, with the same settings, after their process or node was lost.",
     )
     feature_memory_gb: float = Field(
         default=4, gt=0, description="Cached features a worker keeps in memory, in GB; more are read as needed."

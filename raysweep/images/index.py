@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from raysweep.errors import DataError
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
+from raysweep.images.groups import describe_groups, find_groups, join_copies
 from raysweep.images.labels import label_names, sort_classes
 from raysweep.images.listing import list_source
 from raysweep.images.parquet import parquet_images
@@ -117,11 +118,14 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
     labels = np.array([numbers[name] for name in names], np.int32)
     hashes = list(good.values())
     fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
+    groups, group_warnings = find_groups(rows, data)
+    together, is_grouped = join_copies(groups, hashes), data.group is not None
     with reading(data.source):
-        splits, derived = settle_splits([row.split for row in rows], labels, hashes, fractions, seed)
+        splits, derived = settle_splits([row.split for row in rows], labels, together, fractions, seed, is_grouped)
     options, warning = _decode_options(data, listing, {row_id: good[row_id] for row_id in deep if row_id in good})
     shots = max((shots for shots in data.shots if isinstance(shots, int)), default=0)
     warnings = [*listing.warnings, *label_warnings, *warning]
+    warnings += [*group_warnings, *describe_groups(groups, splits)]
     warnings += describe_copies([row.source for row in rows], names, splits, hashes)
     warnings += describe_few_images(labels, splits, classes, shots)
     columns = {

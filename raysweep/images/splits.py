@@ -79,6 +79,43 @@ def stratified_split(
     return mask
 
 
+def grouped_split(
+    labels: npt.NDArray[np.integer], groups: Sequence[str], fraction: float, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Does what `stratified_split` does for groups whose rows may have different labels.
+
+    Groups come in a random order that the seed determines. One is taken, or given back, if the share of each class then
+    comes closer to the wanted share, in the sum of squares over the classes; this repeats until none is.
+
+    Returns:
+        Mask `(rows,)` of the taken rows. At least one group is taken and one is left, if there are two.
+    """
+    assert 0 <= fraction < 1
+    names, members = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+    kinds, classes = np.unique(labels, return_inverse=True)
+    if len(names) < 2 or fraction == 0:
+        return np.zeros(len(labels), dtype=np.bool_)
+    counts = np.zeros((len(names), len(kinds)))
+    np.add.at(counts, (members, classes), 1)
+    shares = counts / counts.sum(axis=0)
+    order = sorted(range(len(names)), key=lambda number: _draw(str(names[number]), seed))
+    taken, missing, has_changed = np.zeros(len(names), dtype=np.bool_), np.full(len(kinds), float(fraction)), True
+    while has_changed:
+        has_changed = False
+        for number in order[:-1]:
+            left = missing + (shares[number] if taken[number] else -shares[number])
+            if (left**2).sum() < (missing**2).sum() - 1e-12:
+                taken[number], missing, has_changed = not taken[number], left, True
+    if not taken.any():
+        taken[counts.sum(axis=1).argmin()] = True
+    return taken[members]
+
+
+def _draw(group: str, seed: int) -> bytes:
+    """Returns a number that looks random, to sort groups by; independent of the order of the rows."""
+    return hashlib.sha256(f"{seed}:{group}".encode()).digest()
+
+
 def _commonest(labels: npt.NDArray[np.integer]) -> int:
     """Returns the label that most rows have, or the smallest such label. It is the class of a whole group."""
     counts = Counter(int(label) for label in labels)
@@ -89,7 +126,7 @@ def _choose(groups: list[str], members: dict[str, list[int]], fraction: float, s
     """Takes groups in a random order that the seed determines, as long as they fit into the wanted share."""
     if len(groups) < 2:
         return []
-    order = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    order = sorted(groups, key=lambda group: _draw(group, seed))
     room = max(1, round(fraction * sum(len(members[group]) for group in groups)))
     chosen: list[str] = []
     for group in order[:-1]:  # the last one is never taken
@@ -120,19 +157,21 @@ def few_shot(labels: npt.NDArray[np.integer], shots: int, seed: int) -> npt.NDAr
 def settle_splits(
     given: Sequence[Any],
     labels: npt.NDArray[np.int32],
-    hashes: Sequence[str],
+    groups: Sequence[str],
     fractions: Mapping[str, float],
     seed: int,
+    is_grouped: bool = False,
 ) -> tuple[list[str], tuple[str, ...]]:
     """Determines the split of each row. Splits of `fractions` that the source does not have are taken from train.
 
     Args:
         given: The value in the source for each row; None counts as train.
         labels: Class index of each row.
-        hashes: Content hash of each row; copies of an image stay in one split.
+        groups: Name of each row's group, such as its content hash; a group stays in one split.
         fractions: For each split that may be missing, its share of the original train rows. Splits are taken in this
             order.
         seed: Determines which rows are taken.
+        is_grouped: Whether a group may have many rows of several classes, and not only copies of one image.
 
     Returns:
         The split of each row, and the names of the splits that were taken from train.
@@ -155,7 +194,8 @@ def settle_splits(
     left = 1.0
     for split in derived:
         train = np.flatnonzero(splits == "train")
-        mask = stratified_split(labels[train], [hashes[row] for row in train.tolist()], fractions[split] / left, seed)
+        take = grouped_split if is_grouped else stratified_split
+        mask = take(labels[train], [groups[row] for row in train.tolist()], fractions[split] / left, seed)
         splits[train[mask]] = split
         left -= fractions[split]
     for split, purpose in (("validation", "to rank trials on"), ("test", "to report on")):

@@ -6,6 +6,7 @@ from raysweep.images.splits import (
     describe_copies,
     describe_few_images,
     few_shot,
+    grouped_split,
     normalize_split,
     settle_splits,
     stratified_split,
@@ -167,3 +168,22 @@ def test_shots_beyond_what_a_class_has_are_pointed_out():
     assert describe_few_images(labels, splits, ["a", "b"], 5) == [
         "data.shots asks for 5 images per class; b has 3 to train on"
     ]
+
+
+def test_groups_of_several_classes_come_as_close_to_each_share_as_they_can():
+    random = np.random.default_rng(0)
+    groups = np.repeat([f"patient {number}" for number in range(60)], random.integers(1, 12, 60))
+    labels = np.where(random.random(len(groups)) < 0.1, 1, 0)  # a rare class in groups of the other
+    mask = grouped_split(labels, groups.tolist(), 0.2, seed=0)
+    for label in (0, 1):
+        assert abs(mask[labels == label].mean() - 0.2) < 0.03
+    assert all(len(set(mask[groups == group])) == 1 for group in groups)
+    order = random.permutation(len(groups))
+    assert np.array_equal(grouped_split(labels[order], groups[order].tolist(), 0.2, seed=0), mask[order])
+    assert not np.array_equal(grouped_split(labels, groups.tolist(), 0.2, seed=1), mask)
+
+
+def test_of_two_large_groups_one_is_taken_and_of_one_none():
+    labels = np.array([0, 1] * 10)
+    assert grouped_split(labels, ["a"] * 14 + ["b"] * 6, 0.1, seed=0).tolist() == [False] * 14 + [True] * 6
+    assert not grouped_split(labels, ["a"] * 20, 0.5, seed=0).any()
