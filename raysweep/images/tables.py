@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", "image_file_path", "file_name",
                  "filename", "file", "image_name", "image_id")
 # fmt: on
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "class_id", "classid")
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
 MAX_IMAGE_BYTES, MAX_TABLE_BYTES = 2**30, 2**31
 
@@ -39,6 +39,7 @@ class Row(NamedTuple):
         position: Number of the row in the Parquet file; -1 where `path` is the image itself.
         inline: The encoded image, for sources that are generated in memory.
         problem: The reason why the row is bad, if that is known before the image is read.
+        group: The value in the source of the column that `data.group` names.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     position: int = -1
     inline: bytes | None = None
     problem: str | None = None
+    group: Any = None
 
     @property
     def source(self) -> str:
@@ -55,11 +57,12 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Names of the columns of a table; `split` is None where it has no such column."""
+    """Names of the columns of a table; `split` and `group` are None where it has no such column."""
 
     image: str
     label: str
     split: str | None
+    group: str | None = None
 
 
 @dataclass
@@ -138,7 +141,7 @@ def check_size(num_bytes: int, max_bytes: int) -> None:
         DataError: it is too large.
     """
     if num_bytes > max_bytes:
-        raise DataError(f"{num_bytes / 2**20:,.0f} MiB; accepted: at most {max_bytes / 2**20:,.0f} MiB")
+        raise DataError(f"{num_bytes:,} bytes are too many; accepted: at most {max_bytes:,}")
 
 
 def suffix_of(source: str) -> str:
@@ -162,7 +165,7 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     names = table.columns
     if data.label is None and not any(name.lower() in LABEL_COLUMNS for name in names):
         with reading(source):
-            names = add_label(names, table.lines, {*IMAGE_COLUMNS, data.image, data.split})
+            names = add_label(names, table.lines, {*IMAGE_COLUMNS, data.image, data.split, _column_of_groups(data)})
     columns = find_columns(names, data, source)
     records = [record for _, record in table.lines if isinstance(record, dict)]
     images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
@@ -177,7 +180,9 @@ def _text_row(where: str, record: dict[str, Any] | str, columns: Columns, paths:
         return Row(where, None, problem=record)
     row = row_of(where, record.get(columns.image), paths)
     split = record.get(columns.split) if columns.split else None
-    return with_problem(row._replace(label=record.get(columns.label), split=split), columns.split is not None)
+    group = record.get(columns.group) if columns.group else None
+    row = row._replace(label=record.get(columns.label), split=split, group=group)
+    return with_problem(row, columns.split is not None)
 
 
 def row_of(where: str, cell: Any, paths: RowPaths) -> Row:
@@ -209,19 +214,24 @@ def with_problem(row: Row, has_split: bool) -> Row:
 
 
 def find_columns(columns: Sequence[str], data: "DataConfig", source: str) -> Columns:
-    """Finds the columns of the image, the label and, if there is one, the split.
+    """Finds the columns of the image, the label and, if there are any, the split and the group.
 
     Raises:
         DataError: a configured column is missing, or none has a usual name.
     """
     image = _find_column(columns, data.image, IMAGE_COLUMNS, "image", source)
     label = _find_column([name for name in columns if name != image], data.label, LABEL_COLUMNS, "label", source)
-    if data.split in columns:
-        return Columns(image, label, data.split)
+    group = _column_of_groups(data)
+    if group is not None:
+        _find_column(columns, group, (), "group", source)
     # "split" is the default. If there is no such column, the data has no splits, which is not an error.
     if data.split not in (None, "split"):
         _find_column(columns, data.split, (), "split", source)
-    return Columns(image, label, None)
+    return Columns(image, label, data.split if data.split in columns else None, group)
+
+
+def _column_of_groups(data: "DataConfig") -> str | None:
+    return data.group if isinstance(data.group, str) else None
 
 
 def _find_column(columns: Sequence[str], named: str | None, usual: Sequence[str], role: str, source: str) -> str:
