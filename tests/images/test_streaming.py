@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images import streaming
 from raysweep.images.cache import has_cache, open_cache
-from raysweep.images.index import ImageIndex
+from raysweep.images.index import ImageIndex, content_hash
 from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import Geometry, PixelRequest, open_pixels
 from raysweep.images.streaming import StreamedPixels, rebatch
@@ -56,7 +57,7 @@ def index(folder):
         "path": pa.array(paths, pa.string()),
         "position": pa.array([-1] * NUM_ROWS, pa.int64()),
         "image": pa.array([None] * NUM_ROWS, pa.large_binary()),
-        "content_hash": pa.array(paths, pa.string()),
+        "content_hash": pa.array([content_hash(Path(path).read_bytes()) for path in paths], pa.string()),
     }
     return ImageIndex(pa.table(columns), ("a", "b"), (), (), NUM_ROWS, "fingerprint")
 
