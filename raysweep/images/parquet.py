@@ -17,8 +17,11 @@ from pyarrow import types
 
 from raysweep.errors import DataError
 from raysweep.images.missing_images import settle_paths
+from raysweep.images.one_hot import LABEL, add_label
 from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
     MAX_IMAGE_BYTES,
     Listing,
     Row,
@@ -60,13 +63,17 @@ def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfi
 
 def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listing: Listing) -> str | None:
     """Appends the rows of a file; returns its image column, or None if that contains only paths."""
-    with _opened(source) as file:
+    with _opened(source) as (opened, file):
         schema = file.schema_arrow
         columns = find_columns(schema.names, data, source)
         holds_paths = _check_image(_field(schema, columns.image))
-        labels = _values(source, file, columns.label)
-        splits = _values(source, file, columns.split) if columns.split else [split] * len(labels)
-        cells = _values(source, file, columns.image) if holds_paths else _outer_paths(file, columns.image)
+        read = [name for name in (columns.label, columns.split, columns.group) if name]
+        read += [columns.image] if holds_paths else []
+        values = _values(opened, file, read)
+        labels = values[columns.label]
+        splits = values[columns.split] if columns.split else [split] * len(labels)
+        groups = values[columns.group] if columns.group else [None] * len(labels)
+        cells = values[columns.image] if holds_paths else _outer_paths(file, columns.image)
         metadata = schema.metadata
     named = [name for name in map(cell_name, cells) if name]
     # Without names there is nothing to look for, not even a folder: all images lie in the file.
@@ -77,10 +84,22 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
         numbered = dict(enumerate(names))
         # Datasets of the hub have -1 for labels that are not published.
         labels = [numbered.get(label) if isinstance(label, int) else label for label in labels]
-    for position, (cell, label, row_split) in enumerate(zip(cells, labels, splits, strict=True)):
-        row = _row(source, position, cell, paths, holds_paths)
-        listing.rows.append(with_problem(row._replace(label=label, split=row_split), columns.split is not None))
+    for position, (cell, label, row_split, group) in enumerate(zip(cells, labels, splits, groups, strict=True)):
+        row = _row(source, position, cell, paths, holds_paths)._replace(label=label, split=row_split, group=group)
+        listing.rows.append(with_problem(row, columns.split is not None))
     return None if holds_paths else columns.image
+
+
+def _one_hot_labels(opened: pa.NativeFile, file: pq.ParquetFile, data: "DataConfig") -> list[Any]:
+    """Returns the labels of a file with one column a class, or an empty list for other files."""
+    schema = file.schema_arrow
+    if data.label is not None or any(name.lower() in LABEL_COLUMNS for name in schema.names):
+        return []
+    names = [field.name for field in schema if _is_value(field.type) and not _is_text(field.type)]
+    columns = _values(opened, file, names)
+    records = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    found = add_label(names, list(enumerate(records)), {*IMAGE_COLUMNS, data.split})
+    return [record[LABEL] for record in records] if LABEL in found else []
 
 
 def _row(source: str, position: int, cell: Any, paths: RowPaths | None, holds_paths: bool) -> Row:
@@ -90,13 +109,13 @@ def _row(source: str, position: int, cell: Any, paths: RowPaths | None, holds_pa
 
 
 @contextmanager
-def _opened(source: str, **options: Any) -> Iterator[pq.ParquetFile]:
+def _opened(source: str, **options: Any) -> Iterator[tuple[pa.NativeFile, pq.ParquetFile]]:
     """Opens a Parquet file, local or remote."""
     if "://" not in source:
         check_regular(source)
     filesystem, inner = open_filesystem(source)
     with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened, **options) as file:
-        yield file
+        yield opened, file
 
 
 def _field(schema: pa.Schema, name: str) -> pa.Field:
@@ -160,23 +179,29 @@ def _check_image(field: pa.Field) -> bool:
     return not _is_bytes(field.type.value_type if types.is_dictionary(field.type) else field.type)
 
 
-def _values(source: str, file: pq.ParquetFile, name: str) -> list[Any]:
-    """Reads a column of text or numbers. Text that stands in many rows is kept once."""
-    field = _field(file.schema_arrow, name)
-    _check(field, _is_value, "text or whole numbers")
-    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
-    with _opened(source, read_dictionary=[name] if _is_text(kind) else None) as again:
-        chunks = again.read(columns=[name]).column(name).chunks
-    values: list[Any] = []
-    for chunk in chunks:
-        if not types.is_dictionary(chunk.type):
-            values += chunk.to_pylist()
-            continue
-        if _is_text(chunk.type.value_type):
-            check_size(pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0, MAX_TEXT_BYTES)
-        words = chunk.dictionary.to_pylist()
-        values += [None if place is None else words[place] for place in chunk.indices.to_pylist()]
-    return values
+def _values(opened: pa.NativeFile, file: pq.ParquetFile, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Reads columns of text or numbers. Text that stands in many rows is kept once.
+
+    Raises:
+        DataError: a column has another type, or a text is too long.
+    """
+    texts = []
+    for name in names:
+        field = _field(file.schema_arrow, name)
+        _check(field, _is_value, "text or whole numbers")
+        if _is_text(field.type.value_type if types.is_dictionary(field.type) else field.type):
+            texts.append(name)
+    table = pq.ParquetFile(opened, metadata=file.metadata, read_dictionary=texts).read(columns=list(names))
+    return {name: [value for chunk in table.column(name).chunks for value in _chunk_values(chunk)] for name in names}
+
+
+def _chunk_values(chunk: pa.Array) -> list[Any]:
+    if not types.is_dictionary(chunk.type):
+        return list(chunk.to_pylist())
+    if _is_text(chunk.type.value_type):
+        check_size(pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0, MAX_TEXT_BYTES)
+    words = chunk.dictionary.to_pylist()
+    return [None if place is None else words[place] for place in chunk.indices.to_pylist()]
 
 
 def _outer_paths(file: pq.ParquetFile, name: str) -> list[str | None]:
@@ -233,7 +258,7 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
         DataError: the column does not contain images.
     """
     wanted = sorted(set(positions))
-    with _opened(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+    with _opened(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as (_, file):
         # Checked here too: this process knows other extension types than the one that listed the rows.
         field = _field(file.schema_arrow, column)
         if _check_image(field):

@@ -72,7 +72,8 @@ def _read_records(reader: Any, table: TextTable) -> None:
     if len(set(named.values())) != len(named):
         raise DataError(f"a column name stands twice in the header: {', '.join(named.values())}")
     table.columns.extend(named.values())
-    num_empty, unnamed = 0, set()
+    num_empty = 0
+    unnamed: set[int] = set()
     for cells in reader:
         filled = [place for place, cell in enumerate(cells) if cell.strip()]
         if not filled:
