@@ -1,5 +1,6 @@
 """Every file of cluster/ by the validator of whoever reads it, and the local cluster for real."""
 
+import json
 import os
 import re
 import shlex
@@ -115,6 +116,49 @@ def test_aws_machines_have_an_image_and_rights_of_their_own():
     assert all(f"`{name}`" in read("aws.yaml") for name in names)
 
 
+def test_aws_machines_give_no_credentials_away_and_encrypt_their_disks():
+    nodes = yaml.safe_load(read("aws.yaml"))["available_node_types"]
+    for kind in ("head", "gpu"):
+        setting = nodes[kind]["node_config"]
+        assert setting["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(device["Ebs"]["Encrypted"] for device in setting["BlockDeviceMappings"])
+
+
+def test_heads_may_start_only_workers():
+    assert not re.search(
+        "FullAccess|roles/(owner|editor|compute.admin|storage.admin)", read("aws.yaml") + read("gcp.yaml")
+    )
+    (policy,) = re.findall(r"```json\n(.*?)```", read("README.md"), re.S)
+    statements = json.loads(policy)["Statement"]
+    actions = [(action, statement) for statement in statements for action in [statement["Action"]]]
+    actions = [(one, s) for action, s in actions for one in ([action] if isinstance(action, str) else action)]
+    assert not [action for action, _ in actions if "*" in action]
+    for action, statement in actions:
+        assert action.startswith("ec2:Describe") or statement["Resource"] != "*", action
+        if action in ("ec2:TerminateInstances", "ec2:CreateTags", "iam:PassRole"):
+            assert statement["Condition"], action
+    types = yaml.safe_load(read("aws.yaml"))["available_node_types"]["gpu"]["node_config"]["InstanceType"]
+    assert f'"ec2:InstanceType": "{types}"' in policy
+    for kind in ("head", "gpu"):
+        node = yaml.safe_load(read("gcp.yaml"))["available_node_types"][kind]["node_config"]
+        own = {"head": "raysweep-head", "gpu": "raysweep-node"}[kind]
+        assert node["serviceAccounts"][0]["email"] == f"{own}@PROJECT.iam.gserviceaccount.com"
+
+
+def test_images_of_nodes_are_pinned_by_their_content():
+    """`DIGEST` is to be replaced, and no one takes it before: the image is the user's own."""
+    for name in ("aws.yaml", "gcp.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml"):
+        images = re.findall(r"^\s*(?:- )?image: (\S+)", read(name), re.M)
+        assert images
+        assert set(images) == {"REGISTRY/raysweep@sha256:DIGEST"}, name
+        assert "DIGEST (docker push prints it)" in read(name)
+    own, base = read("mlflow/compose.yaml"), read("README.md")
+    for image in re.findall(r"image: (\S+)", own):
+        assert re.fullmatch(r"\$\{\w+_IMAGE:-[\w./-]+:\d[\w.]*\}", image), image
+    assert "RepoDigests" in own
+    assert "RepoDigests" in base
+
+
 def test_workers_are_spot_and_heads_are_not():
     aws, gcp = (yaml.safe_load(read(name))["available_node_types"] for name in ("aws.yaml", "gcp.yaml"))
     assert aws["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
@@ -143,7 +187,8 @@ JOB_FIELDS = {"entrypoint": str, "runtimeEnvYAML": str, "jobId": str, "metadata"
               "managedBy": str, "deletionStrategy": dict, "entrypointNumCpus": (int, float),
               "entrypointNumGpus": (int, float), "entrypointResources": str}  # fmt: skip
 POD_FIELDS = {"containers": list, "volumes": list, "tolerations": list, "serviceAccountName": str, "nodeSelector": dict,
-              "affinity": dict, "securityContext": dict, "initContainers": list, "imagePullSecrets": list}  # fmt: skip
+              "affinity": dict, "securityContext": dict, "initContainers": list, "imagePullSecrets": list,
+              "automountServiceAccountToken": bool}  # fmt: skip
 CONTAINER_FIELDS = {"name": str, "image": str, "env": list, "ports": list, "resources": dict, "volumeMounts": list,
                     "command": list, "args": list, "lifecycle": dict, "imagePullPolicy": str,
                     "securityContext": dict}  # fmt: skip
@@ -179,10 +224,41 @@ def check_pod(template, names):
         else:
             reference = variable["valueFrom"]["secretKeyRef"]
             assert reference["key"] in names["Secret"][reference["name"]]["stringData"]
+    check_rights(template, container)
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     assert requests == limits, "a Ray node counts on what it was promised"
     assert all(isinstance(amount, str) for amount in requests.values())
     return container
+
+
+def check_rights(template, container):
+    """What Kubernetes asks of a pod at its level "restricted"; one container more gives a new volume to Ray's user."""
+    pod = template["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for each in (container, *pod.get("initContainers", [])):
+        assert each["securityContext"]["allowPrivilegeEscalation"] is False
+        assert each["securityContext"]["capabilities"]["drop"] == ["ALL"]
+    for first in pod.get("initContainers", []):
+        assert first["securityContext"]["capabilities"]["add"] == ["CHOWN"]
+        assert first["command"][0] == "chown"
+    is_head = container["name"] == "ray-head"
+    assert pod.get("automountServiceAccountToken", True) is is_head
+
+
+def check_policy(policy, cluster):
+    """Only nodes of the cluster reach its ports; the operator and the submitter reach the dashboard."""
+    assert policy["apiVersion"] == "networking.k8s.io/v1"
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    labels = [cluster["headGroupSpec"]["template"]["metadata"]["labels"]]
+    labels += [group["template"]["metadata"]["labels"] for group in cluster["workerGroupSpecs"]]
+    assert all(label == spec["podSelector"]["matchLabels"] for label in labels)
+    inside, dashboard = spec["ingress"]
+    assert inside == {"from": [{"podSelector": spec["podSelector"]}]}
+    assert dashboard["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert {"podSelector": {}} not in dashboard["from"]
 
 
 def check_cluster(spec, names):
@@ -214,6 +290,8 @@ def test_kuberay_takes_it(name):
     *others, main = documents(name)
     assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", d["metadata"]["name"]) for d in [*others, main])
     names = {kind: {} for kind in ("Secret", "PersistentVolumeClaim", "ServiceAccount")}
+    (policy,) = (document for document in others if document["kind"] == "NetworkPolicy")
+    others.remove(policy)
     for document in others:
         assert document["apiVersion"] == "v1"
         names[document["kind"]][document["metadata"]["name"]] = document
@@ -226,10 +304,31 @@ def test_kuberay_takes_it(name):
         assert main["spec"]["shutdownAfterJobFinishes"], "ttlSecondsAfterFinished counts only then"
         assert len(main["metadata"]["name"]) <= 47, "KubeRay's limit"
         check_cluster(main["spec"]["rayClusterSpec"], names)
+        check_policy(policy, main["spec"]["rayClusterSpec"])
+        assert f"job-name: {main['metadata']['name']}" in read(name), "KubeRay's job that submits has the RayJob's name"
     else:
         assert main["kind"] == "RayCluster"
         assert main["metadata"]["name"] not in names["Secret"], "KubeRay keeps the token in a Secret of that name"
         check_cluster(main["spec"], names)
+        check_policy(policy, main["spec"])
+
+
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])
+def test_the_check_finds_a_pod_with_more_rights(name):
+    main = documents(name)[-1]["spec"]
+    for group in (cluster := main.get("rayClusterSpec", main))["workerGroupSpecs"]:
+        template = group["template"]
+        (container,) = template["spec"]["containers"]
+        check_rights(template, container)
+        for part, key in ((template["spec"], "securityContext"), (container, "securityContext")):
+            kept = part.pop(key)
+            with pytest.raises(KeyError, match="securityContext"):
+                check_rights(template, container)
+            part[key] = kept
+        template["metadata"]["labels"] = {"another": "label"}
+    policy = next(document for document in documents(name) if document["kind"] == "NetworkPolicy")
+    with pytest.raises(AssertionError):
+        check_policy(policy, cluster)
 
 
 def test_the_check_finds_what_is_wrong():
@@ -304,7 +403,8 @@ def composed(tmp_path):
     return read_with
 
 
-SECRETS = ("POSTGRES_PASSWORD", "S3_SECRET_KEY", "MLFLOW_SECRET_KEY", "MLFLOW_ADMIN_PASSWORD")
+SECRETS = ("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "OPTUNA_DB_PASSWORD", "S3_SECRET_KEY", "MLFLOW_SECRET_KEY",
+           "MLFLOW_ADMIN_PASSWORD")  # fmt: skip
 
 
 def test_compose_takes_it(composed):
@@ -324,6 +424,19 @@ def test_compose_takes_it(composed):
             assert wants["condition"] != "service_healthy" or "healthcheck" in services[other]
     assert "value-of-S3_SECRET_KEY" in found["configs"]["s3"]["content"]
     assert "mlflow_auth" in found["configs"]["databases"]["content"]
+    # Every process of a machine can read a command; `docker compose config` shows no more than the variables' names.
+    for name, service in services.items():
+        said = f"{service.get('command', '')}{service.get('healthcheck', '')}"
+        assert "value-of" not in said, name
+        assert not re.search("PASSWORD|SECRET", said), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+    assert "value-of" not in found["configs"]["databases"]["content"]
+    passwords = {
+        name: service["environment"].get("PGPASSWORD") for name, service in services.items() if "environment" in service
+    }
+    assert passwords["mlflow"] == "value-of-MLFLOW_DB_PASSWORD", "not that of the superuser"
+    assert set(services["mlflow"]["networks"]) == {"database", "objects"}
+    assert [list(services[name]["networks"]) for name in ("postgres", "s3")] == [["database"], ["objects"]]
 
 
 @pytest.mark.parametrize("missing", SECRETS)
@@ -332,6 +445,44 @@ def test_compose_asks_for_each_secret(composed, missing):
     assert done.returncode != 0
     assert missing in done.stderr
     assert f"{missing}=\n" in read("mlflow/.env.example")
+
+
+@pytest.mark.process
+def test_each_service_owns_its_own_databases_alone(tmp_path):
+    """MLflow's databases are new here; Optuna's is of an older version, in which the superuser owned its tables."""
+    import psycopg
+    from services import PASSWORD, postgres
+
+    statements = yaml.safe_load(read("mlflow/compose.yaml"))["configs"]["databases"]["content"]
+    (tmp_path / "databases.sql").write_text(statements)
+    own = {"mlflow": "m'1", "mlflow_auth": "m'1", "optuna": "o\\2"}
+    with postgres() as server:
+
+        def run(user, password, database, statement):
+            uri = server.replace("raysweep@", f"{user}@") + f"/{database}"
+            with psycopg.connect(uri, password=password, autocommit=True) as connection:
+                return connection.execute(statement)
+
+        run("raysweep", PASSWORD, "postgres", "DROP DATABASE mlflow")
+        run("raysweep", PASSWORD, "optuna", "CREATE TYPE direction AS ENUM ('up')")
+        run("raysweep", PASSWORD, "optuna", "CREATE TABLE studies (d direction)")
+        environment = os.environ | {
+            "PGPASSWORD": PASSWORD,
+            "MLFLOW_DB_PASSWORD": own["mlflow"],
+            "OPTUNA_DB_PASSWORD": own["optuna"],
+        }
+        command = ["psql", "-X", "-v", "ON_ERROR_STOP=1", "-f", str(tmp_path / "databases.sql"), f"{server}/postgres"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        run("optuna", own["optuna"], "optuna", "ALTER TABLE studies ADD COLUMN n int")
+        for database, password in own.items():
+            user = database.partition("_")[0]
+            run(user, password, database, "CREATE TABLE experiments (n int)")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                run(user, password, database, "CREATE ROLE another")
+            for other in set(own) - {name for name in own if name.startswith(user)}:
+                with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+                    run(user, password, other, "SELECT 1")
 
 
 @pytest.mark.process
