@@ -88,7 +88,7 @@ def _list_images(source: str, images: list[str], found: FolderFiles, data: "Data
             listing = list_class_folders(source, images, found, _hint(source, found.files))
         except DataError as error:
             if tables is None:
-                raise (problems[0] if problems else error) from None
+                raise DataError("\n  and ".join(map(str, [*problems[:PROBLEMS_SHOWN], error]))) from None
             return tables
         listing.warnings += _unused_columns(source, data)
         if tables:

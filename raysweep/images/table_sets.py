@@ -92,7 +92,8 @@ def is_table(file: str) -> bool:
 
 def _tables_of_all(files: Iterable[str]) -> list[str]:
     """Returns the tables of known names that lie highest in the folder."""
-    named = [file for file in files if is_table(file) and _stem(file) in ROOT_TABLE_NAMES and file.count("/") < 2]
+    known = [file for file in files if _stem(file) in ROOT_TABLE_NAMES and file.count("/") < 2]
+    named = [file for file in known if is_table(file) and not split_of_table(file)[0]]
     highest = [file for file in named if file.count("/") == min(other.count("/") for other in named)]
     return highest if len({file.rpartition("/")[0] for file in highest}) == 1 else []
 

@@ -1,4 +1,6 @@
 import io
+import random
+import re
 
 import numpy as np
 import pytest
@@ -176,3 +178,42 @@ def test_a_bucket_of_split_folders_with_tables(hub):
     index = indexed("hf://datasets/org/pets")
     assert labels_by_split(index)["test"] == {"a": 4, "b": 4}
     assert index.derived_splits == ("validation",)
+
+
+# Any folder
+
+FOLDERS = ["train", "Test", "VAL", "cat", "dog", "01", "data", "images", "training_set", "@eaDir", "docs", "__MACOSX"]
+FILES = ["0.png", "1.png", "a.PPM", "x.txt", "metadata.csv", "labels.csv", "train.csv", "test.csv", "_classes.csv"]
+HEADERS = ["file_name,label", "filename,a,b", "image,split,label", "file_name,text"]
+CELLS = ["0.png", "1.png", "train/0.png", "cat/0.png", "Test/1.png", "0", "..\\x.png", "", "../a.png", "/etc/x.png"]
+
+
+def random_folder(folder, seed):
+    dice = random.Random(seed)
+    names = {"/".join([*dice.choices(FOLDERS, k=dice.randint(0, 3)), dice.choice(FILES)]) for _ in range(12)}
+    for number, name in enumerate(sorted(names)):
+        if name.endswith(".csv"):
+            header = dice.choice(HEADERS)
+            values = ["0", "1", "a", "train", ""]
+            lines = [[dice.choice(CELLS), *dice.choices(values, k=header.count(","))] for _ in range(3)]
+            write_text(folder / name, [header, *map(",".join, lines)])
+        else:
+            write_images(folder, [name], number)
+    return len(names)
+
+
+def test_every_file_of_any_folder_is_read_or_counted_or_an_error_tells(tmp_path):
+    read = 0
+    for seed in range(80):
+        folder = tmp_path / str(seed)
+        num_files = random_folder(folder, seed)
+        try:
+            listing = listed(folder)
+        except DataError:
+            continue
+        read += 1
+        used = {*listing.tables, *(row.path for row in listing.rows)}
+        counted = [re.match(r"(\d+) (?:files? left out|hidden or system)", warning) for warning in listing.warnings]
+        num_used = sum(str(path) in used for path in folder.rglob("*") if path.is_file())
+        assert num_used + sum(int(match.group(1)) for match in counted if match) == num_files, seed
+    assert read > 20
