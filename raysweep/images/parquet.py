@@ -1,12 +1,8 @@
-"""Parquet files of images: their rows as listed, and the images in them.
-
-Everything that is read has one of a few plain types. A file names the types of its columns itself, and values of some
-extension types run code when they become Python objects: `ray.data.arrow_pickled_object` is unpickled.
-"""
+"""Parquet files of images: their rows as listed, and the images in them."""
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +14,7 @@ from pyarrow import types
 from raysweep.errors import DataError
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import LABEL, add_label
+from raysweep.images.plain_columns import MAX_TEXT_BYTES, find_field, is_text, is_value, names_images, read_values
 from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
     IMAGE_COLUMNS,
@@ -38,11 +35,8 @@ if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
 BUFFER_BYTES = 8 << 20
-MAX_TEXT_BYTES = 2**16  # of a label or path
 # Images hardly shrink when they are packed. What grows so much, and beyond this size, is made to fill the memory.
 MAX_GROWTH, GROWTH_BYTES = 100, 2**26
-
-EXTENSION = b"ARROW:extension:name"  # key of a field's metadata, where the type is not registered in this process
 
 
 def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfig") -> Listing:
@@ -65,12 +59,13 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
     """Appends the rows of a file; returns its image column, or None if that contains only paths."""
     with _opened(source) as (opened, file):
         schema = file.schema_arrow
-        columns = find_columns(schema.names, data, source)
-        holds_paths = _check_image(_field(schema, columns.image))
-        read = [name for name in (columns.label, columns.split, columns.group) if name]
+        one_hot = _one_hot_labels(opened, file, data)
+        columns = find_columns([*schema.names, LABEL] if one_hot else schema.names, data, source)
+        holds_paths = names_images(find_field(schema, columns.image))
+        read = [name for name in (None if one_hot else columns.label, columns.split, columns.group) if name]
         read += [columns.image] if holds_paths else []
-        values = _values(opened, file, read)
-        labels = values[columns.label]
+        values = read_values(opened, file, read)
+        labels = one_hot or values[columns.label]
         splits = values[columns.split] if columns.split else [split] * len(labels)
         groups = values[columns.group] if columns.group else [None] * len(labels)
         cells = values[columns.image] if holds_paths else _outer_paths(file, columns.image)
@@ -95,8 +90,8 @@ def _one_hot_labels(opened: pa.NativeFile, file: pq.ParquetFile, data: "DataConf
     schema = file.schema_arrow
     if data.label is not None or any(name.lower() in LABEL_COLUMNS for name in schema.names):
         return []
-    names = [field.name for field in schema if _is_value(field.type) and not _is_text(field.type)]
-    columns = _values(opened, file, names)
+    names = [field.name for field in schema if is_value(field.type) and not is_text(field.type)]
+    columns = read_values(opened, file, names)
     records = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     found = add_label(names, list(enumerate(records)), {*IMAGE_COLUMNS, data.split})
     return [record[LABEL] for record in records] if LABEL in found else []
@@ -116,92 +111,6 @@ def _opened(source: str, **options: Any) -> Iterator[tuple[pa.NativeFile, pq.Par
     filesystem, inner = open_filesystem(source)
     with filesystem.open_input_file(inner) as opened, pq.ParquetFile(opened, **options) as file:
         yield opened, file
-
-
-def _field(schema: pa.Schema, name: str) -> pa.Field:
-    if schema.names.count(name) != 1:
-        raise DataError(f"column '{name}' stands twice in the file")
-    return schema.field(name)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
-
-
-def _is_bytes_or_null(kind: pa.DataType) -> bool:
-    return _is_bytes(kind) or bool(types.is_null(kind))
-
-
-def _is_value(kind: pa.DataType) -> bool:
-    """Returns whether values of a type are text or numbers, or nothing at all."""
-    return bool(_is_text(kind) or types.is_integer(kind) or types.is_floating(kind) or kind in (pa.bool_(), pa.null()))
-
-
-def _check(field: pa.Field, is_accepted: Callable[[pa.DataType], bool], accepted: str) -> None:
-    """Checks the type of a column, or of what it is made of.
-
-    Raises:
-        DataError: the type is none of those that are accepted, or an extension of one.
-    """
-    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
-    extension = (field.metadata or {}).get(EXTENSION)
-    if extension is not None or isinstance(kind, pa.BaseExtensionType):
-        name = kind.extension_name if extension is None else extension.decode(errors="replace")
-        raise DataError(
-            f"column '{field.name}' has the extension type '{name}', and values of such types can run code when they "
-            f"are read; accepted: {accepted}"
-        )
-    if not is_accepted(kind):
-        raise DataError(f"column '{field.name}' is {field.type}; accepted: {accepted}")
-
-
-def _check_image(field: pa.Field) -> bool:
-    """Returns whether a column names its images, rather than contains them.
-
-    Raises:
-        DataError: it does neither.
-    """
-    accepted = "paths, bytes, or structs of {bytes, path}"
-    if (
-        types.is_struct(field.type)
-        and field.type.get_field_index("bytes") >= 0
-        and EXTENSION not in (field.metadata or {})
-    ):
-        _check(field.type.field("bytes").with_name(f"{field.name}.bytes"), _is_bytes_or_null, "bytes")
-        if field.type.get_field_index("path") >= 0:
-            _check(field.type.field("path").with_name(f"{field.name}.path"), _is_value, "text")
-        return False
-    _check(field, lambda kind: _is_text(kind) or types.is_integer(kind) or _is_bytes(kind), accepted)
-    return not _is_bytes(field.type.value_type if types.is_dictionary(field.type) else field.type)
-
-
-def _values(opened: pa.NativeFile, file: pq.ParquetFile, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Reads columns of text or numbers. Text that stands in many rows is kept once.
-
-    Raises:
-        DataError: a column has another type, or a text is too long.
-    """
-    texts = []
-    for name in names:
-        field = _field(file.schema_arrow, name)
-        _check(field, _is_value, "text or whole numbers")
-        if _is_text(field.type.value_type if types.is_dictionary(field.type) else field.type):
-            texts.append(name)
-    table = pq.ParquetFile(opened, metadata=file.metadata, read_dictionary=texts).read(columns=list(names))
-    return {name: [value for chunk in table.column(name).chunks for value in _chunk_values(chunk)] for name in names}
-
-
-def _chunk_values(chunk: pa.Array) -> list[Any]:
-    if not types.is_dictionary(chunk.type):
-        return list(chunk.to_pylist())
-    if _is_text(chunk.type.value_type):
-        check_size(pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0, MAX_TEXT_BYTES)
-    words = chunk.dictionary.to_pylist()
-    return [None if place is None else words[place] for place in chunk.indices.to_pylist()]
 
 
 def _outer_paths(file: pq.ParquetFile, name: str) -> list[str | None]:
@@ -260,8 +169,8 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
     wanted = sorted(set(positions))
     with _opened(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as (_, file):
         # Checked here too: this process knows other extension types than the one that listed the rows.
-        field = _field(file.schema_arrow, column)
-        if _check_image(field):
+        field = find_field(file.schema_arrow, column)
+        if names_images(field):
             raise DataError(f"column '{column}' contains paths, not images")
         leaf = f"{column}.bytes" if types.is_struct(field.type) else column
         start = 0
