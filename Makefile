@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes; each file of tests runs in one of them, since tests of a file share sweeps and clusters.
 PROCESSES ?= 2
 
-.PHONY: install run test test-all test-fast check bench ui schema clean
+.PHONY: install run test test-all test-fast check bench ui schema lock audit licences clean
 
 install: $(INSTALLED)
 
@@ -35,8 +35,8 @@ test-fast: install
 	$(PYTEST) -m "not ray and not end_to_end and not process and not slow"
 
 check: install
-	$(BIN)/ruff check raysweep tests benchmarks
-	$(BIN)/ruff format --check raysweep tests benchmarks
+	$(BIN)/ruff check raysweep tests benchmarks docs/licences.py
+	$(BIN)/ruff format --check raysweep tests benchmarks docs/licences.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -48,6 +48,27 @@ ui: install
 
 schema: install
 	$(BIN)/python -m raysweep.run --print-schema > experiments/schema.json
+
+# Tools that raysweep itself does not need, in an environment of their own.
+TOOLS := $(VENV)/tools/bin
+
+$(TOOLS)/pip-audit: Makefile
+	$(PYTHON) -m venv $(VENV)/tools
+	$(TOOLS)/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1
+	@touch $@
+
+# Writes the requirements of raysweep with their hashes: for images, and for whoever installs from PyPI (docs/security.md).
+lock: $(TOOLS)/pip-audit
+	$(TOOLS)/uv pip compile pyproject.toml --constraint constraints.txt --generate-hashes --no-annotate --universal \
+		--python-version 3.11 --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+# Looks up each version in PyPI's advisories. --strict: a version that cannot be looked up is an error too.
+audit: $(TOOLS)/pip-audit
+	$(TOOLS)/pip-audit --strict --disable-pip --requirement requirements.lock || \
+		{ echo "an advisory, or no network: the list made by hand is in docs/security.md, 'Advisories'"; exit 1; }
+
+licences: install
+	$(BIN)/python docs/licences.py > docs/licences.md
 
 clean:
 	rm -rf runs mlflow.db .mlflow.db.lock mlruns
