@@ -20,6 +20,7 @@ from raysweep.errors import ConfigError
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.folder_files import local_files
 from raysweep.images.listing import list_source
+from raysweep.images.text_tables import decode_text
 from raysweep.storage.copies import is_bucket, upload
 from raysweep.storage.filesystems import absolute_source
 from raysweep.storage.paths import signature
@@ -127,6 +128,11 @@ def build_package(
             continue
         if not upload_data:
             raise ConfigError(_local_only_message(local))
+        if local.key == "data.source" and Path(experiment.data.image_folder or "").expanduser().is_absolute():
+            raise ConfigError(
+                f"data.image_folder: {experiment.data.image_folder} lies on this machine alone; accepted with "
+                "--upload-data: a folder below the table's, relative to it"
+            )
         place, added = _upload_or_pack(local, paths, experiment.storage, say)
         files |= added
         settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
@@ -189,7 +195,7 @@ def _check_relative(local: LocalPath, paths: Sequence[Path]) -> None:
     """Checks that a table names only images in its own folder or below, so that the nodes find them."""
     problem = next((path for path in paths if not path.is_relative_to(local.folder)), None)
     if problem is None and local.path.is_file() and local.path.suffix != ".parquet":
-        table = local.path.read_text(encoding="utf-8-sig")
+        table = decode_text(local.path.read_bytes())
         if str(local.folder) in table:
             problem = next((path for path in paths if path != local.path and str(path) in table), None)
     if problem is not None:

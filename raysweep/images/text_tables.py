@@ -35,11 +35,16 @@ def parse_text_table(content: bytes, suffix: str) -> TextTable:
     Raises:
         DataError: the content is no text, or no such table.
     """
-    text = _decode(content)
+    text = decode_text(content)
     return _json_lines(text) if suffix == ".jsonl" else _delimited(text, DELIMITERS[suffix])
 
 
-def _decode(content: bytes) -> str:
+def decode_text(content: bytes) -> str:
+    """Returns the text of a table.
+
+    Raises:
+        DataError: it is in another encoding than UTF-8 and UTF-16.
+    """
     # Excel writes a byte order mark before the first column's name, and UTF-16 as "Unicode text".
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

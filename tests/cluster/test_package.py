@@ -428,6 +428,18 @@ def test_a_table_that_names_images_elsewhere_is_refused(project, path):
         project(source="images/index.csv", upload_data=True)
 
 
+def test_a_table_with_its_images_in_a_folder_of_their_own(project):
+    make_images("images")
+    text = "path,label\n1,cat\n"
+    Path("images/index.csv").write_bytes(text.encode("utf-16"))
+    keys = {"image_folder": "cat", "image_suffix": ".png"}
+    names, _, _ = project(upload_data=True, data={"source": "images/index.csv", **keys})
+    assert {"uploaded/data.source/images/index.csv", "uploaded/data.source/images/cat/1.png"} <= names
+    keys["image_folder"] = str(Path.cwd() / "images" / "cat")
+    with pytest.raises(ConfigError, match=r"data.image_folder: /.* lies on this machine alone; accepted with --upload"):
+        project(upload_data=True, data={"source": "images/index.csv", **keys})
+
+
 def test_linked_classes_go_along(project, tmp_path):
     make_images("images")
     make_images(tmp_path / "elsewhere")
