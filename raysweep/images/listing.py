@@ -19,7 +19,7 @@ from raysweep.images.row_splits import known_split, split_of_path, take_splits_f
 from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.table_sets import is_table, read_tables, split_of_table
 from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table, reading, suffix_of
-from raysweep.storage.filesystems import absolute_source, join_source, open_filesystem
+from raysweep.storage.filesystems import absolute_source, join_source, open_filesystem, split_uri
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
@@ -58,15 +58,19 @@ def list_source(data: "DataConfig") -> Listing:
     if left_out:
         listing.warnings.append(f"{count_of(left_out, 'file')} left out: {kinds_of(left_out)}")
     listing.warnings += found.describe_ignored()
-    return _warn_of_one_split(listing, SPLIT_NAMES.get(source.rpartition("/")[2].lower()), "folder")
+    return _warn_of_one_split(listing, SPLIT_NAMES.get(_names(source)[-1].lower()), "folder")
 
 
 def _list_table(source: str, data: "DataConfig") -> Listing:
     is_parquet = suffix_of(source) == ".parquet"
     listing = read_parquet_files([(source, None)], data) if is_parquet else read_table(source, data)
     listing.warnings += take_splits_from_paths(listing, data)
-    split, _ = split_of_table("/".join(source.partition("?")[0].split("/")[-2:]))
+    split, _ = split_of_table("/".join(_names(source)[-2:]))
     return _warn_of_one_split(listing, split, "table")
+
+
+def _names(source: str) -> list[str]:
+    return (split_uri(source)[1] if "://" in source else source).split("/")
 
 
 def _warn_of_one_split(listing: Listing, split: str | None, place: str) -> Listing:

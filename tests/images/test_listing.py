@@ -68,13 +68,16 @@ JUNK = [
 ]
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("images", [CLASSES, SPLITS])
-def test_files_of_other_programs_are_ignored_and_counted(tmp_path, hub, images, is_remote):
-    folder = hub / "datasets" / "org" / "pets" if is_remote else tmp_path / "pets"
+@pytest.mark.parametrize(
+    "source", ["", "hf://datasets/org/pets", "s3://bucket/a/pets?region=x", "gs://anonymous@bucket/a/pets"]
+)
+def test_files_of_other_programs_are_ignored_and_counted(tmp_path, request, images, source):
+    root = request.getfixturevalue("hub" if source.startswith("hf") else "buckets")
+    folder = root / source.partition("?")[0].rpartition("@")[2].replace("s3:/", "").replace("hf:/", "").lstrip("/")
     write_images(folder, [*images, *JUNK])
     write_text(folder / ".gitattributes", ["x"])
-    listing = listed("hf://datasets/org/pets" if is_remote else folder)
+    listing = listed(source or folder)
     assert len(listing.rows) == len(images)
     assert {row.label for row in listing.rows} == {"cat", "dog"}
     assert {row.problem for row in listing.rows} == {None}
@@ -169,15 +172,37 @@ def test_classes_may_be_called_like_splits(tmp_path):
     assert indexed(tmp_path).classes == ("test 1", "test 2")
 
 
-def test_a_bucket_of_split_folders_with_tables(hub):
-    folder = hub / "datasets" / "org" / "pets"
+@pytest.mark.parametrize("shown", ["{name}", "{split}/{name}"])
+@pytest.mark.parametrize("options", ["", "?region=x"])
+def test_a_bucket_of_split_folders_with_tables(buckets, options, shown):
     for split in ("train", "test"):
-        write_images(folder / split, [f"{number}.png" for number in range(8)], 100 * (split == "test"))
-        rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(8)]
-        write_text(folder / split / "metadata.csv", ["file_name,label", *rows])
-    index = indexed("hf://datasets/org/pets")
+        write_images(buckets / "b" / "pets" / split, [f"{number}.png" for number in range(8)], 100 * (split == "test"))
+        rows = [f"{shown.format(name=f'{n}.png', split=split)},{'ab'[n % 2]}" for n in range(8)]
+        write_text(buckets / "b" / "pets" / split / "metadata.csv", ["file_name,label", *rows])
+    index = indexed(f"s3://b/pets{options}")
     assert labels_by_split(index)["test"] == {"a": 4, "b": 4}
     assert index.derived_splits == ("validation",)
+    assert index.table["path"].to_pylist()[0] == f"s3://b/pets/train/0.png{options}"
+
+
+def test_one_split_of_a_bucket_alone_is_warned_about(buckets):
+    write_images(buckets / "b" / "test", ["0.png", "1.png"])
+    write_text(buckets / "b" / "test" / "metadata.csv", ["file_name,label", "0.png,a", "1.png,b"])
+    for name, place in (("test/metadata.csv", "table"), ("test", "folder")):
+        (warning,) = listed(f"s3://b/{name}?region=x").warnings
+        assert f"data.source names the {place} of the test split alone" in warning
+
+
+@pytest.mark.parametrize("options", ["", "?region=x"])
+def test_splits_come_from_the_paths_of_a_table_in_a_bucket(buckets, options):
+    names = [f"{split}/{number}.png" for split in ("train", "test") for number in range(8)]
+    write_images(buckets / "b" / "pets", names)
+    write_text(
+        buckets / "b" / "pets" / "m.csv",
+        ["file_name,label", *(f"{name},{'ab'[n % 2]}" for n, name in enumerate(names))],
+    )
+    index = indexed(f"s3://b/pets/m.csv{options}")
+    assert labels_by_split(index)["test"] == {"a": 4, "b": 4}
 
 
 # Any folder
