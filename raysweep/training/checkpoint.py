@@ -1,6 +1,7 @@
-"""Checkpoints: safetensors files with JSON metadata, written atomically."""
+"""Checkpoints: safetensors files with JSON metadata and a checksum, written atomically."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from raysweep.errors import TrialError
 from raysweep.storage.copies import fetch, publish, replacing
 
+CHECKSUM = "checksum"  # CRC-32 of the tensors, in the metadata
+
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes tensors and JSON-able metadata to one safetensors file, atomically."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    about = {"raysweep": json.dumps(metadata), CHECKSUM: str(_checksum(contiguous))}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"raysweep": json.dumps(metadata)})
+        save_file(contiguous, temporary, metadata=about)
     publish(path)
 
 
@@ -30,9 +34,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(fetch(path), framework="pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["raysweep"])
+            tensors, about = {name: file.get_tensor(name) for name in names}, file.metadata()
+            if CHECKSUM in about and about[CHECKSUM] != str(_checksum(tensors)):  # earlier versions wrote none
+                raise ValueError("it has changed since it was written")
+            return tensors, json.loads(about["raysweep"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise TrialError(f"{path}: not a readable raysweep checkpoint ({error})") from error
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from raysweep.encoders.head import Classifier
+from raysweep.errors import TrialError
 from raysweep.storage.copies import exists
 from raysweep.training.augment import Augmentation
 from raysweep.training.batches import Batch, EpochInputs, plan_epoch
@@ -36,6 +38,8 @@ from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.optimizer import average_weights, build_optimizer, warmup_cosine
 from raysweep.training.pixel_rows import PixelSet, read_ahead
 from raysweep.training.ranking import Ranking
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_ROWS = 128
 # Default rows per forward pass on a CPU; a GPU takes its whole share of a batch. On CPUs the activations of many images
@@ -101,7 +105,8 @@ def train_classifier(
     """Trains a classifier for the setting's epochs, and saves its best epoch.
 
     AdamW (Loshchilov & Hutter 2019) with layer-wise learning-rate decay, linear warm-up, cosine to zero, and gradient
-    clipping. Continues from a `last` checkpoint in `folder`, of an interrupted call with the same setting.
+    clipping. Continues from a `last` checkpoint in `folder`, of an interrupted call with the same setting; begins anew
+    if a checkpoint there is damaged.
 
     Args:
         model: the classifier, on the training device.
@@ -112,9 +117,6 @@ def train_classifier(
         options: options that all trials share.
         folder: folder of `best.safetensors` and `last.safetensors`; only rank 0 writes.
         on_epoch: called on every rank with the epoch's metrics.
-
-    Raises:
-        TrialError: the `last` checkpoint is damaged.
     """
     num_epochs, num_rows, device = int(setting["epochs"]), len(train.labels), device_of(model)
     augmentation = options.augmentation
@@ -281,7 +283,12 @@ def _restore(
 ) -> LoopResult:
     result, last = LoopResult(folder / "best.safetensors"), folder / "last.safetensors"
     if exists(last) and exists(result.checkpoint):
-        tensors, state = load_checkpoint(last)
+        try:
+            load_checkpoint(result.checkpoint)
+            tensors, state = load_checkpoint(last)
+        except TrialError as error:
+            logger.warning("training begins anew: %s", error)
+            return result
         if state.get("setting") != setting:  # from a trial with the same number in a journal that was lost
             return result
         model.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(("optimizer.", "average."))})

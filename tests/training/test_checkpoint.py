@@ -93,6 +93,25 @@ def test_a_damaged_file_is_a_trial_error_that_names_it(tmp_path, damage):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("place", [-1, -20, -64])
+def test_a_byte_that_changed_on_the_disk_is_noticed(tmp_path, place):
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, {**TENSORS, "half": torch.ones(20, dtype=torch.bfloat16)}, {})
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TrialError, match=r"best\.safetensors: .*it has changed since it was written"):
+        load_checkpoint(path)
+
+
+def test_a_file_of_an_earlier_version_has_no_checksum(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_file(TENSORS, path, metadata={"raysweep": '{"epoch": 1}'})
+    tensors, metadata = load_checkpoint(path)
+    assert metadata == {"epoch": 1}
+    assert torch.equal(tensors["weight"], TENSORS["weight"])
+
+
 def steps(layer, optimizer, num_steps, seed):
     for inputs in torch.randn(num_steps, 5, 3, generator=torch.Generator().manual_seed(seed)):
         optimizer.zero_grad()

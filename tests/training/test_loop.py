@@ -312,6 +312,23 @@ def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
     assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
 
 
+@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbled"])
+def test_a_damaged_checkpoint_of_an_interrupted_trial_makes_it_begin_anew(tmp_path, name, damage):
+    uninterrupted, killed, resumed = classifier(), classifier(), classifier()
+    expected = train(uninterrupted, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        train(killed, tmp_path / "b", parallel=FailsAtStep(killed, 7))
+    path = tmp_path / "b" / name
+    content = path.read_bytes()
+    garbled = content[:-40] + bytes(255 - byte for byte in content[-40:])
+    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbled": garbled}[damage])
+    result = train(resumed, tmp_path / "b")
+    assert timeless(result.history) == timeless(expected.history)
+    assert_equal_weights(resumed.state_dict(), uninterrupted.state_dict())
+    assert_equal_weights(load_checkpoint(result.checkpoint)[0], load_checkpoint(expected.checkpoint)[0])
+
+
 def test_a_finished_trial_is_not_trained_again(tmp_path):
     first = train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=2)
     model = classifier()
