@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 
 from raysweep.images.formats import IMAGE_SUFFIXES
@@ -15,25 +15,24 @@ UNNEEDED = frozenset({"venv", "__pycache__", "mlruns", "mlartifacts", "mlflow.db
 
 # Lower-case patterns of names without a leading dot; a name with one is hidden, and stays out for that.
 KEY_FILES = (
-    # SSH, TLS, PGP, key stores
-    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "ssh_host_*", "*.pem", "*.key", "*.ppk", "*.p8", "*.p12", "*.pfx",
-    "*.pk8", "*.jks", "*.jceks", "*.keystore", "*.kdb", "*.kdbx", "*.keychain*", "*.keytab", "krb5cc*", "*.gpg",
-    "*.pgp", "*.asc", "secring*", "*.age", "*.jwk", "*.jwks", "*.ovpn", "wallet.dat",
-    # clouds
-    "credentials", "credentials.*", "*credentials*.json", "*credential*.db", "access_tokens.db", "accesstokens.json",
-    "msal_token_cache*", "*service-account*", "*service_account*", "*serviceaccount*.json", "*firebase-adminsdk*.json",
-    "client_secret*", "*accesskeys.csv", "rootkey.csv", "boto.cfg", "s3cfg", "rclone.conf", "kubeconfig*",
-    "*.kubeconfig", "kaggle.json",
-    # infrastructure
-    "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.json", "*vault*pass*", "*vault-token", "htpasswd*", "shadow",
-    # passwords and tokens
-    "env", "*.env", "*.env.*", "env.local", "netrc*", "_netrc*", "pgpass*", "*.pgpass", "npmrc", "pypirc", "passwd*",
-    "password*", "*.password", "*.passwords", "*.passwd", "secret", "secrets", "secret.*", "secrets.*", "*.secret",
-    "*.secrets", "*_secret", "*-secret", "*_secrets", "*-secrets", "*secret_key*", "*secret-key*", "*private_key*",
-    "*private-key*", "*_key", "*-key", "*_key.json", "*-key.json", "key.json", "keyfile*", "*api_key*", "*apikey*",
-    "*api-key*", "token", "token.*", "tokens", "tokens.json", "*_token", "*-token", "*_token.txt", "*-token.txt",
-    "*.token", "git-credentials",
+    "*secret*", "*credential*", "*creds*", "*passw*d*", "*passphrase*", "*apikey*", "*api_key*", "*api-key*",
+    "*private_key*", "*private-key*", "*accesskey*", "*access_key*", "*access-key*",
+    # keys and certificates with keys
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "ssh_host_*", "*.pem", "*.der", "*.key", "*.ppk", "*.p8", "*.p12",
+    "*.pfx", "*.pk8", "*.jks", "*.jceks", "*.bks", "*.keystore", "*.kdb", "*.kdbx", "*.keychain*", "*.keytab",
+    "krb5cc*", "*.gpg", "*.pgp", "*.asc", "secring*", "*.age", "*.jwk", "*.jwks", "*.ovpn", "wallet.dat", "*_key",
+    "*-key", "*_key.json", "*-key.json", "*_key.txt", "*-key.txt", "key.json", "keyfile*", "rootkey*",
+    # tokens; weights have tokenizer.json and added_tokens.json
+    "token", "token.*", "tokens", "tokens.*", "*_token", "*-token", "*_token.*", "*-token.*", "*.token", "cookies.txt",
+    # clouds, clusters and infrastructure
+    "*service-account*", "*service_account*", "*serviceaccount*", "*firebase-adminsdk*", "accesstokens.json",
+    "access_tokens.db", "azureauth*", "*.publishsettings", "msal_token_cache*", "boto.cfg", "s3cfg", "rclone.conf",
+    "kaggle.json", "*kubeconfig*", "kube_config*", "kube-config*", "k3s.yaml", "*dockercfg*", "*dockerconfig*",
+    "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.*", "*vault*pass*", "htpasswd*", "shadow",
+    # settings of programs, without the dot that hides them
+    "env", "*.env", "*.env.*", "env.local", "*netrc*", "*pgpass*", "*npmrc", "*pypirc",
 )  # fmt: skip
+KEY_FILE = re.compile("|".join(translate(pattern) for pattern in KEY_FILES))
 KEY_FOLDERS = frozenset({"secret", "secrets", "credentials", "private_keys", "private-keys", "keys.d"})
 MAX_SEARCHED = 2**16  # bytes: a file with a private key is small
 PRIVATE_KEY = re.compile(
@@ -59,8 +58,7 @@ def reason_of_name(parts: list[str]) -> str | None:
         return HIDDEN
     if _is_image(parts[-1]):  # a picture of a class called "token" is data
         return None
-    name = parts[-1].lower()
-    is_key = any(fnmatchcase(name, pattern) for pattern in KEY_FILES)
+    is_key = KEY_FILE.match(parts[-1].lower()) is not None
     return KEYS if is_key or KEY_FOLDERS & {part.lower() for part in parts[:-1]} else None
 
 

@@ -134,6 +134,8 @@ SECRETS = """
     prod.kubeconfig terraform.tfstate terraform.tfstate.backup prod.tfvars vault-token vault_password.txt prod.env
     netrc secrets.yaml secret.txt secrets/db.txt token hf_token hf_token.txt token.json auth_token rootkey.csv
     alice_accessKeys.csv api_key.txt deploy_key password.txt rclone.conf putty.ppk a.keytab a.gpg a.asc
+    gha-creds-12.json aws_credentials.csv my-passwords.txt passwd kube_config.yaml .dockercfg dockerconfig.json a.der
+    azureauth.json deploy_ssh_key env prod.env.bak production.secrets.enc config/master.key MySecrets.YAML
 """  # names of files
 
 
