@@ -126,22 +126,23 @@ def _add_class_folders(
         DataError: there are no training images, because their table cannot be used.
     """
     tables.warnings += compare_labels(source, tables.rows, images)
-    if any(row.split is None and not row.problem for row in tables.rows):
-        return tables
+    named = {join_source(source, image): image for image in images}
     covered = {known_split(row.split) for row in tables.rows}
-    named = {row.path for row in tables.rows}
-    rest = [image for image in images if split_of_path(image) not in (*covered, None)]
-    rest = [image for image in rest if join_source(source, image) not in named]
+    # Rows without a split count as train, unless their folders say something else.
+    covered |= {split_of_path(named.get(row.path, "")) for row in tables.rows if row.split is None}
+    read = {row.path for row in tables.rows}
+    rest = [image for path, image in named.items() if path not in read and split_of_path(image) not in (*covered, None)]
     folders = _class_folders_like(source, tables, rest, found)
-    if problems and not any(known_split(row.split) == "train" for row in [*tables.rows, *folders.rows]):
+    usable = [row for row in [*tables.rows, *folders.rows] if not row.problem]
+    if problems and not any(row.split is None or known_split(row.split) == "train" for row in usable):
         raise problems[0]
     tables.rows += folders.rows
     tables.warnings += folders.warnings
-    if len(folders.rows) < len(rest):
-        splits = ", ".join(sorted({str(split_of_path(image)) for image in rest}))
-        number = len(rest) - len(folders.rows)
+    left = {join_source(source, image) for image in rest} - {row.path for row in folders.rows}
+    if left:
+        splits = ", ".join(sorted({str(split_of_path(named[path])) for path in left}))
         tables.warnings.append(
-            f"{number} images of {splits} are in no table and in no folder of a class that a table has"
+            f"{count_of(left, 'image')} of {splits} in no table and in no folder of a class that a table has"
         )
     return tables
 

@@ -292,6 +292,17 @@ def test_a_table_at_the_top_without_splits_in_its_paths(tmp_path):
     assert index.derived_splits == ("test", "validation")
 
 
+@pytest.mark.parametrize(("names", "num_test"), [(["cat/0.png", "dog/1.png"], 2), (["0.png", "1.png"], 0)])
+def test_a_split_folder_beside_a_table_at_the_top(tmp_path, names, num_test):
+    images = [f"train/{number}.png" for number in range(12)]
+    write_images(tmp_path, [*images, *(f"test/{name}" for name in names)])
+    write_rows(tmp_path / "metadata.csv", [(name, ("cat", "dog")[n % 2]) for n, name in enumerate(images)])
+    index = indexed(tmp_path)
+    assert index.num_rows_found == 12 + num_test
+    assert ("test" in index.derived_splits) == (num_test == 0)
+    assert any("2 images of test in no table" in warning for warning in index.warnings) == (num_test == 0)
+
+
 def test_the_table_of_one_split_alone_is_warned_about(tmp_path):
     image_folder(tmp_path)
     warnings = listed(tmp_path / "test" / "metadata.csv").warnings
@@ -319,7 +330,7 @@ def test_images_of_a_test_split_without_labels_are_left_out_with_a_word(tmp_path
     index = indexed(kaggle_folder(tmp_path))
     assert index.classes == ("a", "b")
     assert index.num_rows_found == 12
-    words = "5 images of test are in no table and in no folder of a class that a table has"
+    words = "5 images of test in no table and in no folder of a class that a table has"
     assert {words, "6 files left out: 5 .png, 1 .csv"} <= set(index.warnings)
 
 
