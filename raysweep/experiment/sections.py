@@ -90,7 +90,9 @@ class DataConfig(Section):
         "table's folder).",
     )
     image_suffix: Text | None = Field(
-        default=None, description="Tables: suffix of every image, such as .png, where the rows have none or another."
+        default=None,
+        description="Tables: suffix of the images, such as .png, where the rows have none or another; several as "
+        ".jpg, .png.",
     )
     image_prefix: Text | None = Field(
         default=None, description="Tables: start of the rows' paths that is cut off, such as /kaggle/input/leaves/."
@@ -138,8 +140,9 @@ class DataConfig(Section):
     @field_validator("image_suffix")
     @classmethod
     def _is_a_suffix(cls, value: str | None) -> str | None:
-        if value is not None and ("." not in value or set(value) & set("/\\")):
-            raise ValueError(f"accepted: the end of the files' names, such as .png; found {value}")
+        for suffix in [] if value is None else value.split(","):
+            if "." not in suffix or set(suffix.strip()) & set("/\\ "):
+                raise ValueError(f"accepted: the end of the files' names, such as .png or .jpg, .png; found {value}")
         return value
 
     @field_validator("allow_images_from")

@@ -3,7 +3,7 @@
 import posixpath
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ DIFFERENCES: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys of the experiment with which a row's name becomes a path; empty where a key is not needed."""
+    """Keys of the experiment with which names become paths; empty where a key is not needed."""
 
     image_prefix: str
     image_folder: str
@@ -35,12 +35,31 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The names and the files that some keys bring together, and how many folders they share at their ends."""
+class Matches:
+    """What names have in common with files, if a prefix is cut off them and they are looked for in a folder.
 
-    names: set[str] = field(default_factory=set)
-    files: set[str] = field(default_factory=set)
+    Attributes:
+        files: The file of each name, by the suffix of the file.
+        own: Names that have the suffix of their file.
+        shared: Number of folders at their ends that names and files share.
+    """
+
+    files: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    own: set[str] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
+
+    @property
+    def names(self) -> set[str]:
+        """All names that have a file."""
+        return {name for files in self.files.values() for name in files}
+
+    def suffixes(self) -> list[str]:
+        """Returns each way to choose suffixes so that all names have a file."""
+        if self.own == self.names:
+            return [""]
+        whole = sorted(suffix for suffix, files in self.files.items() if files.keys() == self.names)
+        by_number = sorted(self.files, key=lambda suffix: (-len(self.files[suffix]), suffix))
+        return whole or [", ".join(by_number)]
 
 
 def settle_paths(table: str, data: "DataConfig", names: Sequence[str]) -> tuple[RowPaths, list[str]]:
@@ -70,11 +89,21 @@ def _advice(paths: RowPaths, data: "DataConfig", missing: Sequence[str]) -> str:
         if "://" in root and len(split_uri(root)[1].split("/")) < (3 if root.startswith("hf://") else 1):
             continue
         files = list(_images_below(root))
-        fits = _fitting_keys(paths, missing, files)
+        if root != folder:  # farther away, the same ids often name other images
+            files = [file for file in files if file.count("/") == 1]
+        matches = _match(paths, missing, files)
+        fits = _fitting_keys(matches, len(missing))
         if fits:
             written = [_lines(keys, data, root, folder) for keys in fits[:3]]
             several = f"{len(fits)} ways fit; write one of them" if len(fits) > 1 else "write"
             return f"they are found with other keys; {several}:" + "\n  or".join(written)
+        places = {file.rpartition("/")[0] for found in matches.values() for file in _all_files(found)}
+        found_names = {name for found in matches.values() for name in found.names}
+        if 2 * len(found_names) > len(missing):
+            return (
+                f"files of these names lie in {len(places)} folders ({', '.join(sorted(places)[:3])}); accepted: rows "
+                "that name the folder too, or a folder as data.source"
+            )
         for difference, fold in DIFFERENCES.items():
             stems = {fold(split_suffix(file)[0].rpartition("/")[2]): file for file in files}
             alike = [(name, stems.get(fold(_stem(paths, name)))) for name in missing]
@@ -82,6 +111,10 @@ def _advice(paths: RowPaths, data: "DataConfig", missing: Sequence[str]) -> str:
             if 2 * len(alike) > len(missing):
                 return f"{difference}, such as {join_source(root, str(alike[0][1]))} for {alike[0][0]}"
     return ""
+
+
+def _all_files(found: Matches) -> set[str]:
+    return {file for files in found.files.values() for file in files.values()}
 
 
 def _stem(paths: RowPaths, name: str) -> str:
@@ -110,42 +143,50 @@ def _images_below(root: str) -> Iterator[str]:
                 yield "/".join([part for part in info.path.split("/") if part][depth:])
 
 
-def _fitting_keys(paths: RowPaths, missing: Sequence[str], files: Sequence[str]) -> list[Keys]:
-    """Returns the keys that bring most of the names to files: one for each set of files, the simplest ones."""
-    by_stem: dict[str, list[str]] = defaultdict(list)
+def _match(paths: RowPaths, missing: Sequence[str], files: Sequence[str]) -> dict[tuple[str, str], Matches]:
+    """Returns what names and files have in common, by prefix and folder."""
+    by_stem: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for file in files:
-        by_stem[split_suffix(file)[0].rpartition("/")[2]].append(file)
-    found: dict[Keys, Found] = defaultdict(Found)
+        stem, suffix = split_suffix(file)
+        while suffix:  # the name 1.jpg may stand for the file 1.jpg.png
+            by_stem[stem.rpartition("/")[2]].append((stem, file[len(stem) :]))
+            stem, suffix = split_suffix(stem)
+    matches: dict[tuple[str, str], Matches] = defaultdict(Matches)
     for name in missing:
         spelt = paths.spelt(name)
         for variant in dict.fromkeys((spelt, urllib.parse.unquote(spelt))):
-            for file in by_stem.get(split_suffix(variant)[0].rpartition("/")[2], ()):
-                for keys, shared in _keys_between(variant, file):
-                    found[keys].names.add(name)
-                    found[keys].files.add(file)
-                    found[keys].shared.add(shared)
-    most = max((len(these.names) for these in found.values()), default=0)
-    if 2 * most <= len(missing):
+            own_stem, own = split_suffix(variant)
+            for stem, suffix in by_stem.get(own_stem.rpartition("/")[2], ()):
+                for place, shared in _places_between(own_stem, stem):
+                    matches[place].files[suffix][name] = stem + suffix
+                    matches[place].shared.add(shared)
+                    if suffix == own:
+                        matches[place].own.add(name)
+    return matches
+
+
+def _fitting_keys(matches: Mapping[tuple[str, str], Matches], num_missing: int) -> list[Keys]:
+    """Returns the keys that bring most of the names to files: one for each set of files, the simplest ones."""
+    most = max((len(found.names) for found in matches.values()), default=0)
+    if 2 * most <= num_missing:
         return []
-    best: dict[frozenset[str], Keys] = {}
+    best: dict[frozenset[str], list[Keys]] = {}
     # The more folders a name and its file share, the less is cut off.
-    for keys in sorted(found, key=lambda keys: (-max(found[keys].shared), keys.image_folder)):
-        if len(found[keys].names) == most:
-            best.setdefault(frozenset(found[keys].files), keys)
-    return list(best.values())
+    for place in sorted(matches, key=lambda place: (-max(matches[place].shared), place[1])):
+        found = matches[place]
+        if len(found.names) == most:
+            best.setdefault(frozenset(_all_files(found)), [Keys(*place, suffix) for suffix in found.suffixes()])
+    return [keys for ways in best.values() for keys in ways]
 
 
-def _keys_between(name: str, file: str) -> Iterator[tuple[Keys, int]]:
-    """Yields keys with which a name becomes the path of a file, and how many folders the two share at their ends."""
-    (stem, own), (path, suffix) = split_suffix(name), split_suffix(file)
-    parts, folders = stem.split("/"), path.split("/")
+def _places_between(name: str, file: str) -> Iterator[tuple[tuple[str, str], int]]:
+    """Yields prefixes and folders between a name and a file, and how many folders the two share at their ends."""
+    parts, folders = name.split("/"), file.split("/")
     for shared in range(min(len(parts), len(folders))):
         if parts[len(parts) - 1 - shared :] != folders[len(folders) - 1 - shared :]:
             return
         prefix = "/".join([*parts[: len(parts) - 1 - shared], ""])
-        prefix = "" if prefix in ("", "./") else prefix
-        folder = "/".join(folders[: len(folders) - 1 - shared])
-        yield Keys(prefix, folder, "" if suffix == own else suffix), shared
+        yield ("" if prefix in ("", "./") else prefix, "/".join(folders[: len(folders) - 1 - shared])), shared
 
 
 def _lines(keys: Keys, data: "DataConfig", root: str, folder: str) -> str:

@@ -5,9 +5,9 @@ import posixpath
 import re
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
@@ -66,18 +66,20 @@ class RowPaths:
     Attributes:
         table: Path or URI of the table.
         folder: Absolute path or URI of the folder that relative paths start from.
-        suffix: Suffix of all images; None where the rows have it.
+        suffixes: Suffixes that images have, in the order in which they are tried; none where the rows have them.
         prefix: Start of the rows' paths that is cut off.
         places: URIs and local folders that rows may name; a local table may name every local path too.
         spelling: Keys of `SPELLINGS` that all paths are read with.
+        listed: Names of the files in folders that have been listed to find the suffixes of images.
     """
 
     table: str
     folder: str
-    suffix: str | None
+    suffixes: tuple[str, ...]
     prefix: str
     places: tuple[str, ...]
     spelling: tuple[str, ...] = ()
+    listed: dict[str, Set[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, table: str, data: "DataConfig") -> "RowPaths":
@@ -99,7 +101,8 @@ class RowPaths:
                     f"{beside}, an absolute path, or a URI"
                 )
         places += map(absolute_source, data.allow_images_from)
-        return cls(table, folder, data.image_suffix, data.image_prefix or "", tuple(dict.fromkeys(places)))
+        suffixes = tuple(suffix.strip() for suffix in data.image_suffix.split(",")) if data.image_suffix else ()
+        return cls(table, folder, suffixes, data.image_prefix or "", tuple(dict.fromkeys(places)))
 
     def path_of(self, name: str) -> str:
         """Returns the absolute path or URI of the image that a row names.
@@ -108,8 +111,15 @@ class RowPaths:
             DataError: the row may not name it.
         """
         name = self.spelt(name).removeprefix(self.spelt(self.prefix))
-        if self.suffix is not None:
-            name = split_suffix(name)[0] + self.suffix
+        if not self.suffixes:
+            return self._allowed(name)
+        stem = split_suffix(name)[0]
+        paths = [self._allowed(stem + suffix) for suffix in self.suffixes]
+        # Where several are possible, the folder is listed once: in a bucket, every question takes a while.
+        return next((path for path in paths[:-1] if self._is_listed(path)), paths[-1])
+
+    def _allowed(self, name: str) -> str:
+        """Returns the path or URI of a name that is complete, if the row may name it."""
         if name.startswith("file://"):
             name = absolute_source(name)
         if "://" in name:
@@ -121,6 +131,13 @@ class RowPaths:
                 "or a local folder that data.allow_images_from names"
             )
         return path
+
+    def _is_listed(self, path: str) -> bool:
+        folder = parent_source(path)
+        if folder not in self.listed:
+            self.listed[folder] = _files_in(folder)
+        name = split_uri(path)[1] if "://" in path else path
+        return name.rpartition("/")[2] in self.listed[folder]
 
     def spelt(self, name: str) -> str:
         """Returns a name of the table in the spelling that files have."""
@@ -223,3 +240,9 @@ def _exists(path: str) -> bool:
         return bool(filesystem.get_file_info(inner).type != fs.FileType.NotFound)
     except (DataError, OSError, ValueError):  # among them no permission to list a bucket
         return False
+
+
+def _files_in(folder: str) -> Set[str]:
+    filesystem, inner = open_filesystem(folder)
+    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return {info.path.rstrip("/").rpartition("/")[2] for info in infos}

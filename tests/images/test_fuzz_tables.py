@@ -137,7 +137,7 @@ def test_any_table_is_an_index_or_a_data_error(folder, kind, num_examples):
     outcomes = {True: 0, False: 0}
 
     @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(CONTENTS[kind], st.sampled_from([{}, {}, {"image_folder": "folder"}, {"image_suffix": ".png"}]))
+    @given(CONTENTS[kind], st.sampled_from([{}, {}, {"image_folder": "folder"}, {"image_suffix": ".jpg, .png"}]))
     def run(content, keys):
         table = folder / f"table{content[0]}"
         table.write_bytes(content[1])

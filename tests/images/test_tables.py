@@ -65,6 +65,18 @@ NAMES = [f"{number}" for number in range(20)]
         ([f"{n}.jpg" for n in NAMES], [f"{n}.png" for n in NAMES], {"image_suffix": ".png"}),
         ([f"{n}.jpg" for n in NAMES], [f"{n}.JPG" for n in NAMES], {"image_suffix": ".JPG"}),
         ([f"{n}.jpg" for n in NAMES], [f"a/b/{n}.jpg" for n in NAMES], {"image_folder": "a/b"}),
+        (NAMES, [f"{n}{'.jpg' if int(n) % 3 else '.PNG'}" for n in NAMES], {"image_suffix": ".jpg, .PNG"}),
+        (
+            [f"{n}.jpg" for n in NAMES],
+            [f"i/{n}.{'JPG' if int(n) % 3 else 'jpg'}" for n in NAMES],
+            {"image_folder": "i", "image_suffix": ".JPG, .jpg"},
+        ),
+        (
+            [f"{n}.{'jpg' if int(n) % 2 else 'png'}" for n in NAMES],
+            [f"i/{n}.{'jpg' if int(n) % 2 else 'png'}" for n in NAMES],
+            {"image_folder": "i"},
+        ),
+        ([f"{n}.jpg" for n in NAMES], [f"{n}.jpg.png" for n in NAMES], {"image_suffix": ".jpg.png"}),
         ([f"./{n}.jpg" for n in NAMES], [f"images/{n}.jpg" for n in NAMES], {"image_folder": "images"}),
         ([f"cat/{n}.jpg" for n in NAMES], [f"x/cat/{n}.jpg" for n in NAMES], {"image_folder": "x"}),
         (
@@ -154,6 +166,18 @@ def test_where_two_folders_fit_both_are_named(tmp_path):
     with pytest.raises(DataError, match="2 ways fit; write one of them") as raised:
         index_of(write_csv(tmp_path, NAMES))
     assert re.findall("image_folder: (.*)", str(raised.value)) == ["large", "small"]
+
+
+def test_images_in_several_folders_are_told(tmp_path):
+    write_images(tmp_path, [f"train/{'ab'[int(n) % 2]}/{n}.jpg" for n in NAMES])
+    with pytest.raises(DataError, match=r"lie in 2 folders \(train/a, train/b\); accepted: rows that name the folder"):
+        index_of(write_csv(tmp_path, NAMES))
+
+
+def test_images_of_a_neighbours_project_are_not_proposed(tmp_path):
+    write_images(tmp_path / "other", [f"images/{n}.jpg" for n in NAMES])
+    with pytest.raises(DataError, match="20 of 20 rows cannot be used"):
+        index_of(write_csv(tmp_path / "mine", NAMES))
 
 
 def test_a_key_that_is_in_the_way_is_taken_out(tmp_path):
@@ -412,7 +436,8 @@ def test_a_local_table_may_name_every_local_path(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("image_suffix: png", "accepted: the end of the files' names, such as .png; found png"),
+        ("image_suffix: png", "accepted: the end of the files' names, such as .png or .jpg, .png; found png"),
+        ("image_suffix: '.png, jpg'", "accepted: the end of the files' names"),
         ("image_suffix: /x.png", "accepted: the end of the files' names"),
         ("allow_images_from: ['https://x']", "accepted: s3://bucket, gs://bucket"),
         ("allow_images_from: ['s3://']", "accepted: s3://bucket, gs://bucket"),
