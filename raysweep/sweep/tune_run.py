@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +17,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysweep.cluster.session import joins_cluster, let_tune_use_started_workers
+from raysweep.cluster.session import let_tune_use_started_workers
 from raysweep.sweep.study_group import StudyGroup
 from raysweep.worker.job import EpochReport, Job, Work, WorkReport, from_tune
 from raysweep.worker.tune_trial import run_work, work_resources
@@ -26,7 +27,6 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 
 SECONDS_TO_STOP = 600
-MAX_LOST_NODES = 3  # that one piece of work survives before its trials fail
 
 
 class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look into ray
@@ -36,12 +36,24 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         groups: study groups, in the order in which they start.
         num_groups: largest number of groups at a time.
         num_runs: returns the largest number of pieces of work at a time, which may change.
+        max_failures: how often a piece of work runs again after its process died.
+        warn: is told each time.
     """
 
-    def __init__(self, groups: Sequence[StudyGroup], num_groups: int, num_runs: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[StudyGroup],
+        num_groups: int,
+        num_runs: Callable[[], int],
+        max_failures: int = 0,
+        warn: Callable[[str], None] = lambda _text: None,
+    ) -> None:
         super().__init__()
         self.groups, self.num_groups, self.num_runs = groups, num_groups, num_runs
+        self.max_failures, self.warn = max_failures, warn
         self.running: dict[str, tuple[StudyGroup, Work]] = {}
+        self.lost: list[tuple[StudyGroup, Work]] = []  # whose process died; they run again first
+        self.num_failures: Counter[int] = Counter()  # by id of the work, which lives as long as the group waits for it
         self.failure: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,6 +73,9 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
     def _next(self, trial_id: str) -> Any:
         if len(self.running) >= self.num_runs():
             return None
+        if self.lost:
+            self.running[trial_id] = self.lost.pop(0)
+            return {"work": self.running[trial_id][1]}
         for group in self.groups:
             num_open = len({running.name for running, _ in self.running.values()} | {group.name})
             if num_open <= self.num_groups and (work := group.next_work()) is not None:
@@ -79,13 +94,24 @@ class GroupSearcher(Searcher):  # type: ignore[misc]  # mypy is told not to look
         self,
         trial_id: str,
         result: dict[str, Any] | None = None,
-        error: bool = False,  # noqa: ARG002
+        error: bool = False,
     ) -> None:
-        """Passes the report of a piece of work to its group. A stopped trial has no report."""
-        report = from_tune(WorkReport, result) or WorkReport(error="the worker process died")
-        if trial_id in self.running:
-            group, work = self.running.pop(trial_id)
-            self._call_keeping_error(group.take, work, report)
+        """Passes the report of a piece of work to its group. A stopped trial has no report.
+
+        Work whose process died runs again, with the same settings: they are not the cause.
+        """
+        report = from_tune(WorkReport, result)
+        if trial_id not in self.running:
+            return
+        group, work = self.running.pop(trial_id)
+        if report is None and error and self.num_failures[id(work)] < self.max_failures and self.failure is None:
+            self.num_failures[id(work)] += 1
+            self.lost.append((group, work))
+            again = f"its work runs again ({self.num_failures[id(work)]} of {self.max_failures} times)"
+            self.warn(f"{group.name}: a worker process or its node was lost; {again}")
+            return
+        self.num_failures.pop(id(work), None)
+        self._call_keeping_error(group.take, work, report or WorkReport(error="the worker process died"))
 
     def _call_keeping_error(
         self, listener: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs
@@ -138,7 +164,13 @@ def _with_time_to_stop(trainable: Trainable) -> Trainable:
 
 
 def run_groups(
-    groups: Sequence[StudyGroup], tune_folder: Path, *, num_groups: int, num_runs: Callable[[], int]
+    groups: Sequence[StudyGroup],
+    tune_folder: Path,
+    *,
+    num_groups: int,
+    num_runs: Callable[[], int],
+    max_failures: int = 0,
+    warn: Callable[[str], None] = lambda _text: None,
 ) -> None:
     """Runs all remaining work of study groups in one Tune run.
 
@@ -147,11 +179,13 @@ def run_groups(
         tune_folder: folder for Tune's files; removed at the end.
         num_groups: largest number of groups at a time.
         num_runs: returns the largest number of pieces of work at a time, which may change.
+        max_failures: how often a piece of work runs again after its process died.
+        warn: is told each time.
     """
     let_tune_use_started_workers()
     num_side_by_side = min(num_groups, len(groups), num_runs())
     jobs = {group.name: group.build_job(num_side_by_side) for group in groups}
-    searcher = GroupSearcher(groups, num_groups, num_runs)
+    searcher = GroupSearcher(groups, num_groups, num_runs, max_failures, warn)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_with_time_to_stop(run_work), jobs=jobs),
@@ -169,7 +203,6 @@ def run_groups(
             name=groups[0].mode.name,
             storage_path=str(tune_folder),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_LOST_NODES if joins_cluster() else 0),
         ),
     )
     try:

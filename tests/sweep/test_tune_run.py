@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import time
 from types import SimpleNamespace
 
@@ -147,6 +148,34 @@ def test_lost_work_is_passed_on_once_with_its_reason(result, expected):
     searcher.on_trial_complete("t0", None, error=True)  # told twice, it counts once
     assert group.taken == [(1, expected)]
     assert piece_of(searcher.suggest("t1")["work"]) == 2
+
+
+def test_work_whose_process_died_runs_again_with_the_same_settings_a_few_times():
+    group, said = FakeGroup("a", [1, 2]), []
+    searcher = GroupSearcher([group], 1, lambda: 1, max_failures=2, warn=said.append)
+    first = searcher.suggest("t0")["work"]
+    for number in range(2):
+        searcher.on_trial_complete(f"t{number}", to_tune(epoch_of(1)) if number else None, error=True)
+        assert group.taken == []
+        assert searcher.suggest(f"t{number + 1}")["work"] is first
+        assert searcher.suggest("more") is None, "it counts as running"
+    assert said[1:] == ["a: a worker process or its node was lost; its work runs again (2 of 2 times)"]
+    searcher.on_trial_complete("t2", None, error=True)
+    assert group.taken == [(1, LOST)]
+    assert piece_of(searcher.suggest("t3")["work"]) == 2
+    searcher.on_trial_complete("t3", None, error=True)
+    assert len(said) == 3, "each piece of work has its own number of tries"
+
+
+def test_work_that_reported_an_error_or_was_stopped_does_not_run_again():
+    group = FakeGroup("a", [1, 2])
+    searcher = GroupSearcher([group], 1, lambda: 1, max_failures=3)
+    searcher.suggest("t0")
+    searcher.on_trial_complete("t0", to_tune(WorkReport(error="out of memory")), error=True)
+    searcher.suggest("t1")
+    searcher.on_trial_complete("t1", to_tune(epoch_of(1)))
+    assert [number for number, _ in group.taken] == [1, 2]
+    assert searcher.suggest("t2") == FINISHED
 
 
 def decision(searcher, trial_id, result):
@@ -321,3 +350,25 @@ def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tm
     assert (first.number, second.number) == (1, 2)
     assert first.checkpoint == second.checkpoint, "the process is used again"
     assert sorted(path.name[0] for path in tmp_path.glob("* has let go")) == ["0", "1", "2"]
+
+
+@pytest.mark.ray
+def test_a_killed_process_is_replaced_and_its_work_runs_again(tmp_path, monkeypatch):
+    def train(config, jobs):
+        from ray import tune
+
+        (trial,) = config["work"].trials
+        tries = tmp_path / f"{trial.number} was tried"
+        tries.write_text(f"{tries.read_text() if tries.exists() else ''}{os.getpid()} ")
+        if trial.number == 1 and len(tries.read_text().split()) < 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = TrialResult(trial.study, trial.number, trial.setting)
+        tune.report(to_tune(WorkReport(trials=(result,))))
+
+    monkeypatch.setattr(module, "run_work", train)
+    group, said = FakeGroup("a", [0, 1, 2]), []
+    with ray_session(verbose=False):
+        run_groups([group], tmp_path / "tune", num_groups=1, num_runs=lambda: 1, max_failures=2, warn=said.append)
+    assert [(number, report.error) for number, report in group.taken] == [(0, None), (1, None), (2, None)]
+    assert len(set((tmp_path / "1 was tried").read_text().split())) == 3
+    assert len(said) == 2
