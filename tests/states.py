@@ -27,6 +27,8 @@ CACHE = Cache("features-1", "features-1/a-pass", 120, (), 2.0, 10**9, 0, made_no
 class FakeRecorder:
     """Remembers what was sent; every run is created once, and every model has a URI."""
 
+    is_lost = False
+
     def __init__(self):
         self.sent, self.runs = [], {}
 

@@ -191,6 +191,18 @@ def fetch_folder(folder: Path, wanted: Callable[[str], bool] = lambda _name: Tru
     return sorted(found)
 
 
+def list_files(folder: Path) -> list[str]:
+    """Returns relative paths of the files in a folder and its subfolders. For a copy, the bucket is asked.
+
+    Raises:
+        RaysweepError: The bucket cannot be read.
+    """
+    if _remote(folder) is None:
+        return sorted(_files_in(folder))
+    with _storage_errors(folder):
+        return sorted(_list_objects(folder))
+
+
 def _files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 

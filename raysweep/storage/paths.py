@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import ConfigError, DataError
-from raysweep.storage.copies import fetch_folder, is_bucket, local_path, publish, replacing
+from raysweep.storage.copies import fetch_folder, is_bucket, local_path, location, publish, replacing
+
+STUDIES, MODELS = "studies", "models"  # folders of a sweep
 
 
 def signature(value: Any) -> str:
@@ -77,6 +79,21 @@ class SweepPaths:
         """The folder of caches and other files that all sweeps of one storage share."""
         return local_path(self.storage).resolve() / ".cache"
 
+    def relative(self, place: str) -> str:
+        """Returns how a location in this sweep's folder is stored: relative to it, so that the folder can be moved."""
+        return place.removeprefix(f"{location(self.root)}/")
+
+    def resolve(self, stored: str) -> str:
+        """Returns the location from `relative`. Earlier versions stored whole paths, which a moved folder has not."""
+        root = location(self.root)
+        if not is_bucket(stored) and not Path(stored).is_absolute():
+            return f"{root}/{stored}"
+        if stored.startswith(f"{root}/"):
+            return stored
+        parts = stored.split("/")
+        inner = max((place for place, part in enumerate(parts) if part in (STUDIES, MODELS)), default=None)
+        return stored if inner is None else "/".join([root, *parts[inner:]])
+
     def fetch(self) -> None:
         """Downloads what a sweep needs at its start from a bucket: its own small files, and the JSON files of caches.
 
@@ -108,7 +125,7 @@ class SweepPaths:
 
     def study(self, study: str, key: str) -> Path:
         """The folder of a study's checkpoints and result. `key` is the signature of all inputs of the result."""
-        return self.root / "studies" / study / key
+        return self.root / STUDIES / study / key
 
     def study_result(self, study: str, key: str) -> Path:
         """The result of a finished study. The study is evaluated again only if its trials have changed."""
@@ -116,7 +133,7 @@ class SweepPaths:
 
     def model(self, study: str) -> Path:
         """The exported model of one study."""
-        return self.root / "models" / study
+        return self.root / MODELS / study
 
     @property
     def leaderboard_json(self) -> Path:
@@ -132,6 +149,11 @@ class SweepPaths:
     def resolved_experiment(self) -> Path:
         """The experiment with every default filled in."""
         return self.root / "experiment.resolved.yaml"
+
+    @property
+    def near_copies(self) -> Path:
+        """Images of validation and test that have a near copy in train."""
+        return self.root / "near_copies.json"
 
     @property
     def quarantine(self) -> Path:

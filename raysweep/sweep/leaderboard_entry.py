@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from dataclasses import replace
@@ -9,15 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import TrialError
+from raysweep.errors import DataError, TrialError
 from raysweep.experiment.studies import BaselineConfig, RowConfig
 from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws, draw_subsets
 from raysweep.results.tracking import Tracker
-from raysweep.storage.copies import location
+from raysweep.storage.copies import location, remove
 from raysweep.storage.paths import signature
 from raysweep.sweep.caches import precision_of
-from raysweep.sweep.outcome import Outcome, baseline_outcome, is_exported, log_outcome, read_outcome, write_outcome
+from raysweep.sweep.outcome import (
+    Outcome,
+    baseline_outcome,
+    is_exported,
+    log_outcome,
+    read_outcome,
+    with_places,
+    write_outcome,
+)
 from raysweep.sweep.state import SweepState
 from raysweep.worker.job import Job, StudySpec, TestResult
 
@@ -65,8 +74,28 @@ class LeaderboardEntry(ABC):
         return self.state.paths.study_result(self.name, self.key)
 
     def earlier_outcome(self) -> Outcome | None:
-        """Returns the outcome of an earlier invocation; None if there is none."""
-        return read_outcome(self._result_path)
+        """Returns the outcome of an earlier invocation; None if there is none, or if its file was cut off.
+
+        Raises:
+            DataError: the file is of a version that this one does not know.
+        """
+        try:
+            outcome = read_outcome(self._result_path)
+        except DataError as error:
+            if not isinstance(error.__cause__, json.JSONDecodeError | UnicodeDecodeError):
+                raise
+            self.state.progress.warn(f"{error}; {self.name} is tested again")
+            remove(self._result_path)
+            return None
+        return outcome and with_places(outcome, self.state.paths.resolve)
+
+    def _write(self, outcome: Outcome) -> None:
+        write_outcome(self._result_path, with_places(outcome, self.state.paths.relative))
+
+    @property
+    def shortfall(self) -> str | None:
+        """What this invocation has left of its budget because of errors, in words; None if nothing."""
+        return None
 
     def finish(self, outcome: Outcome) -> None:
         """Logs the outcome and writes it to disk: a sweep that is killed later does not test it again."""
@@ -74,7 +103,7 @@ class LeaderboardEntry(ABC):
         seconds = self.seconds + (earlier.row.study_seconds if earlier else 0.0)
         self.outcome = replace(outcome, row=replace(outcome.row, study_seconds=seconds))
         self._model_uri = log_outcome(self.state, self.run_id, self.outcome)
-        write_outcome(self._result_path, self.outcome)
+        self._write(self.outcome)
 
     def conclude(self) -> Outcome:
         """Completes the outcome, writes it, ends the MLflow run, and returns the outcome.
@@ -90,7 +119,7 @@ class LeaderboardEntry(ABC):
             self.state.recorder.wait()
             model_uri = self._model_uri.result()
         outcome = replace(outcome, model_uri=model_uri, row=replace(outcome.row, mlflow_run_id=self.run_id))
-        write_outcome(self._result_path, outcome)
+        self._write(outcome)
         self.state.recorder.send(Tracker.finish, self.run_id)
         return outcome
 

@@ -37,6 +37,7 @@ STOPPED = "stopped"  # user attribute of a trial that its scheduler stops
 MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
 RESULT = "record"  # user attribute of a trial that has ended: its TrialResult, and when it ended
 ENDED = "ended"  # the latter's key: `time.time()`
+HEAD = "head"  # user attribute of a study: signature of the weights of its best head, by number of the trial
 CONTINUES = "continues"  # user attribute: number of the interrupted trial that a trial continues
 
 
@@ -133,12 +134,13 @@ class OptunaStudy:
     def enqueue_first(self) -> None:
         """Enqueues the recommended settings, or the grid, without those that need no trial: the budget may grow."""
         if self.block.sampler == "grid":
-            first = grid(self.space)[: self.block.num_trials]
+            first = grid(self.space)
         else:
             first = [fit_to_space(setting, self.space) for setting in self.block.mode.recommendations]
         needless = [_setting_of(t) for t in self.study.get_trials(deepcopy=False) if not self._is_tried_again(t)]
         seen: dict[tuple[str, ...], set[tuple[Any, ...]]] = {}  # values of the keys of a setting, which may be a part
-        for setting in first:
+        # Not more than the budget, or one that waits would take the place of one that was interrupted.
+        for setting in first[: self.block.num_trials]:
             names = tuple(setting)
             if names not in seen:
                 seen[names] = {_values(other, names) for other in needless if other.keys() >= setting.keys()}
@@ -152,6 +154,12 @@ class OptunaStudy:
 
         result = self._results.get(trial.number)
         return result.error is not None if result else trial.state == TrialState.FAIL
+
+    @property
+    def unfinished_folders(self) -> set[str]:
+        """Names of the folders of trials that wait to be continued, or run."""
+        trials = self.study.get_trials(deepcopy=False)
+        return {str(self.folder_number(trial.number)) for trial in trials if not trial.state.is_finished()}
 
     def folder_number(self, number: int) -> int:
         """Returns the number that names a trial's folder: its own, or that of the trial that it continues."""
@@ -228,12 +236,21 @@ class OptunaStudy:
             asked.append(self.study.ask(self.distributions))
         return asked
 
+    def head_weights(self, trial: int) -> str | None:
+        """Returns the signature that `keep_head_weights` has kept for the head of a trial; None if there is none."""
+        found: str | None = self.study.user_attrs.get(HEAD, {}).get(str(trial))
+        return found
+
+    def keep_head_weights(self, trial: int, weights: str) -> None:
+        """Keeps the signature of the weights of a trial's head."""
+        self.study.set_user_attr(HEAD, {str(trial): weights})
+
     def should_stop(self, trial: optuna.trial.Trial, history: Sequence[Mapping[str, float]]) -> bool:
         """Reports a trial's last epoch to the scheduler; returns whether it stops the trial.
 
         The reported value is that of the best epoch so far, because the best epoch ranks the trial in the end.
         """
-        if self.block.scheduler == "none":
+        if self.block.scheduler == "none" or self.ranking.metric not in history[-1]:
             return False
         step, reported = len(history), self.study.get_trials(deepcopy=False)[trial.number].last_step
         if reported is not None and step <= reported:  # a continued trial passes its earlier epochs on again

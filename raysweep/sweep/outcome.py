@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -76,6 +76,16 @@ def read_outcome(path: Path) -> Outcome | None:
         raise DataError(
             f"{path}: not a result that this version can read ({reason}); delete it to have the study tested again"
         ) from error
+
+
+def with_places(outcome: Outcome, change: Callable[[str], str]) -> Outcome:
+    """Returns an outcome with the locations of its files changed, as `SweepPaths.relative` and `resolve` do."""
+    checkpoint, model = outcome.checkpoint, outcome.row.model_path
+    return replace(
+        outcome,
+        checkpoint=change(checkpoint) if checkpoint else None,
+        row=replace(outcome.row, model_path=change(model) if model else None),
+    )
 
 
 @cache
@@ -244,9 +254,11 @@ def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
 
 def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | None = None) -> bool:
     """Whether the exported model is from this study and trial: another study may have had the same name."""
-    description = state.paths.model(config.name) / "model.json"
-    about = read_json(description)["about"] if description.exists() else {}
-    return about.get("key") == key and (trial is None or about.get("trial") == trial)
+    try:
+        about = read_json(state.paths.model(config.name) / "model.json")["about"]
+    except (DataError, KeyError, TypeError):  # missing, cut off, or not ours: it is exported again
+        return False
+    return isinstance(about, dict) and about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
 def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str] | None:

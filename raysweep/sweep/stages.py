@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raysweep.cluster.resources import check_resources, num_concurrent_trials, num_fitting_workers
 from raysweep.errors import TrialError
@@ -20,7 +20,7 @@ from raysweep.sweep.leaderboard_entry import LeaderboardEntry, open_baseline
 from raysweep.sweep.optuna_study import open_store
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
-from raysweep.sweep.study import open_study
+from raysweep.sweep.study import Study, open_study
 from raysweep.sweep.study_group import StudyGroup
 
 
@@ -72,11 +72,13 @@ def run_stages(state: SweepState) -> SweepResult:
                 group.choose()
             entries += group.entries
     state.ray.leave()
-    outcomes, failures = [], []
+    outcomes, failures = [], state.failures
     order = {config.name: place for place, config in enumerate(configs)}
     for entry in sorted(entries, key=lambda entry: order.get(entry.name, len(order))):
         try:
             outcomes.append(entry.conclude())
+            if entry.shortfall:
+                failures.append(entry.shortfall)
         except TrialError as error:  # the other studies may still have results
             failures.append(str(error))
             state.progress.warn(f"{entry.name} has no result: {error}")
@@ -115,14 +117,25 @@ def open_groups(state: SweepState, configs: Sequence[StudyConfig], caches: Mappi
         shared.setdefault((features_of, config.kind), []).append(config)
     groups = []
     for members in shared.values():
-        studies = [open_study(state, config, caches[config.name]) for config in members]
+        studies = [study for config in members if (study := open_study_if_possible(state, config, caches[config.name]))]
         baselines = [
             open_baseline(state, baseline, caches[config.name])
             for config in members
             for baseline in state.experiment.baselines_of(config)
         ]
-        groups.append(StudyGroup(state, studies, baselines))
+        if studies:
+            groups.append(StudyGroup(state, studies, baselines))
     return groups
+
+
+def open_study_if_possible(state: SweepState, config: StudyConfig, cache: Cache) -> Study | None:
+    """Opens a study; returns None, and notes why, if the head that it starts from is lost: the others go on."""
+    try:
+        return open_study(state, config, cache)
+    except TrialError as error:
+        state.failures.append(str(error))
+        state.progress.warn(f"{config.name} has no result: {error}")
+        return None
 
 
 def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
@@ -148,7 +161,14 @@ def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
         return fitting + 1 if resources.wait_for_nodes_s and resources.max_concurrent_trials == "auto" else fitting
 
     limit = resources.max_concurrent_studies
-    run_groups(groups, state.paths.tune, num_groups=len(groups) if limit == "auto" else limit, num_runs=num_runs)
+    run_groups(
+        groups,
+        state.paths.tune,
+        num_groups=len(groups) if limit == "auto" else limit,
+        num_runs=num_runs,
+        max_failures=resources.max_failures,
+        warn=state.progress.warn,
+    )
 
 
 def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
@@ -161,7 +181,9 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     rows = rank_rows(
         [outcome.row for outcome in outcomes], [outcome.test.correct for outcome in outcomes], experiment.seed
     )
-    write_leaderboard(rows, state.paths.leaderboard_json, state.paths.leaderboard_csv)
+    paths = state.paths
+    stored = [replace(row, model_path=row.model_path and paths.relative(row.model_path)) for row in rows]
+    write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
         recorder.send(Tracker.log_file, run_id, path)
     best = best_by_validation(state, outcomes)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raysweep.cluster.nodes import check_nodes, wait_for_nodes
 from raysweep.cluster.resources import Resources, local_resources
@@ -26,6 +27,9 @@ from raysweep.storage.paths import SweepPaths, write_atomically
 from raysweep.sweep.encoder_card import LazyEncoder, read_card
 from raysweep.training.ranking import Ranking
 
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
 
 @dataclass
 class SweepState:
@@ -42,6 +46,9 @@ class SweepState:
         encoders: encoders used so far, by name.
         bad_rows: rows that a pass could not decode, by row id.
         best_heads: checkpoints of finished probes, by encoder and shots.
+        head_weights: signatures of their weights when they were chosen: a head that is trained again keeps its own.
+        journal: the journal of the studies' trials, once it is open.
+        failures: studies that could not be opened, with the reason.
         gpu_precision: precision on GPUs, `fp32` or `bf16`; None before it is known.
         num_new_trials: trials that this invocation has run.
         num_encoder_passes: encoder passes that this invocation has made.
@@ -57,6 +64,9 @@ class SweepState:
     encoders: dict[str, LazyEncoder] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     best_heads: dict[tuple[str, Shots], Path] = field(default_factory=dict)
+    head_weights: dict[Path, str] = field(default_factory=dict)
+    journal: BaseStorage | None = None
+    failures: list[str] = field(default_factory=list)
     gpu_precision: str | None = None
     num_new_trials: int = 0
     num_encoder_passes: int = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +18,21 @@ from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws
 from raysweep.results.progress import Stage
 from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
-from raysweep.storage.copies import local_path, location, publish, remove
+from raysweep.storage.copies import fetch, list_files, local_path, location, publish, remove
 from raysweep.storage.paths import signature, write_atomically
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
-from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
+from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study, open_store
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome
 from raysweep.sweep.state import SweepState
+from raysweep.training.checkpoint import load_checkpoint
 from raysweep.worker.inputs import load_heads
 from raysweep.worker.job import EpochReport, Job, TestResult, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     import optuna
+
+LAST = "last.safetensors"
+CHECKPOINTS = ("best.safetensors", LAST)  # files of a trial
 
 # Keys of `train` that change how results are computed, but not the results.
 KEYS_WITHOUT_EFFECT_ON_RESULTS = ("micro_batch_size", "gradient_checkpointing", "compile")
@@ -37,6 +43,8 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
 
     Raises:
         ConfigError: the encoder has none of the requested feature sources, or Optuna's database cannot be used.
+        DataError: the journal of Optuna's studies is damaged.
+        TrialError: the head that it starts from cannot be read.
     """
     experiment = state.experiment
     block = experiment.search.block(config.mode)
@@ -52,17 +60,19 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
             block.sampler,
             *([] if block.scheduler == "none" else [block.scheduler]),
             experiment.train.model_dump(exclude=set(KEYS_WITHOUT_EFFECT_ON_RESULTS)),
-            weights_signature(load_heads(head)[0][0]) if head else None,
+            (state.head_weights.get(head) or weights_signature(load_heads(head)[0][0])) if head else None,
         ]
     )
     run_id = start_run(state, config, key, draws)
     name, database = f"{config.name}-{key}", experiment.tracking.optuna_uri
     if database:  # sweeps share the database, but not the weights of their trials
         name = f"{experiment.name}-{signature(location(state.paths.root))}-{name}"
-    store = database or state.paths.optuna_journal
-    found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed)
+    if state.journal is None and not database:
+        state.journal = open_store(state.paths.optuna_journal, state.progress.warn)
+    found = open_optuna_study(database or state.journal, name, block, space, state.ranking, experiment.seed)
     study = Study(state, config, cache, key, draws, run_id, found, head)
     study.log_earlier_trials()
+    study.remove_leftovers()
     return study
 
 
@@ -101,6 +111,8 @@ class Study(LeaderboardEntry):
         self.histories: dict[int, list[Mapping[str, float]]] = {}  # logged epochs of trials that still run
         self.stopped: set[int] = set()
         self.errors: set[str] = set()
+        self.failed: list[TrialResult] = []  # trials of this invocation that an error ended
+        self.lost: TrialSpec | None = None  # the best trial, while it trains again because its checkpoint is lost
         self._stage: Stage | None = None
         self._started: float | None = None
 
@@ -141,6 +153,48 @@ class Study(LeaderboardEntry):
             for trial in trials
         ]
 
+    def find_lost_trial(self) -> TrialSpec | None:
+        """Returns the best trial if its checkpoint is needed and cannot be read: it has to be trained again.
+
+        It keeps its number and its result: only the file is made again.
+        """
+        if self.lost is not None or self.num_left or not (self._gives_a_head or not self.is_settled):
+            return None
+        try:
+            best = self.optuna_study.best()
+        except TrialError:
+            return None
+        checkpoint = self._checkpoint_of(best)
+        try:
+            load_checkpoint(checkpoint)
+            return None
+        except TrialError as error:
+            self.state.progress.warn(f"{self.name}: trial {best.number}, its best, is trained again: {error}")
+        for name in CHECKPOINTS:
+            remove(checkpoint.with_name(name))
+        folder_number = int(checkpoint.parent.name)
+        self.lost = TrialSpec(
+            study=self.name,
+            number=best.number,
+            setting=best.setting,
+            continues=None if folder_number == best.number else folder_number,
+            stop_file=location(self._stop_file(best.number)),
+        )
+        return self.lost
+
+    @property
+    def _gives_a_head(self) -> bool:
+        """Whether another study of this sweep starts from its best head."""
+        mine = self.config.encoder_name, self.config.shots
+        return self.config.mode.gives_heads and any(
+            other.mode.starts_from == "best_probe" and (other.encoder_name, other.shots) == mine
+            for other in self.state.experiment.studies()
+        )
+
+    def _checkpoint_of(self, result: TrialResult) -> Path:
+        assert result.checkpoint is not None, "the best trial of a study has a checkpoint"
+        return local_path(self.state.paths.resolve(result.checkpoint))
+
     def _publish_journal(self) -> None:
         if self.state.experiment.tracking.optuna_uri is None:
             publish(self.state.paths.optuna_journal)
@@ -148,6 +202,8 @@ class Study(LeaderboardEntry):
     def on_epoch(self, report: EpochReport) -> bool:
         """Logs an epoch of a trial that is still running; returns whether to stop the trial."""
         number, metrics = report.number, report.metrics
+        if number not in self.waiting:  # it trains again only for its checkpoint
+            return False
         trial, history = self.waiting[number], self.histories.setdefault(number, [])
         if report.epoch < len(history):  # the trial started again from its last epoch, with smaller micro-batches
             return False
@@ -156,7 +212,7 @@ class Study(LeaderboardEntry):
         recorder = self.state.recorder
         recorder.send(Tracker.log_epoch, self.run_id, key, name, dict(trial.params), report.epoch, metrics)
         metric = self.state.experiment.metric
-        self._show(f"trial {number} epoch {report.epoch + 1}: {metric} {metrics[metric]:.3f}")
+        self._show(f"trial {number} epoch {report.epoch + 1}: {metric} {metrics.get(metric, math.nan):.3f}")
         if self.optuna_study.should_stop(trial, history):
             self.stopped.add(number)
         return number in self.stopped
@@ -170,11 +226,16 @@ class Study(LeaderboardEntry):
 
     def tell(self, number: int, result: TrialResult | None, reason: str) -> None:
         """Records the end of a trial: its result, or the reason why there is none."""
+        if number not in self.waiting:
+            self._take_lost_trial(number, result, reason)
+            return
         trial, history = self.waiting.pop(number), self.histories.pop(number, [])
         if result is None and number in self.stopped:
             result = self.optuna_study.stopped_result(trial, self.name, history)
         elif result is None:
             result = TrialResult(self.name, number, dict(trial.params), error=reason)
+        if result.checkpoint:
+            result = replace(result, checkpoint=self.state.paths.relative(result.checkpoint))
         self.optuna_study.tell(trial, result)
         # Publish once per Population; a trial that trains alone takes minutes, so publish after each.
         if not self.config.mode.trains_together or not self.waiting:
@@ -184,15 +245,62 @@ class Study(LeaderboardEntry):
         self.num_done += 1
         self.state.num_new_trials += 1
         self._show_end(result)
+        if result.error is not None:
+            self._count_failure(result)
+
+    def _take_lost_trial(self, number: int, result: TrialResult | None, reason: str) -> None:
+        """Notes how a trial ended that trained again only for its checkpoint."""
+        error = reason if result is None else result.error
+        if error is not None:
+            self.state.progress.warn(f"{self.name}: trial {number} could not be trained again: {error}")
+
+    def _count_failure(self, result: TrialResult) -> None:
+        """Counts failed trials, and ends the search once most of the study's trials have failed."""
+        self.failed.append(result)
+        if 2 * len(self.failed) > self.total and self.num_left:
+            self.num_left = 0
+            found = f"{len(self.failed)} of {self.total} trials failed"
+            self.state.progress.warn(f"{self.name}: stopped, because {found}; {self._first_failure_in_full()}")
+
+    def _first_failure_in_full(self) -> str:
+        """Returns the traceback of the first trial that failed, or the reason if its process wrote none."""
+        first = self.failed[0]
+        path = fetch(self.folder / "trials" / str(first.number) / "error.txt")
+        return f"the first error (trial {first.number}):\n{path.read_text().strip() if path.exists() else first.error}"
+
+    @property
+    def shortfall(self) -> str | None:
+        """What failed trials have left of the budget, in words; None if nothing."""
+        if not self.failed:
+            return None
+        found = (
+            f"{len(self.failed)} of {self.total} trials failed (trial {self.failed[0].number}: {self.failed[0].error})"
+        )
+        return f"{self.name}: {found}; the same command runs what is left of its budget"
 
     def _remove_unneeded_files(self, result: TrialResult) -> None:
         """Removes files that are not needed after the end of a trial."""
         if result.number in self.stopped:
             remove(self._stop_file(result.number))
         if result.checkpoint:  # the optimiser's state takes twice the model's size
-            remove(local_path(result.checkpoint).with_name("last.safetensors"))
+            remove(self._checkpoint_of(result).with_name(LAST))
+        elif result.error is not None and not self.config.mode.trains_together:
+            folder = self.folder / "trials" / str(self.optuna_study.folder_number(result.number))
+            for name in CHECKPOINTS:
+                remove(folder / name)
         if result.pruned:
             self._delete_folders(result.number)
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed invocations have left of trials that are over: the state of their training."""
+        if self.config.mode.trains_together:  # such trials write only their result
+            return
+        trials = self.folder / "trials"
+        unfinished = self.optuna_study.unfinished_folders
+        for name in list_files(trials):
+            folder, _, file = name.rpartition("/")
+            if file.startswith(".") or (file == LAST and folder not in unfinished):
+                remove(trials / name)
 
     def _delete_folders(self, number: int) -> None:
         """Deletes the files of a stopped trial, because its weights are not needed."""
@@ -250,14 +358,28 @@ class Study(LeaderboardEntry):
         except TrialError as error:
             self.failure = str(error)
             return None
-        assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
-        if self.config.mode.gives_heads:
-            self.state.best_heads[self.config.encoder_name, self.config.shots] = local_path(best.checkpoint)
-        return best.checkpoint
+        checkpoint = self._checkpoint_of(best)
+        if self._gives_a_head:
+            self.state.best_heads[self.config.encoder_name, self.config.shots] = checkpoint
+            self._find_head_weights(best.number, checkpoint)
+        return location(checkpoint)
+
+    def _find_head_weights(self, trial: int, checkpoint: Path) -> None:
+        """Finds the signature of the best head's weights. A head that cannot be read has none."""
+        try:
+            (head, *_), _ = load_heads(checkpoint)
+        except TrialError:  # whoever starts from it says so
+            return
+        weights = self.optuna_study.head_weights(trial)
+        if weights is None:
+            weights = weights_signature(head)
+            self.optuna_study.keep_head_weights(trial, weights)
+        self.state.head_weights[checkpoint] = weights
 
     def settle(self, tested: TestResult, job: Job) -> None:
         """See `LeaderboardEntry.settle`. Removes all checkpoints but the best one."""
         results, best = self.optuna_study.results, self.optuna_study.best()
+        chosen = replace(best, checkpoint=location(self._checkpoint_of(best)))
         self.finish(
             study_outcome(
                 self.state,
@@ -266,13 +388,13 @@ class Study(LeaderboardEntry):
                 job=job,
                 cache=self.cache,
                 results=results,
-                best=best,
+                best=chosen,
                 tested=tested,
             )
         )
         for result in results:  # eight fine-tunes of a large encoder would keep 10 GB
             if result.checkpoint and result.checkpoint != best.checkpoint:
-                remove(local_path(result.checkpoint))
+                remove(self._checkpoint_of(result))
             if result.pruned:  # a worker may have written again while it stopped
                 self._delete_folders(result.number)
 

@@ -40,6 +40,7 @@ class StudyGroup:
         self.name, self.mode = self.first.name, self.first.config.mode
         self.num_running, self.is_tested = 0, False
         self.micro_batch_size: int | None = None  # the largest that fits; None before memory runs out
+        self._lost_trials: list[TrialSpec] = []
         self._job: Job | None = None
 
     @property
@@ -50,7 +51,7 @@ class StudyGroup:
     @property
     def has_work(self) -> bool:
         """Whether a study or baseline has work left."""
-        return not all(entry.is_settled for entry in self.entries)
+        return not all(entry.is_settled for entry in self.entries) or bool(self._find_lost_trials())
 
     @property
     def reserved_cpus(self) -> int:
@@ -74,12 +75,22 @@ class StudyGroup:
             return TrainWork(self.name, time.time(), tuple(trials), self.micro_batch_size)
         if self.num_running:
             return None
+        if lost := self._find_lost_trials():
+            self._lost_trials = []
+            self.num_running += 1
+            return TrainWork(self.name, time.time(), tuple(lost), self.micro_batch_size)
         chosen = self.choose()
         baselines = tuple(entry.name for entry in self.baselines if not entry.is_settled)
         if not chosen and not baselines:
             return None
         self.num_running += 1
         return TestWork(self.name, time.time(), chosen, baselines)
+
+    def _find_lost_trials(self) -> list[TrialSpec]:
+        """Returns the best trials whose checkpoints are needed and cannot be read, each once."""
+        found = [study.find_lost_trial() for study in self.studies]
+        self._lost_trials += [trial for trial in found if trial is not None]
+        return self._lost_trials
 
     def choose(self) -> dict[str, str]:
         """Ends the searches; returns the checkpoints that still need a test, by study."""

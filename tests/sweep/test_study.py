@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from jobs import SMALL_CNN, make_job, make_result
 from states import CACHE, FakeRecorder, make_state, make_tested, text_of
 
@@ -14,6 +15,7 @@ from raysweep.errors import TrialError
 from raysweep.results.tracking import Tracker
 from raysweep.storage.paths import SweepPaths, read_json
 from raysweep.sweep import outcome as outcomes
+from raysweep.sweep import stages
 from raysweep.sweep import study as module
 from raysweep.sweep.outcome import read_outcome
 from raysweep.sweep.study import open_study
@@ -442,7 +444,12 @@ def test_an_outcome_is_kept_and_found_by_the_next_invocation(open_state):
     assert again.is_settled
     before = len(recorder.of(Tracker.log_metrics))
     result = again.state.paths.study_result(again.config.name, again.key)
-    assert again.conclude() == read_outcome(result)
+    concluded = again.conclude()
+    assert concluded == again.earlier_outcome()
+    stored = read_outcome(result)
+    assert stored.checkpoint == f"studies/{again.name}/{again.key}/trials/2/best.safetensors"
+    assert stored.row.model_path == f"models/{again.name}"
+    assert concluded.checkpoint == str(again.state.paths.root / stored.checkpoint)
     assert read_json(result)["row"]["mlflow_run_id"] == again.run_id
     assert again.conclude().test.correct == outcome.test.correct
     assert len(recorder.of(Tracker.log_metrics)) == before, "what is there is not logged again"
@@ -526,3 +533,217 @@ def test_a_test_that_failed_leaves_no_outcome(open_state):
     with pytest.raises(TrialError, match="its test failed"):
         study.conclude()
     assert not study_of(open_state(**probe(num_trials=1))).is_settled
+
+
+# Checkpoints that are lost
+
+
+HEADS = {"modes": ["linear_probe", "fine_tune"], "search": {"linear_probe": {"num_trials": 2}}}
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:-9], "empty": b"", "garbled": content[:-4] + b"oops"}[how])
+
+
+def train_again(study, trial, offset=0.0):
+    """Trains a lost head again; `offset` is how far its weights are from what they were."""
+    head = Head(4, 3)
+    with torch.no_grad():
+        head.weight.fill_(0.5 + offset)
+    path = study.folder / "trials" / trial.folder_name / "best.safetensors"
+    save_heads(path, [head], "pooled", {})
+    study.tell(trial.number, result_of(trial, 0.9, str(path)), "unused")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "empty", "garbled"])
+def test_a_lost_head_is_trained_again_under_its_number_and_fine_tuning_stays_the_same_study(open_state, how):
+    study = study_of(open_state(**HEADS))
+    finish(study)
+    key = study_of(study.state, "fine_tune").key
+    (checkpoint,) = study.folder.glob("trials/*/best.safetensors")
+    damage(checkpoint, how)
+    again = study_of(open_state(**HEADS))
+    lost = again.find_lost_trial()
+    assert (lost.number, lost.setting, lost.folder_name) == (1, again.optuna_study.best().setting, "1")
+    assert again.find_lost_trial() is None, "it is trained again once"
+    before = again.optuna_study.results
+    train_again(again, lost, offset=1e-6)
+    assert again.on_epoch(EpochReport(lost.number, 0, {"val/accuracy": 0.5})) is False
+    assert again.optuna_study.results == before, "its result is what it was"
+    assert again.state.num_new_trials == 0
+    again.choose()
+    assert study_of(again.state, "fine_tune").key == key
+    assert "dinov2-linear_probe: trial 1, its best, is trained again: " in text_of(again.state)
+    assert study_of(open_state(**HEADS)).find_lost_trial() is None
+
+
+def test_a_lost_head_that_cannot_be_trained_again_costs_the_study_that_starts_from_it(open_state):
+    study = study_of(open_state(**HEADS))
+    finish(study)
+    damage(next(study.folder.glob("trials/*/best.safetensors")), "cut")
+    state = open_state(**HEADS)
+    again = study_of(state)
+    lost = again.find_lost_trial()
+    again.tell(lost.number, None, "CUDA out of memory")
+    assert "trial 1 could not be trained again: CUDA out of memory" in text_of(state)
+    again.choose()
+    config = next(config for config in state.experiment.studies() if config.mode.name == "fine_tune")
+    assert stages.open_study_if_possible(state, config, CACHE) is None
+    (failure,) = state.failures
+    assert "best.safetensors: not a readable raysweep checkpoint" in failure
+    assert again.conclude().row.num_trials == 2, "the probe keeps its row"
+
+
+def test_a_checkpoint_that_nothing_needs_any_more_is_not_made_again(open_state):
+    study = study_of(open_state(**probe(num_trials=2)))
+    finish(study)
+    damage(next(study.folder.glob("trials/*/best.safetensors")), "missing")
+    again = study_of(open_state(**probe(num_trials=2)))
+    assert again.is_settled
+    assert again.find_lost_trial() is None
+
+
+def test_what_is_still_to_be_tested_is_trained_again_from_the_beginning(open_state):
+    keys = fine_tune(num_trials=1)
+    killed = study_of(open_state(**keys), "fine_tune")
+    killed.ask()
+    study = study_of(open_state(**keys), "fine_tune")
+    (trial,) = study.ask()
+    path = study.folder / "trials" / trial.folder_name / "best.safetensors"
+    save_checkpoint(path, {"weight": torch.ones(3)}, {})
+    study.tell(trial.number, result_of(trial, 0.9, str(path)), "unused")
+    damage(path, "cut")
+    path.with_name("last.safetensors").write_text("of a process that was killed")
+    again = study_of(open_state(**keys), "fine_tune")
+    lost = again.find_lost_trial()
+    assert (lost.number, lost.folder_name) == (trial.number, "0")
+    assert list(path.parent.iterdir()) == []
+
+
+# Folders that move
+
+
+def test_a_study_whose_project_was_renamed_goes_on(tmp_path):
+    keys = {**HEADS, "search": {"linear_probe": {"num_trials": 3}}}
+    study = study_of(make_state(tmp_path / "old", **keys))
+    finish(study)
+    assert str(tmp_path) not in study.state.paths.optuna_journal.read_text()
+    (tmp_path / "old").rename(tmp_path / "new")
+    state = make_state(tmp_path / "new", **keys)
+    again = study_of(state)
+    assert again.is_settled
+    assert again.find_lost_trial() is None
+    assert Path(again.choose()).is_relative_to(tmp_path / "new")
+    outcome = again.conclude()
+    assert Path(outcome.checkpoint).exists()
+    assert Path(outcome.row.model_path).exists()
+
+
+def test_whole_paths_of_earlier_versions_are_understood_after_a_move(tmp_path):
+    study = study_of(make_state(tmp_path / "old", **HEADS))
+    finish(study)
+    root = study.state.paths.root
+    for path in (study.state.paths.optuna_journal, study._result_path):
+        text = path.read_text()
+        assert '"studies/' in text
+        path.write_text(text.replace('"studies/', f'"{root}/studies/').replace('"models/', f'"{root}/models/'))
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = study_of(make_state(tmp_path / "new", **HEADS))
+    assert again.is_settled
+    assert again.find_lost_trial() is None
+    assert Path(again.choose()).exists()
+    assert Path(again.conclude().row.model_path).exists()
+
+
+# State that is damaged
+
+
+@pytest.mark.parametrize("content", ["", '{"row": {"study"', "\0\0\0"])
+def test_a_result_that_was_cut_off_is_made_again(open_state, content):
+    study = study_of(open_state(**probe(num_trials=2)))
+    finish(study)
+    study._result_path.write_text(content)
+    again = study_of(open_state(**probe(num_trials=2)))
+    assert not again.is_settled
+    assert again.num_left == 0
+    assert "result.json: not readable as JSON" in text_of(again.state)
+    assert "dinov2-linear_probe is tested again" in text_of(again.state)
+    assert finish(again).row.num_trials == 2
+    assert study_of(open_state(**probe(num_trials=2))).is_settled
+
+
+@pytest.mark.parametrize("content", ["", '{"about": {"key"', "[]", "{}", '{"about": 3}'])
+def test_a_model_whose_description_was_cut_off_is_exported_again(open_state, content):
+    study = study_of(open_state(**probe(num_trials=2)))
+    finish(study)
+    (study.state.paths.model(study.name) / "model.json").write_text(content)
+    again = study_of(open_state(**probe(num_trials=2)))
+    assert not again.is_settled
+    finish(again)
+    assert study_of(open_state(**probe(num_trials=2))).is_settled
+
+
+# Trials that fail
+
+
+def test_a_study_is_stopped_once_more_than_half_of_its_trials_failed_with_the_first_error_in_full(open_state):
+    state = open_state(**probe(num_trials=8, population=2))
+    study = study_of(state)
+    first = study.folder / "trials" / "0" / "error.txt"
+    first.parent.mkdir(parents=True)
+    first.write_text("Traceback (most recent call last):\n  ...\nValueError: a very long reason\n")
+    for number in range(3):
+        for trial in study.ask():
+            study.tell(trial.number, None, f"ValueError: reason {trial.number}")
+        assert bool(study.num_left) is (number < 2)
+    assert study.ask() == []
+    assert "stopped, because 5 of 8 trials failed; the first error (trial 0):" in text_of(state)
+    assert "  ...\nValueError: a very long reason" in text_of(state)
+    assert study.shortfall == (
+        "dinov2-linear_probe: 6 of 8 trials failed (trial 0: ValueError: reason 0); the same command runs what is left "
+        "of its budget"
+    )
+    again = study_of(open_state(**probe(num_trials=8, population=2)))
+    assert (again.num_left, again.shortfall) == (8, None)
+
+
+def test_half_of_the_trials_may_fail_and_those_that_diverge_have_not_failed(open_state):
+    study = study_of(open_state(**probe(num_trials=8, population=4)))
+    for trial in study.ask():
+        study.tell(trial.number, None, "lost")
+    assert study.num_left == 4
+    tell_all(study, study.ask(), float("nan"))
+    assert len(study.failed) == 4
+    assert "stopped, because" not in text_of(study.state)
+
+
+def test_an_epoch_without_its_metric_ends_nothing(open_state):
+    state = open_state(**scheduled())
+    study = study_of(state, "fine_tune")
+    (trial,) = study.ask()
+    assert study.on_epoch(EpochReport(trial.number, 0, {"val/loss": 1.0})) is False
+    study.tell(trial.number, replace(result_of(trial), final={"val/loss": 1.0}), "unused")
+    assert study.choose() is None
+    assert "val/accuracy was not a finite number" in study.failure
+
+
+def test_what_a_failed_or_killed_trial_left_of_its_training_is_removed(open_state):
+    keys = fine_tune(num_trials=3)
+    study = study_of(open_state(**keys), "fine_tune")
+    trials = [trial for _ in range(3) for trial in study.ask()]
+    for trial in trials:
+        folder = study.folder / "trials" / trial.folder_name
+        for name in ("best.safetensors", "last.safetensors", ".last.safetensors.k1ll3d"):
+            save_checkpoint(folder / name, {"weight": torch.ones(3)}, {})
+    study.tell(trials[0].number, None, "out of memory")
+    left = sorted(path.name for path in (study.folder / "trials" / "0").iterdir())
+    assert left == [".last.safetensors.k1ll3d"]
+    path = str(study.folder / "trials" / "1" / "best.safetensors")
+    study.optuna_study.tell(study.waiting[1], result_of(trials[1], checkpoint=path))  # and is killed
+    study_of(open_state(**keys), "fine_tune")
+    left = sorted(str(path.relative_to(study.folder / "trials")) for path in study.folder.glob("trials/*/*"))
+    assert left == ["1/best.safetensors", "2/best.safetensors", "2/last.safetensors"], "trial 2 goes on"

@@ -30,7 +30,7 @@ class FakeStudy(Study):
         self.name, self.config = name, SimpleNamespace(mode=MODES[mode], reads_features=mode == "linear_probe")
         self.sizes, self.checkpoint, self.draws = list(sizes), checkpoint, draws
         self.num_asked, self.told, self.epochs, self.settled_with = 0, [], [], None
-        self.failure, self.head, self.seconds = None, None, 0.0
+        self.failure, self.head, self.seconds, self.lost = None, None, 0.0, None
         self.key, self.folder, self.cache = "key", Path("folder"), SimpleNamespace(rows="cache", streamed=False)
 
     @property
@@ -51,6 +51,10 @@ class FakeStudy(Study):
 
     def ask_to_stop(self, number):
         self.asked_to_stop = number
+
+    def find_lost_trial(self):
+        lost, self.lost = self.lost, None
+        return lost
 
     def choose(self):
         return self.checkpoint
@@ -123,6 +127,22 @@ def test_the_test_is_the_last_piece_of_work():
     assert isinstance(group.next_work(), TestWork)
     assert group.is_tested
     assert group.next_work() is None
+
+
+def test_best_trials_whose_checkpoints_are_lost_are_trained_again_before_the_test():
+    done, other = FakeStudy("done", []), FakeStudy("other", [])
+    done.is_settled = other.is_settled = True
+    group = group_of(done, other)
+    assert not group.has_work
+    done.lost = make_trial(3, "done")
+    assert group.has_work
+    work = group.next_work()
+    assert trials_of(work) == [("done", 3)]
+    assert group.next_work() is None
+    group.take(work, WorkReport(error="lost again"))
+    assert done.told == [(3, None, "lost again")]
+    assert group.next_work() is None, "all is settled"
+    assert group.is_tested
 
 
 def test_only_what_is_not_settled_is_tested():
