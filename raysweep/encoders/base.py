@@ -9,8 +9,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from raysweep.encoders.families import FAMILIES
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import EncoderError, did_you_mean
+
+MAX_FEATURES = 1_000_000  # of one part
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class EncoderSpec:
             KeyError: a key is missing.
             TypeError: a value has the wrong type, or an inner key is missing or unknown.
         """
-        return cls(
+        spec = cls(
             type=values["type"],
             family=values["family"],
             config=dict(values["config"]),
@@ -79,6 +82,16 @@ class EncoderSpec:
             sources={source: tuple(parts) for source, parts in values["sources"].items()},
             origin=Origin(**values["origin"]),
         )
+        spec._check()
+        return spec
+
+    def _check(self) -> None:
+        if self.family not in FAMILIES or self.type not in FAMILIES:
+            raise TypeError(f"type, family: {self.type!r}, {self.family!r}; accepted: {', '.join(FAMILIES)}")
+        if not all(type(width) is int and 0 < width <= MAX_FEATURES for width in self.parts.values()):
+            raise TypeError(f"parts: {dict(self.parts)}; accepted: whole numbers from 1 to {MAX_FEATURES:,}")
+        if not self.sources or not all(parts and set(parts) <= set(self.parts) for parts in self.sources.values()):
+            raise TypeError(f"sources: {dict(self.sources)}; accepted: names of parts ({', '.join(self.parts)})")
 
     def parts_of(self, source: str) -> tuple[str, ...]:
         """Returns the parts that a feature source concatenates, in order.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raysweep.encoders.base import Encoder, EncoderSpec, Origin, seeded
 from raysweep.encoders.families import FAMILIES, VARIANTS
 from raysweep.encoders.preprocess import Preprocessing
-from raysweep.encoders.pretrained import PretrainedFiles, find_pretrained, first_line
+from raysweep.encoders.pretrained import PretrainedFiles, describe_error, find_pretrained
 from raysweep.encoders.transformers_models import (
     architecture,
     default_preprocessing,
@@ -66,7 +66,11 @@ class HuggingFaceEncoder(Encoder):
 
     def run_model(self, pixel_values: Tensor) -> Any:
         """Maps float `(batch, 3, height, width)` to the output object of the transformers model."""
-        return self.model(pixel_values=pixel_values, **self.options)
+        if self.spec.config.get("model_type") != "vit_mae":
+            return self.model(pixel_values=pixel_values, **self.options)
+        # Its patches are sorted by noise, and random without this; see also `mask_ratio` in `transformers_models`.
+        order = torch.arange(_num_patches(self.spec.config, pixel_values) or 0, device=pixel_values.device)
+        return self.model(pixel_values=pixel_values, noise=order.expand(len(pixel_values), -1), **self.options)
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
@@ -168,7 +172,10 @@ def _build_pretrained(kind: str, pretrained: PretrainedFiles, image_size: int | 
     family = family_of(kind, pretrained.config["model_type"], pretrained.name)
     config = vision_config(pretrained.config)
     model, missing = load_model(family, pretrained, config)
-    preprocessing = pretrained.preprocessing() or default_preprocessing(family, config, pretrained.name)
+    preprocessing = pretrained.preprocessing()
+    if preprocessing is None:
+        base = str(pretrained.config.get("_name_or_path") or "")
+        preprocessing = default_preprocessing(family, config, pretrained.name, base)
     if image_size:
         preprocessing = preprocessing.with_image_size(image_size)
     only_for = FAMILIES[family].only_for
@@ -251,7 +258,7 @@ def _try_out(encoder: HuggingFaceEncoder) -> dict[str, Tensor]:
     except Exception as error:
         raise EncoderError(
             f"{encoder.spec.origin.name or encoder.spec.type}: {type(encoder.model).__name__} yields no features for "
-            f"images of {size} alone: {first_line(error)}"
+            f"images of {size} alone: {describe_error(error)}"
         ) from error
 
 

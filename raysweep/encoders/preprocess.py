@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from raysweep.errors import EncoderError
@@ -33,6 +33,7 @@ _UNDERSTOOD = {
 
 # 16 million pixels. After the resize, only images more than about 200 times as long as wide have more.
 _MAX_RESIZED_PIXELS = 1 << 24
+MAX_SIDE = 8_192  # of prepared images; the largest that is published is far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,32 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        """Checks every value: it may come from a file that others wrote.
+
+        Raises:
+            EncoderError: a value is not one that images can be prepared with.
+        """
+        if self.resize not in ("shortest_edge", "exact"):
+            raise _not_understood("resize", self.resize, "accepted: shortest_edge, exact")
+        sizes = self.resize_size if isinstance(self.resize_size, tuple) else (self.resize_size,)
+        num_sizes = 2 if self.resize == "exact" else 1
+        if len(sizes) != num_sizes or not all(_is_side(size) for size in sizes):
+            raise _not_understood("size", self.resize_size, f"accepted: 1 to {MAX_SIDE:,} pixels a side")
+        if self.crop_size is not None and not _is_side(self.crop_size):
+            raise _not_understood("crop_size", self.crop_size, f"accepted: 1 to {MAX_SIDE:,} pixels")
+        if not _is_whole(self.resample) or not 0 <= self.resample <= 5:
+            raise _not_understood("resample", self.resample, "accepted: a PIL resampling filter, 0 to 5")
+        for key, values in {
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "rescale_factor": (self.rescale_factor,),
+        }.items():
+            if len(values) not in (1, 3) or not all(_is_finite(value) for value in values):
+                raise _not_understood(key, values, "accepted: finite numbers")
+            if key != "image_mean" and min(values) <= 0:
+                raise _not_understood(key, values, "accepted: numbers above 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict that JSON can hold and from which `from_dict` makes an equal object."""
@@ -188,8 +215,28 @@ def from_processor_config(config: Mapping[str, Any]) -> Preprocessing:
     """Makes a Preprocessing from the `to_dict()` of an image processor, or from a complete `preprocessor_config.json`.
 
     Raises:
-        EncoderError: a key changes the pixels in an unknown way. The message names the key; it is never ignored.
+        EncoderError: a key changes the pixels in an unknown way, or a value cannot be used. The message names the key;
+            it is never ignored.
     """
+    try:
+        return _from_processor_config(config)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise EncoderError(f"image processor: a value has the wrong type ({error})") from error
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_side(value: Any) -> bool:
+    return _is_whole(value) and 1 <= value <= MAX_SIDE
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _from_processor_config(config: Mapping[str, Any]) -> Preprocessing:
     for key, value in config.items():
         # A step that is switched off does not matter, known or not.
         if key not in _WITHOUT_EFFECT | _UNDERSTOOD and value not in (None, False):

@@ -1,6 +1,7 @@
 """The encoder that is always trained from scratch: strided stages of convolution, batch norm and ReLU."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import nn
 
 from raysweep.encoders.base import Encoder, EncoderSpec, Origin, seeded
 from raysweep.encoders.families import FAMILIES
+from raysweep.encoders.model_config import check_num_parameters
 from raysweep.errors import EncoderError, did_you_mean
 
 CHANNELS = [32, 64, 128, 256]
+MAX_STAGES = 32  # each halves the image
 
 
 class StackedCNN(Encoder):
@@ -55,8 +58,7 @@ def build(config: Mapping[str, Any], seed: int) -> StackedCNN:
         if key != "channels":
             raise EncoderError(f"config: '{key}' is unknown to stacked_cnn; {did_you_mean(key, ['channels'])}")
     channels = overrides.get("channels", CHANNELS)
-    if not isinstance(channels, list | tuple) or not channels or not all(_positive(item) for item in channels):
-        raise EncoderError(f"config.channels: {channels!r}; accepted: a list of positive whole numbers, one per stage")
+    _check_channels(channels)
     family, image_size = FAMILIES["stacked_cnn"], config.get("image_size")
     preprocessing = family.preprocessing
     assert preprocessing is not None
@@ -74,9 +76,22 @@ def build(config: Mapping[str, Any], seed: int) -> StackedCNN:
 
 
 def from_spec(spec: EncoderSpec) -> StackedCNN:
-    """Rebuilds a StackedCNN. Its weights are arbitrary until they are loaded."""
+    """Rebuilds a StackedCNN. Its weights are arbitrary until they are loaded.
+
+    Raises:
+        EncoderError: the channels are not those of a network that fits into memory.
+    """
+    _check_channels(spec.config.get("channels"))
     with seeded(0):
         return StackedCNN(spec)
+
+
+def _check_channels(channels: Any) -> None:
+    if not isinstance(channels, list | tuple) or not channels or not all(_positive(item) for item in channels):
+        raise EncoderError(f"config.channels: {channels!r}; accepted: a list of positive whole numbers, one per stage")
+    if len(channels) > MAX_STAGES:
+        raise EncoderError(f"config.channels: {len(channels):,} stages; accepted: at most {MAX_STAGES}")
+    check_num_parameters(sum(9 * after * (before + after) for before, after in pairwise([3, *channels])))
 
 
 def _positive(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Configs and models of transformers, from which encoders are made. transformers is imported when it is needed."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ from torch import nn
 
 from raysweep.encoders.base import seeded
 from raysweep.encoders.families import FAMILIES
+from raysweep.encoders.model_config import check_num_parameters, checked_config
 from raysweep.encoders.preprocess import Preprocessing
-from raysweep.encoders.pretrained import PretrainedFiles, first_line
+from raysweep.encoders.pretrained import PROCESSOR, PretrainedFiles, describe_error
 from raysweep.errors import EncoderError
 
 # Keys of a config that name files, labels or stages of a backbone. Rebuilding an encoder does not need them.
@@ -18,6 +20,9 @@ _NOT_ARCHITECTURE = (
     "_name_or_path", "architectures", "id2label", "label2id", "out_features", "out_indices", "stage_names",
     "transformers_version",
 )  # fmt: skip
+
+# Settings without which a model drops patches at random, also in evaluation mode.
+_DETERMINISTIC: Mapping[str, Mapping[str, Any]] = {"vit_mae": {"mask_ratio": 0.0}}
 
 
 def family_of(kind: str, model_type: str, name: str) -> str:
@@ -41,15 +46,24 @@ def family_of(kind: str, model_type: str, name: str) -> str:
     return owner
 
 
-def default_preprocessing(family: str, config: Any, name: str) -> Preprocessing:
+def default_preprocessing(family: str, config: Any, name: str, base: str = "") -> Preprocessing:
     """Returns the published preprocessing of a family, at the image size of `config`.
+
+    Args:
+        family: The family.
+        config: The transformers config.
+        name: The checkpoint's name, for the error message.
+        base: The checkpoint that it was trained from, for the error message; empty if unknown.
 
     Raises:
         EncoderError: the family has no published preprocessing.
     """
     row = FAMILIES[family]
     if row.preprocessing is None:
-        raise EncoderError(f"{name}: no preprocessor_config.json, so that its preprocessing is unknown")
+        raise EncoderError(
+            f"{name}: no {PROCESSOR}, so that its preprocessing is unknown; copy the base model's {PROCESSOR} into its "
+            f"folder{f' (the base model is {base})' if base else ''}; a Trainer saves it only if given a processor"
+        )
     size = getattr(config, "image_size", None)
     if row.fixed_image_size or not isinstance(size, int):
         return row.preprocessing
@@ -83,12 +97,15 @@ def make_config(values: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    model_type = values["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise EncoderError(f"model_type: '{model_type}' is unknown to the installed transformers")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise EncoderError(
+            f"model_type: '{model_type}' is unknown to the installed transformers; code of checkpoints is never run"
+        )
+    values = checked_config(values) | _DETERMINISTIC.get(model_type, {})
     try:
         with quiet():
-            config = CONFIG_MAPPING[model_type].from_dict(dict(values))
+            config = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:
         raise EncoderError(f"config: {model_type} refuses it: {' '.join(str(error).split())}") from error
     width, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
@@ -108,6 +125,11 @@ def new_model(family: str, config: Any) -> nn.Module:
     Raises:
         EncoderError: the installed transformers cannot build it.
     """
+    check_num_parameters(_num_parameters(family, config))
+    return _new_model(family, config)
+
+
+def _new_model(family: str, config: Any) -> nn.Module:
     import transformers
 
     automatic: Any = transformers.AutoModel
@@ -121,8 +143,16 @@ def new_model(family: str, config: Any) -> nn.Module:
                     config, attn_implementation="sdpa", dtype=torch.float32
                 )
     except Exception as error:
-        raise EncoderError(f"{config.model_type}: transformers cannot build it: {first_line(error)}") from error
+        raise EncoderError(f"{config.model_type}: transformers cannot build it: {describe_error(error)}") from error
     return model
+
+
+def _num_parameters(family: str, config: Any) -> int:
+    """Returns the number of parameters of a model that a config describes, without allocating any."""
+    from transformers.initialization import no_init_weights
+
+    with seeded(0), torch.device("meta"), no_init_weights():
+        return sum(parameter.numel() for parameter in _new_model(family, copy.deepcopy(config)).parameters())
 
 
 def load_model(family: str, pretrained: PretrainedFiles, config: Any) -> tuple[nn.Module, set[str]]:
@@ -133,6 +163,10 @@ def load_model(family: str, pretrained: PretrainedFiles, config: Any) -> tuple[n
     """
     import transformers
 
+    try:
+        check_num_parameters(_num_parameters(family, config), pretrained.num_stored)
+    except EncoderError as error:
+        raise EncoderError(f"{pretrained.name}: {error}") from None
     known = family != "auto"
     loader = _model_class(family, config) if known else transformers.AutoModel
     # Some models have no scaled-dot-product attention, so under `auto` transformers must choose.
@@ -145,12 +179,12 @@ def load_model(family: str, pretrained: PretrainedFiles, config: Any) -> tuple[n
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,
-                use_safetensors=pretrained.has_safetensors,
+                use_safetensors=True,  # no pickle is ever loaded
                 output_loading_info=True,
                 **options,
             )
     except Exception as error:
-        raise EncoderError(f"{pretrained.name}: its weights cannot be loaded: {first_line(error)}") from error
+        raise EncoderError(f"{pretrained.name}: its weights cannot be loaded: {describe_error(error)}") from error
     if not known and getattr(model, "main_input_name", None) != "pixel_values":
         raise EncoderError(f"{pretrained.name}: {type(model).__name__} is not an encoder of images alone")
     return model, set(report["missing_keys"])

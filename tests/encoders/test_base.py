@@ -92,6 +92,12 @@ def test_a_missing_key_is_a_key_error(key):
         {"origin": {"path": "x"}},
         {"sources": {"pooled": None}},
         {"preprocessing": {"resize": "exact"}},
+        {"family": "evil"},
+        {"type": 5},
+        {"parts": {"pooled": 10**12}},
+        {"parts": {"pooled": "wide"}},
+        {"sources": {"pooled": ["nothing"]}},
+        {"sources": {}},
         {"preprocessing": STACKED_CNN["preprocessing"] | {"flip": True}},
     ],
 )

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,35 @@ def test_what_is_not_understood_is_named(change, named):
     config = BitImageProcessor(**DINOV2).to_dict() | change
     with pytest.raises(EncoderError, match=rf"image processor: {named}: "):
         from_processor_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("resize", "stretch"),
+        ("resize_size", 0),
+        ("resize_size", 10**9),
+        ("resize_size", 2.5),
+        ("resize_size", True),
+        ("resize_size", (8, 8)),
+        ("crop_size", -1),
+        ("crop_size", 10**9),
+        ("resample", 6),
+        ("resample", "2"),
+        ("mean", (0.0, 0.0)),
+        ("mean", (float("nan"),) * 3),
+        ("std", (0.0,) * 3),
+        ("std", (-1.0,) * 3),
+        ("rescale_factor", float("inf")),
+        ("rescale_factor", 0.0),
+    ],
+)
+def test_values_that_no_image_can_be_prepared_with_are_refused(key, value):
+    usual = Preprocessing("shortest_edge", 16, 12, 2, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(EncoderError, match="is not understood; accepted: "):
+        replace(usual, **{key: value})
+    with pytest.raises(EncoderError, match="is not understood; accepted: "):
+        Preprocessing.from_dict(usual.to_dict() | {key: list(value) if isinstance(value, tuple) else value})
 
 
 def test_steps_that_are_switched_off_need_no_understanding():

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from raysweep.encoders.base import weights_signature
-from raysweep.encoders.build import build_encoder
+from raysweep.encoders.build import build_encoder, encoder_from_spec
 from raysweep.errors import EncoderError
 
 
@@ -35,6 +37,14 @@ def test_channels_override():
 def test_channels_must_be_positive_whole_numbers(channels):
     with pytest.raises(EncoderError, match=r"config\.channels"):
         build(config={"channels": channels})
+
+
+def test_a_spec_is_held_to_the_same_channels():
+    """It may come from a model.json that someone has tampered with."""
+    spec = build().spec
+    for channels in ([0], "wide", None, [8] * 1_000_000, [10_000_000, 10_000_000]):
+        with pytest.raises(EncoderError, match="config"):
+            encoder_from_spec(replace(spec, config={"channels": channels}))
 
 
 def test_an_unknown_override_gets_a_suggestion():
