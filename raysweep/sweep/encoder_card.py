@@ -7,6 +7,7 @@ of everything that the encoder depends on; files of weights count by size and mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
@@ -16,38 +17,53 @@ from typing import Any
 import raysweep.encoders
 from raysweep.encoders.base import Encoder, EncoderSpec, weights_signature
 from raysweep.encoders.build import build_encoder
+from raysweep.encoders.checks import check_is_function
 from raysweep.encoders.families import FAMILIES, VARIANTS
 from raysweep.encoders.pretrained import find_pretrained
-from raysweep.errors import EncoderError
+from raysweep.errors import DataError, EncoderError
 from raysweep.experiment.studies import EncoderConfig
-from raysweep.storage.paths import read_json, signature, write_json
+from raysweep.storage.checksums import read_checked_json, write_checked_json
+from raysweep.storage.paths import signature
 
 # One thread, since building an encoder seeds a generator that all share. `read_card` builds in the caller's thread:
 # `check_studies` asks for every card before anything is loaded ahead.
 _loading = ThreadPoolExecutor(1, "encoders")
 
 
-def read_card(config: EncoderConfig, seed: int, folder: Path) -> LazyEncoder:
-    """Reads an encoder's card. If there is none, loads the encoder and writes the card.
+def read_card(
+    config: EncoderConfig, seed: int, folder: Path, say: Callable[[str], None] = lambda _text: None
+) -> LazyEncoder:
+    """Reads an encoder's card. If there is none or it is damaged, loads and checks the encoder, and writes the card.
 
     Args:
         config: the encoder's entry in the experiment.
         seed: seed of random weights.
         folder: folder of the cards.
+        say: called with a line if a card is damaged.
 
     Raises:
-        EncoderError: the weights cannot be found, or do not match the entry.
+        EncoderError: the weights cannot be found, do not match the entry, or make no function of one image.
     """
     card = folder / f"encoder-{signature(_identity(config, seed))}.json"
-    model = None
-    if not card.exists():
-        model = build_encoder(config.model_dump(), seed)
-        write_json(card, {"spec": model.spec.to_dict(), "weights": weights_signature(model)})
-    content = read_json(card)  # a new card too: JSON may change a value, and signatures depend on the spec
-    encoder = LazyEncoder(config, seed, EncoderSpec.from_dict(content["spec"]), str(content["weights"]))
-    if model is not None:
-        encoder.model = model
+    if card.exists():
+        try:
+            return _read(card, config, seed)
+        except DataError as error:
+            say(f"{config.type}: {error}; the card is made again")
+    model = build_encoder(config.model_dump(), seed)
+    check_is_function(model)
+    write_checked_json(card, {"spec": model.spec.to_dict(), "weights": weights_signature(model)})
+    encoder = _read(card, config, seed)  # JSON may change a value, and signatures depend on the spec
+    encoder.model = model
     return encoder
+
+
+def _read(card: Path, config: EncoderConfig, seed: int) -> LazyEncoder:
+    content = read_checked_json(card)
+    try:
+        return LazyEncoder(config, seed, EncoderSpec.from_dict(content["spec"]), str(content["weights"]))
+    except (KeyError, TypeError, ValueError, AttributeError, EncoderError) as error:
+        raise DataError(f"{card}: not an encoder card ({type(error).__name__}: {error})") from error
 
 
 def _identity(config: EncoderConfig, seed: int) -> list[Any]:

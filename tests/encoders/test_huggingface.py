@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoModel
 
 from raysweep.encoders.base import Origin, weights_signature
 from raysweep.encoders.build import build_encoder, encoder_from_spec
+from raysweep.encoders.checks import check_is_function
 from raysweep.encoders.families import FAMILIES, VARIANTS
 from raysweep.errors import EncoderError
 
@@ -188,14 +190,24 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
     assert encoder_from_spec(encoder.spec).state_dict().keys() == encoder.state_dict().keys()
 
 
-def test_pickled_weights_are_read_when_there_is_nothing_else(tmp_path):
-    model = saved(tmp_path, "Dinov2Model", transformers.Dinov2Config(**TINY_DINOV2))
-    from safetensors.torch import load_file
-
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    pixels = images(224)
-    assert_same(load("dinov2", tmp_path), expected_parts("dinov2", model, pixels), pixels)
+def test_masked_autoencoders_see_the_whole_image_each_time(tmp_path):
+    """By default they drop three quarters of the patches at random, also in evaluation mode."""
+    config = transformers.ViTMAEConfig(**TINY, image_size=32, patch_size=8, mask_ratio=0.75)
+    model = saved(tmp_path, "ViTMAEModel", config)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    encoder, pixels = load("auto", tmp_path), images(32)
+    check_is_function(encoder)
+    model.config.mask_ratio = 0.0
+    with torch.no_grad():
+        first, second = encoder(pixels), encoder(pixels)
+        tokens = model(pixels, noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
+    assert torch.equal(first["mean"], second["mean"])
+    assert torch.allclose(first["mean"], tokens[:, 1:].mean(dim=1), atol=1e-6)
+    assert encoder.spec.config["mask_ratio"] == 0.0
+    rebuilt = encoder_from_spec(encoder.spec)
+    rebuilt.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(pixels)["mean"], first["mean"])
 
 
 @needs_weights
@@ -302,7 +314,11 @@ def test_auto_refuses_text_models(tmp_path):
 def test_auto_needs_a_processor(vit):
     folder, _ = vit
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(EncoderError, match=r"no preprocessor_config\.json"):
+    with pytest.raises(EncoderError, match=r"no preprocessor_config\.json.*copy the base model's preprocessor_config"):
+        load("auto", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "google/vit-base-patch16-224"}))
+    with pytest.raises(EncoderError, match=r"the base model is google/vit-base-patch16-224"):
         load("auto", folder)
 
 

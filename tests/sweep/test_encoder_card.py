@@ -87,6 +87,47 @@ def test_changed_weights_get_a_card_of_their_own(tmp_path, checkpoint, num_built
     assert open_encoder(tmp_path, **config).weights != first.weights
 
 
+GARBLED = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "no object": lambda text: "[1]",
+    "no spec": lambda text: '{"weights": "x"}',
+    "a spec of nothing": lambda text: '{"spec": {}, "weights": "x"}',
+    "another digit": lambda text: text.replace("0.485", "0.585"),
+    "other weights": lambda text: text.replace('"weights": "', '"weights": "0'),
+}
+
+
+@pytest.mark.parametrize("damage", GARBLED)
+def test_a_damaged_card_is_made_again_with_a_word(tmp_path, num_built, damage):
+    said, config = [], EncoderConfig.model_validate(RANDOM)
+    first = read_card(config, 1, tmp_path, said.append)
+    (card,) = tmp_path.glob("*.json")
+    text = card.read_text()
+    assert GARBLED[damage](text) != text
+    card.write_text(GARBLED[damage](text))
+    again = read_card(config, 1, tmp_path, said.append)
+    assert (again.spec, again.weights, card.read_text()) == (first.spec, first.weights, text)
+    assert (len(num_built), len(said)) == (2, 1)
+    assert said[0].startswith(f"dinov2: {card}: ")
+    assert said[0].endswith("; the card is made again")
+    read_card(config, 1, tmp_path, said.append)
+    assert (len(num_built), len(said)) == (2, 1)
+
+
+def test_an_encoder_that_is_no_function_gets_no_card(tmp_path, monkeypatch):
+    def noisy(config, seed):
+        encoder = build_encoder(config, seed)
+        forward = encoder.forward
+        encoder.forward = lambda pixels: {part: x + torch.rand_like(x) for part, x in forward(pixels).items()}
+        return encoder
+
+    monkeypatch.setattr(cards, "build_encoder", noisy)
+    with pytest.raises(EncoderError, match="two calls for the same images differ"):
+        open_encoder(tmp_path, **RANDOM)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_weights_that_are_gone_are_an_error_whatever_the_card_says(tmp_path, checkpoint):
     config = {"type": "dinov2", "pretrained_model_name_or_path": str(checkpoint)}
     open_encoder(tmp_path, **config)
