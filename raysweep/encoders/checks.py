@@ -68,4 +68,5 @@ def _noise(size: tuple[int, int]) -> np.ndarray:
     """Returns two images of noise, uint8 `(2, height, width, 3)`: a dark reddish one and a light bluish one."""
     noise = np.random.default_rng(0).integers(0, 128, (2, *size, 3))
     colours = np.array([[48, 16, 0], [64, 96, 127]])
-    return (noise + colours[:, None, None, :]).astype(np.uint8)
+    images: np.ndarray = (noise + colours[:, None, None, :]).astype(np.uint8)
+    return images

@@ -15,6 +15,7 @@ STRIPPED = {
     "device_map", "_commit_hash",
 }  # fmt: skip
 QUANTIZED = ("quantization_config", "compression_config")
+_LEFT_OUT = STRIPPED.union(QUANTIZED)
 LABELS = {"id2label", "label2id"}  # may be long, and build nothing
 MAX_DEPTH, MAX_VALUES = 8, 10_000
 MAX_LAYERS, MAX_NUMBER = 500, 20_000_000
@@ -38,7 +39,7 @@ def checked_config(values: Mapping[str, Any]) -> dict[str, Any]:
         limit = MAX_LAYERS if _LAYERS.search(key) else MAX_NUMBER
         if isinstance(value, int) and abs(value) > limit:
             raise EncoderError(f"config: {path}: {value}; accepted: at most {limit:,}")
-    return _stripped(values)
+    return {key: _stripped(item) for key, item in values.items() if key not in _LEFT_OUT}
 
 
 def check_num_parameters(num_parameters: int, num_stored: int | None = None) -> None:
@@ -75,5 +76,5 @@ def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 def _stripped(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _stripped(item) for key, item in value.items() if key not in (*STRIPPED, *QUANTIZED)}
+        return {key: _stripped(item) for key, item in value.items() if key not in _LEFT_OUT}
     return [_stripped(item) for item in value] if isinstance(value, list) else value

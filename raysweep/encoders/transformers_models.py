@@ -102,10 +102,10 @@ def make_config(values: Mapping[str, Any]) -> Any:
         raise EncoderError(
             f"model_type: '{model_type}' is unknown to the installed transformers; code of checkpoints is never run"
         )
-    values = checked_config(values) | _DETERMINISTIC.get(model_type, {})
+    checked = {**checked_config(values), **_DETERMINISTIC.get(model_type, {})}
     try:
         with quiet():
-            config = CONFIG_MAPPING[model_type].from_dict(values)
+            config = CONFIG_MAPPING[model_type].from_dict(checked)
     except Exception as error:
         raise EncoderError(f"config: {model_type} refuses it: {' '.join(str(error).split())}") from error
     width, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
