@@ -38,6 +38,7 @@ MAX_SEARCHED = 2**16  # bytes: a file with a private key is small
 PRIVATE_KEY = re.compile(
     rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-|AGE-SECRET-KEY-1[A-Z0-9]"
 )
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 HIDDEN, KEYS, NOT_NEEDED = "hidden", "may hold keys or passwords", "results, caches and environments"
 OUTSIDE, OTHER_LINK = "links out of the folder", "links to what is not packed"
@@ -76,8 +77,9 @@ def reason_in_named_folder(path: Path, folder: Path) -> str | None:
         return reason
     root, real = os.path.realpath(folder), Path(os.path.realpath(path))
     parts = [part for part in Path(os.path.relpath(real, root)).parts if part != ".."]
-    in_hub_cache = real.parent.name == "blobs"  # snapshots of the Hugging Face cache link to files without suffix
-    is_other_kind = real.suffix.lower() != path.suffix.lower() and not in_hub_cache
+    if real.parent.name == "blobs" and HASH.fullmatch(real.name):  # of the Hugging Face cache: weights without suffix
+        return None
+    is_other_kind = real.suffix.lower() != path.suffix.lower()
     return OTHER_LINK if is_other_kind or (not _is_image(real.name) and reason_of_name(parts)) else None
 
 

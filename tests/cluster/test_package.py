@@ -314,13 +314,18 @@ def test_weights_of_the_hubs_cache_are_links_and_go_along(project, tmp_path):
     cache = tmp_path / ".cache" / "huggingface" / "hub" / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots" / "f00").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (cache / "blobs" / f"sha-{len(name)}").write_text("{}")
-        (cache / "snapshots" / "f00" / name).symlink_to(f"../../blobs/sha-{len(name)}")
-    encoder = {"type": "auto", "pretrained_model_name_or_path": str(cache / "snapshots" / "f00")}
-    names, _, _ = project(encoder=encoder, upload_data=True)
-    inside = "uploaded/encoders.0.pretrained_model_name_or_path/f00"
-    assert {f"{inside}/config.json", f"{inside}/model.safetensors"} <= names
+    Path("weights").mkdir()
+    for name, digest in {"config.json": 40 * "a", "model.safetensors": 64 * "b"}.items():
+        (cache / "blobs" / digest).write_text("{}")
+        (cache / "snapshots" / "f00" / name).symlink_to(f"../../blobs/{digest}")
+        Path("weights", name).symlink_to(cache / "blobs" / digest)
+    (cache / "blobs" / "token").write_text("canary")
+    Path("weights/vocab").symlink_to(cache / "blobs" / "token")
+    for folder in (str(cache / "snapshots" / "f00"), "weights"):
+        encoder = {"type": "auto", "pretrained_model_name_or_path": folder}
+        names, _, _ = project(encoder=encoder, upload_data=True)
+        found = {name.rpartition("/")[2] for name in names if Path(folder).name in name.split("/")}
+        assert found == {"config.json", "model.safetensors"}
 
 
 def test_data_in_a_hidden_folder_is_packed_because_it_is_named(project):
