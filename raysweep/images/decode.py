@@ -1,7 +1,9 @@
 """From encoded image bytes to upright RGB pixels, or to a short reason why they cannot be decoded."""
 
+from __future__ import annotations
+
 import io
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +31,21 @@ class DecodeOptions:
 
     max_megapixels: float = MAX_MEGAPIXELS
     whites: WhiteLevels = USUAL_WHITES
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecodeOptions:
+        """Makes options from the dict that `dataclasses.asdict` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError: the dict has other keys or values.
+        """
+        whites = WhiteLevels(**values["whites"])
+        max_megapixels = float(values["max_megapixels"])
+        if not (type(whites.integers) is type(whites.floats) is int and min(whites.integers, whites.floats) > 0):
+            raise ValueError(f"whites: {values['whites']}; accepted: whole numbers above 0")
+        if not 0 < max_megapixels < float("inf"):
+            raise ValueError(f"max_megapixels: {max_megapixels:g}; accepted: a number above 0")
+        return cls(max_megapixels, whites)
 
 
 DEFAULT_OPTIONS = DecodeOptions()

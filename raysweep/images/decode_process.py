@@ -79,12 +79,10 @@ def _reason(code: int) -> str:
 def main() -> None:
     """Reads a request and an image from the standard input, and writes sizes and pixels to the standard output."""
     from raysweep.images.decode import DecodeOptions, decode_here
-    from raysweep.images.pixel_depth import WhiteLevels
 
     request = json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read()
-    values = request["options"]
-    options = DecodeOptions(values["max_megapixels"], WhiteLevels(**values["whites"]))
+    options = DecodeOptions.from_dict(request["options"])
     _limit(**request["limits"])
     try:
         images = decode_here(data, request["min_sides"], options)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,8 +65,8 @@ class ImageIndex:
         bad_rows: Rows that were left out, with the reasons.
         warnings: What a user should know before trusting a score on this data.
         num_rows_found: Number of good and bad rows.
-        fingerprint: Signature of the contents, class names and splits of all good rows. It does not depend on the order
-            or the location of the files.
+        fingerprint: Signature of the contents, class names and splits of all good rows, and of white. It does not
+            depend on the order or the location of the files.
         image_column: Column of the images in Parquet files, None where there are none; for `read_image_bytes`.
         derived_splits: Splits that the source did not have. Their rows were taken from train.
         decode_options: How the images are decoded.
@@ -143,7 +143,7 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
         bad_rows=bad_rows,
         warnings=tuple(warnings),
         num_rows_found=len(outcomes),
-        fingerprint=_fingerprint(hashes, names, splits, classes),
+        fingerprint=_fingerprint(hashes, names, splits, classes, options),
         image_column=listing.image_column,
         derived_splits=derived,
         decode_options=options,
@@ -290,8 +290,13 @@ def _separate(
     )
 
 
-def _fingerprint(hashes: list[str], names: list[str], splits: list[str], classes: tuple[str, ...]) -> str:
+def _fingerprint(
+    hashes: list[str], names: list[str], splits: list[str], classes: tuple[str, ...], options: DecodeOptions
+) -> str:
     digest = hashlib.sha256()
     for row in sorted(zip(hashes, names, splits, strict=True)):
         digest.update("\0".join((*row, "")).encode())
-    return signature({"rows": digest.hexdigest(), "classes": classes})
+    values: dict[str, Any] = {"rows": digest.hexdigest(), "classes": classes}
+    if options.whites != USUAL_WHITES:
+        values["whites"] = asdict(options.whites)
+    return signature(values)

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from raysweep.encoders.base import EncoderSpec
 from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.decode import decode_image
+from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, decode_image
 from raysweep.storage.copies import publish
 from raysweep.training.loop import predict_logits
 
@@ -31,7 +31,13 @@ DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 BATCH = 32
 
 
-def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], about: dict[str, Any]) -> None:
+def export_model(
+    folder: Path,
+    classifier: Classifier,
+    classes: Sequence[str],
+    about: dict[str, Any],
+    options: DecodeOptions = DEFAULT_OPTIONS,
+) -> None:
     """Writes a model folder, and replaces an older one completely.
 
     Args:
@@ -40,6 +46,7 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
         classifier: the trained model.
         classes: class names, in the order of the logits.
         about: origin of the model, JSON-able.
+        options: how its images were decoded.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -53,6 +60,8 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
             "features": classifier.source,
             "about": about,
         }
+        if options != DEFAULT_OPTIONS:
+            description["images"] = asdict(options)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS)
@@ -69,10 +78,17 @@ def export_model(folder: Path, classifier: Classifier, classes: Sequence[str], a
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: predicts class probabilities of encoded images; `labels` are the class names."""
+    """A loaded model: predicts class probabilities of encoded images.
+
+    Attributes:
+        classifier: the encoder and the head.
+        labels: the class names.
+        decode_options: how images are decoded, as those that the model was trained on.
+    """
 
     classifier: Classifier
     labels: tuple[str, ...]
+    decode_options: DecodeOptions = DEFAULT_OPTIONS
 
     def preprocess(self, image: bytes) -> np.ndarray:
         """Decodes and resizes an encoded image to uint8 `(height, width, 3)`.
@@ -81,7 +97,7 @@ class Model:
             DataError: the image cannot be decoded.
         """
         preprocessing = self.classifier.encoder.preprocessing
-        return preprocessing.resize_for_training(decode_image(image, preprocessing.min_side))
+        return preprocessing.resize_for_training(decode_image(image, preprocessing.min_side, self.decode_options))
 
     def logits(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
         """Returns float32 logits `(len(pixels), num_classes)` of images from `preprocess`."""
@@ -110,6 +126,7 @@ def load_model(folder: Path) -> Model:
         )
         classifier.load_state_dict(tensors)
         labels = tuple(description["labels"])
+        options = DecodeOptions.from_dict(description["images"]) if "images" in description else DEFAULT_OPTIONS
         if len(labels) != len(head.bias):
             raise ValueError(f"{len(labels)} labels, {len(head.bias)} logits")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -120,7 +137,7 @@ def load_model(folder: Path) -> Model:
     except Exception as error:  # json, safetensors and torch raise many types for missing or changed parts
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise RaysweepError(f"{folder}: the exported model is damaged ({reason})") from error
-    return Model(classifier.eval().requires_grad_(False), labels)
+    return Model(classifier.eval().requires_grad_(False), labels, options)
 
 
 def _check_format(description: dict[str, Any]) -> None:

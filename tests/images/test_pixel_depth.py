@@ -167,6 +167,7 @@ def test_the_range_is_judged_over_the_data_set_and_part_of_the_signature(folder)
     as_12 = load_index(DataConfig(source=str(folder), bit_depth=12), seed=0)
     assert as_12.decode_options.whites == WhiteLevels.of_bits(12)
     assert len({index.row_signature, as_16.row_signature, as_12.row_signature}) == 3
+    assert len({index.fingerprint, as_16.fingerprint, as_12.fingerprint}) == 3
 
 
 def test_one_brighter_image_makes_the_range_that_of_16_bits_without_a_word(folder):

@@ -17,7 +17,8 @@ from raysweep.encoders.base import EncoderSpec
 from raysweep.encoders.build import build_encoder, encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, EncoderError, RaysweepError
-from raysweep.images.decode import decode_image
+from raysweep.images.decode import DecodeOptions, decode_image
+from raysweep.images.pixel_depth import WhiteLevels
 from raysweep.results.model import PyfuncModel, export_model, load_model
 from raysweep.training.loop import predict_logits
 
@@ -241,3 +242,16 @@ def test_a_frame_of_bytes_becomes_a_frame_of_labels(exported):
 def test_an_undecodable_row_is_named(exported):
     with pytest.raises(DataError, match="row 1: not an image"):
         PyfuncModel(load_model(exported)).predict(pd.DataFrame({"image": [image_bytes(0), b"text"]}))
+
+
+def test_a_model_decodes_images_as_those_it_was_trained_on(tmp_path):
+    options = DecodeOptions(max_megapixels=60.0, whites=WhiteLevels.of_bits(12))
+    export_model(tmp_path / "model", make_classifier(), CLASSES, {}, options)
+    model = load_model(tmp_path / "model")
+    assert model.decode_options == options
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((70, 70), 4095, np.uint16)).save(buffer, "TIFF")
+    assert (model.preprocess(buffer.getvalue()) == 255).all()
+    export_model(tmp_path / "usual", make_classifier(), CLASSES, {})
+    assert "images" not in json.loads((tmp_path / "usual" / "model.json").read_text())
+    assert load_model(tmp_path / "usual").decode_options == DecodeOptions()
