@@ -32,9 +32,9 @@ def main() -> int:
 
 def script() -> None:
     """The console script."""
-    from raysweep.run import exit_at_once
+    from raysweep.cluster.signals import leave_at_once
 
-    exit_at_once(main())
+    leave_at_once(main())
 
 
 if __name__ == "__main__":

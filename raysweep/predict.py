@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysweep.cluster.signals import stop_signals
 from raysweep.errors import DataError, RaysweepError
 
 if TYPE_CHECKING:
@@ -27,8 +28,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 1 if the model or any image could not be read."""
+    """Runs the command.
+
+    Returns:
+        The exit status: 0, 1 if the model or any image could not be read, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     options = build_parser().parse_args(arguments)
+    with stop_signals() as signals:
+        try:
+            return _run(options)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return signals.exit_status
+
+
+def _run(options: argparse.Namespace) -> int:
     from raysweep.results.model import load_model
     from raysweep.storage.copies import fetch_folder, local_path
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from raysweep.cluster.signals import leave_at_once, stop_signals
 from raysweep.errors import RaysweepError
 
 if TYPE_CHECKING:
@@ -35,35 +35,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 if the sweep is done, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+        The exit status: 0 if the sweep is done, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 129
+        for a closed terminal.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
-    try:
-        if options.print_schema:
-            from raysweep.experiment.config import experiment_schema
+    with stop_signals() as signals:
+        try:
+            if options.print_schema:
+                from raysweep.experiment.config import experiment_schema
 
-            print(json.dumps(experiment_schema(), indent=2))
-            return 0
-        if options.experiment is None:
-            parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml")
-        from raysweep.experiment.config import load_experiment
+                print(json.dumps(experiment_schema(), indent=2))
+                return 0
+            if options.experiment is None:
+                parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml")
+            from raysweep.experiment.config import load_experiment
 
-        experiment = load_experiment(options.experiment, options.overrides)
-        return _plan(experiment) if options.dry_run else _run(experiment, options.verbose)
-    except RaysweepError as error:
-        if options.verbose:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; what is finished is kept, and the same command goes on from here", file=sys.stderr)
-        return 130
+            experiment = load_experiment(options.experiment, options.overrides)
+            return _plan(experiment) if options.dry_run else _run(experiment, options.verbose)
+        except RaysweepError as error:
+            if options.verbose:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            if signals.failure is not None:
+                print(f"error: {signals.failure}", file=sys.stderr)
+                return 1
+            print("interrupted; what is finished is kept, and the same command goes on from here", file=sys.stderr)
+            return signals.exit_status
 
 
 def _plan(experiment: Experiment) -> int:
+    from raysweep.cluster.address import joins_cluster
     from raysweep.cluster.resources import local_resources
-    from raysweep.cluster.session import RaySession, joins_cluster
+    from raysweep.cluster.session import RaySession
     from raysweep.images.index import load_index
     from raysweep.sweep.plan import cluster_lines, plan_lines
 
@@ -96,11 +102,16 @@ def _run(experiment: Experiment, verbose: bool) -> int:
 
     with Progress() as progress:
         from raysweep.results.leaderboard import render_leaderboard
-        from raysweep.sweep.sweep import run_sweep
+        from raysweep.sweep.sweep import SweepStopped, run_sweep
 
-        result = run_sweep(experiment, progress, verbose)
+        console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+        try:
+            result = run_sweep(experiment, progress, verbose)
+        except SweepStopped as stop:
+            if stop.rows:
+                console.print(render_leaderboard(stop.rows))
+            raise
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
-    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     console.print(render_leaderboard(result.rows))
     print("\n".join(_next_steps(experiment, result.rows)))
     for failure in result.failures:
@@ -128,15 +139,5 @@ def _relative(path: str) -> str:
     return path.removeprefix(f"{Path.cwd()}/")
 
 
-def exit_at_once(status: int) -> NoReturn:
-    """Ends the process without Python's cleanup, which takes a second once torch, Ray and transformers are imported.
-
-    The sweep has closed all its files and processes before.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    exit_at_once(main())
+    leave_at_once(main())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from raysweep.cluster.signals import stop_signals
 from raysweep.errors import ConfigError, RaysweepError, ResourceError, has_secrets, hide_secrets
 
 if TYPE_CHECKING:
@@ -73,12 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The job's exit status; 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141 if the output is closed.
+        The job's exit status; 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM, 141 if the output is
+        closed.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not (options.experiment or options.follow or options.stop):
         parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml; or --follow JOB, or --stop JOB")
+    with stop_signals("leaving") as signals:
+        status = _run(options)
+        return signals.exit_status if signals.number else status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Submits, follows or stops a job; returns the exit status."""
     try:
         if options.stop:
             return _stop(options.address, options.stop)

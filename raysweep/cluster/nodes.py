@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
+from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.resources import Resources, check_resources, uses_gpu
-from raysweep.cluster.session import SECONDS_BETWEEN_LOOKS, RaySession, joins_cluster
+from raysweep.cluster.session import SECONDS_BETWEEN_LOOKS, RaySession
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import ResourcesConfig
 from raysweep.storage.filesystems import open_filesystem

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -13,15 +12,37 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
 
-from raysweep.cluster.resources import Resources, local_resources
-from raysweep.errors import ResourceError
+from raysweep.cluster.address import joined_cluster, joins_cluster
+from raysweep.cluster.own_ray import own_ray
+from raysweep.cluster.resources import Resources
+from raysweep.cluster.signals import is_stopping, keep_signal_handlers
 
-# The pass over the images and the worker of a training run each need one.
-MIN_LOGICAL_CPUS = 2
 SECONDS_BETWEEN_LOOKS = 2  # between two queries for the nodes of a cluster
-PRELOADED = "torch,ray.tune,ray.train.torch,raysweep.worker.train,raysweep.worker.evaluate"
+# Our code relies on these, whatever other programs of the user need.
+NEEDED_SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # On Ctrl-C, Tune would only end the current search, and the sweep would continue with the next study.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+# Values that the user has set are kept.
+DEFAULT_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # By default, a task that does not fit into memory is tried again without end.
+    "RAY_task_oom_retries": "3",
+}
+DEFAULTS_OF_OWN_RAY = {
+    # Ray's idle worker processes import these modules, which takes seconds, while the driver reads the images.
+    "RAY_preload_python_modules": "torch,ray.tune,ray.train.torch,raysweep.worker.train,raysweep.worker.evaluate",
+    # Ray's default is niceness 15: workers would hardly run while other programs use the CPUs.
+    "RAY_worker_niceness": "0",
+}
 
 
 class RaySession:
@@ -62,7 +83,7 @@ class RaySession:
         """The resources of the cluster. Starts Ray if needed, and waits for it.
 
         Raises:
-            ResourceError: No cluster answers at RAY_ADDRESS.
+            ResourceError: Ray cannot start, or no cluster answers at RAY_ADDRESS.
         """
         self.start()
         assert self._resources is not None
@@ -92,7 +113,9 @@ class RaySession:
                 time.sleep(0.01)
 
     def close(self) -> None:
-        """Shuts Ray down, and waits until this is done."""
+        """Shuts Ray down, and waits until this is done; or until the process ends, if a signal ends it now."""
+        if is_stopping() and not joins_cluster():
+            return  # Ray may be starting, or busy; it ends with this process (`leave_at_once`)
         self.leave()
         self._thread.shutdown()
 
@@ -108,59 +131,51 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
         The resources of the cluster.
 
     Raises:
-        ResourceError: No cluster answers at RAY_ADDRESS.
+        ResourceError: Ray cannot start, or no cluster answers at RAY_ADDRESS.
     """
-    # Ray reads these at its import or at the start of its processes. Values that the user has set are kept.
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-    # On Ctrl-C, Tune would only end the current search, and the sweep would continue with the next study.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not joins_cluster():
-        # Ray's idle worker processes import these modules, which takes seconds, while the driver reads the images.
-        os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
-        # Ray's default is niceness 15: workers would hardly run while other programs use the CPUs.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-    if not verbose:
-        # Ray's C++ code writes to the terminal without Python's loggers. Errors still arrive as exceptions.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    _set_environment(verbose)
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
-    address = os.environ.get("RAY_ADDRESS", "")
-    joins, started = joins_cluster(), not ray.is_initialized()
-    if started:
-        _check_reachable(address)
-    with warnings.catch_warnings():
+    options = {"log_to_driver": verbose, "logging_level": level}
+    with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore" if not verbose else "default")
-        if started:
-            # Without "local", Ray would look for a running cluster on this machine and join it.
-            options: dict[str, Any] = {
-                "address": "local",
-                "num_cpus": max(MIN_LOGICAL_CPUS, local_resources().num_cpus),
-            }
-            options = {} if joins else options
-            with nullcontext() if verbose else _silent_stderr():
-                ray.init(
-                    include_dashboard=None if joins else False, log_to_driver=verbose, logging_level=level, **options
-                )
+        if not ray.is_initialized():
+            with nullcontext() if verbose else _silent_stderr(), keep_signal_handlers():
+                stack.enter_context(joined_cluster(options) if joins_cluster() else own_ray(options))
+            stack.callback(_shut_down)
         if not verbose:
             _silence_ray()
         import ray.data
 
         # Without this, our own errors reach the driver as text in a traceback of Ray Data.
         ray.data.DataContext.get_current().raise_original_map_exception = True
-        try:
-            yield present_resources()
-        finally:
-            if started:
-                with _no_garbage_collection():
-                    ray.shutdown()
+        yield present_resources()
+
+
+def _set_environment(verbose: bool) -> None:
+    """Sets what Ray reads at its import, or at the start of its processes."""
+    os.environ.update(NEEDED_SETTINGS)
+    defaults = dict(DEFAULT_SETTINGS)
+    if not joins_cluster():
+        defaults |= DEFAULTS_OF_OWN_RAY
+    if not verbose:
+        # Ray's C++ code writes to the terminal without Python's loggers. Errors still arrive as exceptions.
+        defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _shut_down() -> None:
+    """Disconnects from Ray, and ends it if this process has started it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    with _no_garbage_collection(), keep_signal_handlers():
+        if node is not None and node.dead_processes():  # ray.shutdown would wait for them, or end this process
+            node.kill_all_processes(check_alive=False)
+        else:
+            ray.shutdown()
 
 
 def _holds_ray() -> bool:
@@ -185,11 +200,6 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def joins_cluster() -> bool:
-    """Returns whether the sweep joins an existing cluster, instead of starting Ray itself."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
 def present_resources() -> Resources:
     """Returns the resources of all nodes that are alive."""
     import ray
@@ -199,28 +209,17 @@ def present_resources() -> Resources:
     return Resources(sum(num_cpus for num_cpus, _ in nodes), sum(num_gpus for _, num_gpus in nodes), nodes)
 
 
-def let_tune_use_started_workers() -> None:
-    """Lets Tune's actors use the worker processes that Ray has already started. Does nothing on a cluster.
+def give_tune_no_variables() -> None:
+    """Lets Tune's actors use the worker processes that Ray has already started, without variables of the driver.
 
-    Tune gives its actors a runtime environment with copies of the driver's variables, and Ray starts a new process for
-    each actor that has one. On one machine, processes inherit these variables anyway (docs/decisions/0011).
+    Tune gives its actors a runtime environment with copies of the driver's variables: also AWS's secret keys, which Ray
+    writes to its logs and shows in its state API. And Ray starts a new process for each actor that has one
+    (docs/decisions/0011). The processes of a node have the environment of their node.
     """
     from ray.tune.execution import class_cache
 
-    if not joins_cluster():
-        class_cache.DEFAULT_ENV_VARS.clear()
-        class_cache.ENV_VARS_TO_PROPAGATE.clear()
-
-
-def _check_reachable(address: str) -> None:
-    """Checks that `[ray://]host:port` accepts connections. Ray would try for two minutes, then end the process."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise ResourceError(f"RAY_ADDRESS: no Ray cluster answers at '{address}' ({error})") from error
+    class_cache.DEFAULT_ENV_VARS.clear()
+    class_cache.ENV_VARS_TO_PROPAGATE.clear()
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
 from raysweep.cluster.address import joins_cluster
+from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, num_leftover_bytes, open_cache

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raysweep.cluster.resources import check_resources, num_concurrent_trials, num_fitting_workers
-from raysweep.errors import TrialError
+from raysweep.errors import RaysweepError, TrialError, hide_secrets
 from raysweep.experiment.search_blocks import study_space
 from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
@@ -17,6 +17,7 @@ from raysweep.storage.copies import location
 from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, open_baseline
+from raysweep.sweep.near_copies import warn_of_near_copies
 from raysweep.sweep.optuna_study import open_store
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
@@ -49,10 +50,14 @@ def check_studies(state: SweepState) -> None:
         study_space(experiment.search.block(config.mode), sources, config.encoder_name)
 
 
-def run_stages(state: SweepState) -> SweepResult:
+def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResult:
     """Makes the caches, runs both stages and writes the leaderboard.
 
     Studies that read features come first, because fine-tuning starts from the head of the best probe.
+
+    Args:
+        state: state that all studies share.
+        entries: empty; receives studies and baselines as they are opened.
 
     Raises:
         TrialError: no study has a result.
@@ -61,16 +66,16 @@ def run_stages(state: SweepState) -> SweepResult:
     caches = find_or_make_caches(state, configs)
     _ = state.rows  # raises DataError if a split has no usable image, before anything is logged
     state.run_id = start_sweep_run(state)
-    entries: list[LeaderboardEntry] = []
+    warn_of_near_copies(state, configs, caches)
     for reads_features in (True, False):
         groups = open_groups(state, [config for config in configs if config.reads_features is reads_features], caches)
+        entries += [entry for group in groups for entry in group.entries]
         waiting = [group for group in groups if group.has_work]
         if waiting:
             run_stage(state, waiting)
         for group in groups:
             if not group.is_tested:
                 group.choose()
-            entries += group.entries
     state.ray.leave()
     outcomes, failures = [], state.failures
     order = {config.name: place for place, config in enumerate(configs)}
@@ -88,6 +93,23 @@ def run_stages(state: SweepState) -> SweepResult:
     return SweepResult(rows, state.num_new_trials, state.num_encoder_passes, tuple(failures))
 
 
+def conclude_finished(state: SweepState, entries: Sequence[LeaderboardEntry]) -> list[Row]:
+    """Ends the MLflow runs of what is finished when a sweep is stopped; returns the ranked rows.
+
+    The leaderboard's files stay as they are: those of an earlier invocation may have more rows.
+    """
+    finished = [entry for entry in entries if entry.outcome is not None or (entry.is_settled and not entry.failure)]
+    try:
+        outcomes = [entry.conclude() for entry in finished]
+        state.recorder.wait()
+    except RaysweepError as error:
+        state.progress.warn(str(error))
+        return []
+    return rank_rows(
+        [outcome.row for outcome in outcomes], [outcome.test.correct for outcome in outcomes], state.experiment.seed
+    )
+
+
 def start_sweep_run(state: SweepState) -> str:
     """Starts the sweep's MLflow run, or reopens the existing run; returns its id."""
     # Between invocations of one sweep, the budget, the resources and the storage may change.
@@ -98,12 +120,11 @@ def start_sweep_run(state: SweepState) -> str:
     root, recorder = location(state.paths.root), state.recorder
     key = signature([state.index.fingerprint, settings])
     name, tags = state.experiment.name, environment_tags(root)
-    run_id, is_new = recorder.call(Tracker.start_run, key, name, "sweep", None, tags)
-    if is_new:
-        counts = {split: sum(by_class.values()) for split, by_class in state.index.counts().items()}
-        source = state.experiment.data.source
-        folder = source.rstrip("/").split("/")[-1]
-        recorder.send(Tracker.log_dataset, run_id, folder, state.index.fingerprint, source, str(counts))
+    run_id, _ = recorder.call(Tracker.start_run, key, name, "sweep", None, tags)
+    counts = {split: sum(by_class.values()) for split, by_class in state.index.counts().items()}
+    source = state.experiment.data.source
+    folder = source.rstrip("/").split("/")[-1]
+    recorder.send(Tracker.log_dataset, run_id, folder, state.index.fingerprint, source, str(counts))
     recorder.send(Tracker.log_file, run_id, state.paths.resolved_experiment)
     recorder.send(Tracker.fail_unfinished_sweeps, root)
     return run_id
@@ -186,6 +207,8 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
         recorder.send(Tracker.log_file, run_id, path)
+    if state.paths.near_copies.exists():
+        recorder.send(Tracker.log_file, run_id, state.paths.near_copies)
     best = best_by_validation(state, outcomes)
     if best is not None:
         recorder.send(Tracker.log_metrics, run_id, {"test/accuracy": best.row.test_accuracy})
@@ -195,6 +218,9 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
             state.progress.say(f"registered {best.row.study}, the best by validation, as {name} version {version}")
     recorder.send(Tracker.finish, run_id)
     recorder.wait()
+    if recorder.is_lost:
+        root, uri = location(state.paths.root), hide_secrets(experiment.tracking.uri)
+        state.progress.warn(f"MLflow at {uri} lacks a part of this sweep, all of which is in {root}")
     return rows
 
 

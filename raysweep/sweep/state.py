@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.nodes import check_nodes, wait_for_nodes
 from raysweep.cluster.resources import Resources, local_resources
-from raysweep.cluster.session import RaySession, joins_cluster
+from raysweep.cluster.session import RaySession
 from raysweep.errors import DataError
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.sections import Shots
@@ -115,7 +116,7 @@ class SweepState:
         """Returns the encoder of a study; loads it only if it has no card yet."""
         name = config.encoder_name
         if name not in self.encoders:
-            self.encoders[name] = read_card(config.encoder, self.experiment.seed, self.paths.caches)
+            self.encoders[name] = read_card(config.encoder, self.experiment.seed, self.paths.caches, self.progress.say)
         return self.encoders[name]
 
     def set_aside(self, bad_rows: Sequence[BadRow]) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import signal
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.resources import Resources, check_resources, local_resources
-from raysweep.cluster.session import RaySession, joins_cluster
+from raysweep.cluster.session import RaySession
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.index import ImageIndex, load_index
@@ -25,13 +23,24 @@ from raysweep.storage.copies import in_a_job, is_bucket
 from raysweep.storage.paths import SweepPaths, write_atomically
 
 if TYPE_CHECKING:
+    from raysweep.results.leaderboard import Row
+    from raysweep.sweep.leaderboard_entry import LeaderboardEntry
     from raysweep.sweep.stages import SweepResult
+
+
+class SweepStopped(KeyboardInterrupt):
+    """A signal has ended the sweep; `rows` are those of what is finished, ranked."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False) -> SweepResult:
     """Runs the studies of an experiment, without the work that is already done, and writes the leaderboard.
 
     Raises:
+        SweepStopped: a signal has ended it, after its first study was opened.
         RaysweepError: the experiment, data, weights, resources or store cannot be used; the message says which.
     """
     paths = SweepPaths(experiment.storage, experiment.name)
@@ -40,7 +49,6 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         check_resources(experiment.resources, local_resources())
     with ExitStack() as stack:
         stack.enter_context(only_sweep_in(paths.root))
-        stack.enter_context(ended_by_sigterm())
         paths.fetch()
         # Both start while torch is imported and the images are read: MLflow always, Ray only if it is surely needed.
         ray = RaySession(verbose, lambda present: describe_resources(present, progress))
@@ -58,14 +66,18 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         write_atomically(paths.resolved_experiment, resolved_yaml(experiment))
         # These import torch, which takes seconds.
         from raysweep.images.rows import write_quarantine
-        from raysweep.sweep.stages import check_studies, run_stages
+        from raysweep.sweep.stages import check_studies, conclude_finished, run_stages
         from raysweep.sweep.state import SweepState
 
         write_quarantine(paths.quarantine, index.bad_rows)
         state = SweepState(experiment, paths, index, recorder, progress, ray)
         check_studies(state)
         recorder.wait()  # an unusable store raises here, before hours of work
-        return run_stages(state)
+        entries: list[LeaderboardEntry] = []
+        try:
+            return run_stages(state, entries)
+        except KeyboardInterrupt as stop:
+            raise SweepStopped(conclude_finished(state, entries)) from stop
 
 
 def check_results_outlast_job(experiment: Experiment) -> None:
@@ -121,19 +133,6 @@ def only_sweep_in(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM raise SystemExit, so that the sweep closes its MLflow runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def describe_resources(present: Resources, progress: Progress) -> None:

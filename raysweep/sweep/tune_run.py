@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysweep.cluster.session import let_tune_use_started_workers
+from raysweep.cluster.session import give_tune_no_variables
 from raysweep.sweep.study_group import StudyGroup
 from raysweep.worker.job import EpochReport, Job, Work, WorkReport, from_tune
 from raysweep.worker.tune_trial import run_work, work_resources
@@ -182,7 +182,7 @@ def run_groups(
         max_failures: how often a piece of work runs again after its process died.
         warn: is told each time.
     """
-    let_tune_use_started_workers()
+    give_tune_no_variables()
     num_side_by_side = min(num_groups, len(groups), num_runs())
     jobs = {group.name: group.build_job(num_side_by_side) for group in groups}
     searcher = GroupSearcher(groups, num_groups, num_runs, max_failures, warn)

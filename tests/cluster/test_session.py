@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,23 +10,8 @@ import pytest
 
 from raysweep.cluster import session as cluster
 from raysweep.cluster.resources import Resources
-from raysweep.cluster.session import RaySession, let_tune_use_started_workers, ray_session
+from raysweep.cluster.session import RaySession, give_tune_no_variables
 from raysweep.errors import ResourceError
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_a_cluster_that_does_not_answer_is_named_at_once(form, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can answer there
-        address = form.format(taken.getsockname()[1])
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: no Ray cluster answers at '{address}'"):
-            ray_session(verbose=False).__enter__()
-
-
-@pytest.mark.parametrize("address", ["", "auto", "local"])
-def test_words_are_left_to_ray(address):
-    cluster._check_reachable(address)
 
 
 def fail_loudly():
@@ -136,14 +120,32 @@ def test_tune_gives_its_actors_no_environment_of_their_own(class_cache, monkeypa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_X", "1")
     assert environment_of_an_actor(class_cache) == {"PL_DISABLE_FORK": "1", "RAY_X": "1"}
-    let_tune_use_started_workers()
+    give_tune_no_variables()
     assert environment_of_an_actor(class_cache) == {}
 
 
-def test_on_a_cluster_tune_keeps_its_environment(class_cache, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    let_tune_use_started_workers()
-    assert environment_of_an_actor(class_cache) == {"PL_DISABLE_FORK": "1"}
+@pytest.mark.parametrize("address", ["", "127.0.0.1:6379"], ids=["own Ray", "cluster"])
+def test_tune_copies_no_secret_into_the_environment_of_its_actors(address, monkeypatch):
+    """With the lists of the installed Ray. It writes what stands there to its logs, and shows it in its state API."""
+    from ray.tune.execution import class_cache
+
+    for name in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE"):
+        monkeypatch.setattr(class_cache, name, getattr(class_cache, name).copy())
+    assert "AWS_SECRET_ACCESS_KEY" in class_cache.ENV_VARS_TO_PROPAGATE
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    give_tune_no_variables()
+    assert environment_of_an_actor(class_cache) == {}
+
+
+def test_settings_of_other_programs_do_not_change_what_our_code_relies_on(monkeypatch):
+    for name in cluster.NEEDED_SETTINGS:
+        monkeypatch.setenv(name, "other")
+    kept = "RAY_worker_niceness"
+    monkeypatch.setenv(kept, "7")
+    cluster._set_environment(verbose=False)
+    assert {name: os.environ[name] for name in cluster.NEEDED_SETTINGS} == cluster.NEEDED_SETTINGS
+    assert os.environ[kept] == "7"
 
 
 LEAVE = """
