@@ -1,25 +1,27 @@
-"""MLflow: only this module imports it and writes to it.
+"""MLflow: the runs of sweeps, studies and trials.
 
 Runs form a tree: sweep > study > trial. Each run has a tag `raysweep.key`. A run is searched by this tag before it is
-created, so that a resumed sweep continues its runs.
+created, so that a resumed sweep continues its runs. What was logged is decided by what a run has, so each call can be
+repeated after it was cut short: it adds what is missing, and nothing twice. No call reads or writes MLflow's global
+state (active run, default experiment, environment variables).
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import os
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock
-
 from raysweep.errors import RaysweepError
-from raysweep.results.environment import ROOT_TAG, package_version
+from raysweep.results.environment import ROOT_TAG
+from raysweep.results.logged_model import MODEL_URI, log_model, register_model
+from raysweep.results.mlflow_store import open_client, without_retries
+from raysweep.storage.copies import fetch, fetch_folder, local_path
+from raysweep.storage.paths import signature
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 METRICS_PER_BATCH = 1_000  # the server's limit
 MAX_TAG_LENGTH = 5_000  # the server's limit
-MODEL_URI = "raysweep.model_uri"
+OUTCOME = "raysweep.outcome"  # of a study's run: signature of the outcome that is logged completely
 # Without this tag, the UI shows its pages for language models first.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
@@ -50,6 +52,27 @@ class LoggedTrial:
     first_epoch: int = 0
 
 
+@dataclass(frozen=True)
+class LoggedOutcome:
+    """The outcome of a study or baseline, for MLflow.
+
+    Attributes:
+        metrics: final metrics.
+        confusion_matrix: `labels` and `counts`.
+        tags: best setting and best trial.
+        classes: class names, in the order of the logits.
+        checkpoint: location of the weights; None if there are none.
+        model: location of the exported model; None if there is none.
+    """
+
+    metrics: Mapping[str, float]
+    confusion_matrix: Mapping[str, Any]
+    tags: Mapping[str, str]
+    classes: Sequence[str]
+    checkpoint: str | None = None
+    model: str | None = None
+
+
 def open_tracker(uri: str, experiment: str) -> Tracker:
     """Opens an MLflow store.
 
@@ -60,23 +83,10 @@ def open_tracker(uri: str, experiment: str) -> Tracker:
     Raises:
         RaysweepError: the store does not exist, or cannot be reached.
     """
-    # MLflow sets its logger's level when it is imported.
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # Otherwise MLflow prints the URL of every run.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    # The model flavours read only this global URI.
-    mlflow.set_tracking_uri(uri)
-    # A store raises many types, from a missing driver to a folder that cannot be created; the cause is the URI.
+    client = open_client(uri)
     try:
-        _check_postgresql_answers(uri)
-        with _without_retries(), _schema_lock(uri):
-            client = mlflow.MlflowClient(tracking_uri=uri)
-            client.get_experiment_by_name(experiment)
-        return Tracker(client, _experiment_id(client, experiment))
+        with without_retries():
+            return Tracker(client, _experiment_id(client, experiment))
     except Exception as error:
         raise RaysweepError(f"tracking.uri: '{uri}' cannot be used as an MLflow store ({error})") from error
 
@@ -110,24 +120,45 @@ class Tracker:
         self.client, self.experiment_id = client, experiment_id
         self._children: dict[str, dict[str, Run]] = {}
         self._open: set[str] = set()
+        self._new: set[str] = set()  # runs that no earlier process, and no call that was cut short, has written to
+
+    def forget(self) -> None:
+        """Forgets what the store is thought to have, because a call was cut short and will be repeated."""
+        self._children.clear()
+        self._new.clear()
 
     def start_run(
-        self, key: str, name: str, level: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+        self,
+        key: str,
+        name: str,
+        level: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> tuple[str, bool]:
-        """Returns the id of the run with `key` under `parent`, and whether it was created now."""
+        """Finds or creates the run with `key` under `parent`, and logs the parameters that it lacks.
+
+        Returns:
+            Its id, and whether it was created now.
+        """
         known = self._runs_under(parent)
-        own_tags = {KEY: key, LEVEL: level, **SOURCE_TAGS, **(tags or {})}
-        if key in known:
-            run_id = known[key].info.run_id
+        is_new = key not in known
+        if is_new:
+            own_tags = {KEY: key, LEVEL: level, **SOURCE_TAGS, **(tags or {})}
+            if parent is not None:
+                own_tags[PARENT] = parent
+            known[key] = self.client.create_run(self.experiment_id, tags=own_tags, run_name=name)
+            self._new.add(known[key].info.run_id)
+        run = known[key]
+        run_id = str(run.info.run_id)
+        if not is_new and (run_id not in self._open or run.info.run_name != name):
             self.client.update_run(run_id, status="RUNNING", name=name)
-            self._open.add(run_id)
-            return run_id, False
-        if parent is not None:
-            own_tags[PARENT] = parent
-        run = self.client.create_run(self.experiment_id, tags=own_tags, run_name=name)
-        known[key] = run
-        self._open.add(run.info.run_id)
-        return run.info.run_id, True
+        self._open.add(run_id)
+        missing = {name: value for name, value in (params or {}).items() if name not in run.data.params}
+        if missing:
+            self.log_once(run_id, missing)
+            run.data.params.update({name: str(value) for name, value in missing.items()})
+        return run_id, is_new
 
     def _runs_under(self, parent: str | None) -> dict[str, Run]:
         """Returns raysweep's runs by key; searched once, then updated by `start_run`."""
@@ -150,36 +181,42 @@ class Tracker:
 
         entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
         run_tags = [RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in (tags or {}).items()]
-        self.client.log_batch(run_id, params=entries, tags=run_tags)
+        self.client.log_batch(run_id, params=entries, tags=run_tags, synchronous=True)
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], first_epoch: int = 0) -> None:
-        """Logs one dict of metrics per epoch; the step is the number of finished epochs."""
-        metrics = _to_metrics(history, first_epoch)
+        """Logs one dict of metrics per epoch, without what the run has; the step is the number of finished epochs."""
+        self._log_metrics(run_id, self._without_logged(run_id, _to_metrics(history, first_epoch)))
+
+    def _log_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
         for start in range(0, len(metrics), METRICS_PER_BATCH):
-            self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+            self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH], synchronous=True)
+
+    def _without_logged(self, run_id: str, metrics: Sequence[Metric]) -> list[Metric]:
+        """Returns the metrics whose name and step the run does not have."""
+        if run_id in self._new:
+            return list(metrics)
+        names = {metric.key for metric in metrics} & self.client.get_run(run_id).data.metrics.keys()
+        logged = {(name, point.step) for name in names for point in self.client.get_metric_history(run_id, name)}
+        return [metric for metric in metrics if (metric.key, metric.step) not in logged]
 
     def log_epoch(
         self, parent: str, key: str, name: str, setting: Mapping[str, Any], epoch: int, metrics: Mapping[str, float]
     ) -> None:
         """Logs an epoch of a trial that is still running; the first one starts its run."""
-        run_id, created = self.start_run(key, name, "trial", parent)
-        if created:
-            self.log_once(run_id, setting)
+        run_id, _ = self.start_run(key, name, "trial", parent, params=setting)
         self.log_history(run_id, [metrics], epoch)
 
     def log_trial(self, parent: str, key: str, name: str, trial: LoggedTrial) -> None:
         """Logs a trial that ended, and ends its run; in few calls, because there can be hundreds of trials."""
-        from mlflow.entities import Param, RunTag
-
-        run_id, created = self.start_run(key, name, "trial", parent)
+        run_id, _ = self.start_run(key, name, "trial", parent, params=trial.setting)
         best = {f"best/{name}": value for name, value in trial.final.items() if name.startswith("val/")}
         metrics = [*_to_metrics(trial.history, trial.first_epoch), *_to_metrics([best], -1)]
-        params = [Param(name, str(value)) for name, value in trial.setting.items()] if created else []
-        tags = [RunTag("raysweep.error", trial.error[:MAX_TAG_LENGTH])] if trial.error else []
-        tags += [RunTag("raysweep.pruned", "true")] if trial.status == "KILLED" else []
-        for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
-            self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-        self.client.log_batch(run_id, metrics[:METRICS_PER_BATCH], params, tags)
+        tags = {"raysweep.error": trial.error} if trial.error else {}
+        if trial.status == "KILLED":
+            tags["raysweep.pruned"] = "true"
+        if tags:
+            self.log_once(run_id, {}, tags)
+        self._log_metrics(run_id, self._without_logged(run_id, metrics))
         self.finish(run_id, trial.status)
 
     def log_missing_trials(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
@@ -190,9 +227,36 @@ class Tracker:
                 self.log_trial(parent, key, name, trial)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float | None]) -> None:
-        """Logs final metrics, except those that are None."""
+        """Logs final metrics, except those that are None and those that the run has with the same value."""
+        has = self.client.get_run(run_id).data.metrics
         known = {name: float(value) for name, value in metrics.items() if value is not None}
-        self.log_history(run_id, [known], first_epoch=-1)
+        changed = {name: value for name, value in known.items() if name not in has or not _same(has[name], value)}
+        self._log_metrics(run_id, _to_metrics([changed], -1))
+
+    def log_outcome(self, run_id: str, outcome: LoggedOutcome) -> str | None:
+        """Logs metrics, confusion matrix, best checkpoint and model of a study, and ends its run.
+
+        Returns:
+            MLflow's URI of the model; None if there is none.
+        """
+        content = signature([outcome.metrics, outcome.confusion_matrix, outcome.tags, outcome.classes])
+        tags = self.client.get_run(run_id).data.tags
+        if tags.get(OUTCOME) == content:
+            self.finish(run_id)
+            return tags.get(MODEL_URI)
+        self.log_metrics(run_id, outcome.metrics)
+        self.log_dict(run_id, outcome.confusion_matrix, "confusion_matrix.json")
+        model_uri = None
+        if outcome.checkpoint is not None:
+            self.log_file(run_id, fetch(local_path(outcome.checkpoint)), "checkpoint")
+        if outcome.model is not None:
+            model = local_path(outcome.model)
+            fetch_folder(model)
+            model_uri = self.log_model(run_id, model, outcome.classes)
+        # Last, because this tag says that nothing is missing.
+        self.log_once(run_id, {}, {**outcome.tags, **({MODEL_URI: model_uri} if model_uri else {}), OUTCOME: content})
+        self.finish(run_id)
+        return model_uri
 
     def log_dataset(self, run_id: str, name: str, digest: str, source: str, profile: str) -> None:
         """Logs the data of a run as an MLflow dataset input."""
@@ -213,39 +277,13 @@ class Tracker:
     def log_model(self, run_id: str, folder: Path, classes: Sequence[str]) -> str:
         """Logs an exported model as a pyfunc from encoded images to label and probabilities; returns its URI.
 
-        It is logged with a loader module, so that no pickle is written.
+        A model that the run has is not logged again, and one whose upload was cut short is completed.
         """
-        import mlflow.pyfunc
-        from mlflow.models import Model, ModelSignature
-        from mlflow.pyfunc import log_model  # noqa: F401  # registers the flavour
-        from mlflow.types import ColSpec, DataType, Schema
-
-        numbers = ["probability", *(f"probability_{name}" for name in classes)]
-        outputs = Schema([ColSpec(DataType.string, "label"), *(ColSpec(DataType.double, name) for name in numbers)])
-        signature = ModelSignature(Schema([ColSpec(DataType.binary, "image")]), outputs)
-        info = Model.log(
-            artifact_path=None,
-            name="model",
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
-            loader_module="raysweep.results.model",
-            data_path=str(folder),
-            signature=signature,
-            pip_requirements=[
-                f"{name}=={package_version(name)}" for name in ("raysweep", "torch", "transformers", "pillow")
-            ],
-        )
-        return str(info.model_uri)
+        return log_model(self.client, run_id, folder, classes)
 
     def register(self, model_uri: str, name: str) -> str:
         """Registers a logged model, unless a version of that name has it already; returns the version."""
-        import mlflow
-
-        for known in self.client.search_model_versions(f"name = '{name}'"):
-            if known.tags.get(MODEL_URI) == model_uri:
-                return str(known.version)
-        with redirect_stderr(io.StringIO()):  # MLflow prints the version, and so does the caller
-            return str(mlflow.register_model(model_uri, name, tags={MODEL_URI: model_uri}).version)
+        return register_model(self.client, model_uri, name)
 
     def finish(self, run_id: str, status: RunStatus = "FINISHED") -> None:
         """Ends a run."""
@@ -277,7 +315,7 @@ class Tracker:
         """Ends open runs as FAILED; called at the end of every sweep, failed or not."""
         from mlflow import MlflowException
 
-        with _without_retries(), suppress(MlflowException):  # an error of a lost store must not hide why the sweep ends
+        with without_retries(), suppress(MlflowException):  # an error of a lost store must not hide why the sweep ends
             for run_id in list(self._open):
                 self.finish(run_id, "FAILED")
 
@@ -287,59 +325,14 @@ def _to_metrics(history: Sequence[Mapping[str, float]], first_epoch: int) -> lis
 
     now = int(time.time() * 1000)
     return [
-        Metric(name, value, now, epoch)
+        Metric(name, float(value), now, epoch)
         for epoch, values in enumerate(history, start=first_epoch + 1)
         for name, value in values.items()
     ]
 
 
-def _check_postgresql_answers(uri: str) -> None:
-    """Connects once to a PostgreSQL server, and raises if it does not answer: MLflow would retry for minutes."""
-    scheme, _, rest = uri.partition("://")
-    if scheme.partition("+")[0] == "postgresql":
-        import psycopg
-
-        psycopg.connect(f"postgresql://{rest}", connect_timeout=10).close()
-
-
-@contextmanager
-def _without_retries() -> Iterator[None]:
-    """Makes MLflow's HTTP client try only once; by default it retries for minutes before it raises."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    before = os.environ.get(name)
-    os.environ[name] = before or "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-
-
-@contextmanager
-def convert_mlflow_errors(uri: str) -> Iterator[None]:
-    """Converts MLflow's errors, because the store worked when the sweep started.
-
-    Raises:
-        RaysweepError: MLflow raised.
-    """
-    from mlflow import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:500]
-        lost = "what is finished is kept, and the same command goes on from here"
-        raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {lost}") from error
-
-
-@contextmanager
-def _schema_lock(uri: str) -> Iterator[None]:
-    """Locks a SQLite store while its schema is created or migrated: two processes at once would break it for good."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if not path.parent.is_dir():  # FileLock would create the folder of a mistyped URI
-        raise FileNotFoundError(f"no such folder: '{path.parent}'")
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
+def _same(logged: float, value: float) -> bool:
+    """Whether a store has this value: NaN is stored as such, infinity as the largest float."""
+    if math.isnan(value):
+        return math.isnan(logged)
+    return logged == value or (math.isinf(value) and abs(logged) > 1e308 and (logged > 0) == (value > 0))

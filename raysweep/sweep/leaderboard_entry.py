@@ -53,7 +53,7 @@ class LeaderboardEntry(ABC):
         self.seconds = cache.seconds if cache.made_now else 0.0  # wall time of all its work in this invocation
         self.outcome: Outcome | None = None
         self.failure: str | None = None
-        self._model_uri: Future[str] | None = None
+        self._model_uri: Future[str | None] | None = None
 
     @property
     @abstractmethod
@@ -98,12 +98,12 @@ class LeaderboardEntry(ABC):
         return None
 
     def finish(self, outcome: Outcome) -> None:
-        """Logs the outcome and writes it to disk: a sweep that is killed later does not test it again."""
+        """Writes the outcome to disk, so that a sweep that is killed later does not test it again, and logs it."""
         earlier = self.earlier_outcome()
         seconds = self.seconds + (earlier.row.study_seconds if earlier else 0.0)
         self.outcome = replace(outcome, row=replace(outcome.row, study_seconds=seconds))
-        self._model_uri = log_outcome(self.state, self.run_id, self.outcome)
         self._write(self.outcome)
+        self._model_uri = log_outcome(self.state, self.run_id, self.outcome)
 
     def conclude(self) -> Outcome:
         """Completes the outcome, writes it, ends the MLflow run, and returns the outcome.
@@ -118,7 +118,9 @@ class LeaderboardEntry(ABC):
         if self._model_uri is not None:
             self.state.recorder.wait()
             model_uri = self._model_uri.result()
-        outcome = replace(outcome, model_uri=model_uri, row=replace(outcome.row, mlflow_run_id=self.run_id))
+        # Without a run, the next invocation logs it.
+        run_id = None if self.state.recorder.is_lost else self.run_id
+        outcome = replace(outcome, model_uri=model_uri, row=replace(outcome.row, mlflow_run_id=run_id))
         self._write(outcome)
         self.state.recorder.send(Tracker.finish, self.run_id)
         return outcome
@@ -192,22 +194,19 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
 
 def start_run(state: SweepState, config: RowConfig, key: str, draws: Draws | None) -> str:
     """Starts the MLflow run of an entry, or reopens the existing run; returns its id."""
-    run_id, is_new = state.recorder.call(Tracker.start_run, key, config.name, "study", state.run_id)
-    if is_new:
-        spec = state.encoder(config).spec
-        num_rows = {split: len(rows) for split, rows in state.rows.items()}
-        if draws:  # rows of one model
-            num_rows |= {"train": draws.train.shape[1], "validation": draws.validation.shape[1]}
-        params = {
-            "encoder": config.encoder_name,
-            "mode": config.kind,
-            "shots": config.shots,
-            "weights": spec.origin.name,
-            "revision": spec.origin.revision,
-            "image_size": spec.preprocessing.output_size[0],
-            "metric": state.experiment.metric,
-            "seed": state.experiment.seed,
-            **{f"num_{split}": count for split, count in num_rows.items()},
-        }
-        state.recorder.send(Tracker.log_once, run_id, params)
-    return run_id
+    spec = state.encoder(config).spec
+    num_rows = {split: len(rows) for split, rows in state.rows.items()}
+    if draws:  # rows of one model
+        num_rows |= {"train": draws.train.shape[1], "validation": draws.validation.shape[1]}
+    params = {
+        "encoder": config.encoder_name,
+        "mode": config.kind,
+        "shots": config.shots,
+        "weights": spec.origin.name,
+        "revision": spec.origin.revision,
+        "image_size": spec.preprocessing.output_size[0],
+        "metric": state.experiment.metric,
+        "seed": state.experiment.seed,
+        **{f"num_{split}": count for split, count in num_rows.items()},
+    }
+    return state.recorder.call(Tracker.start_run, key, config.name, "study", state.run_id, None, params)[0]

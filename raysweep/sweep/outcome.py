@@ -19,8 +19,8 @@ from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
 from raysweep.results.leaderboard import Row, describe_setting
 from raysweep.results.model import export_model
-from raysweep.results.tracking import Tracker
-from raysweep.storage.copies import fetch, fetch_folder, local_path, location
+from raysweep.results.tracking import LoggedOutcome, Tracker
+from raysweep.storage.copies import local_path, location
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.state import SweepState
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
@@ -242,7 +242,7 @@ def _export(
 ) -> None:
     """Writes the study's model folder. The test accuracy in it is that of the exported draw."""
     about = {"study": config.name, "key": key, **more, "setting": setting, "test_accuracy": test.accuracies[0]}
-    export_model(state.paths.model(config.name), classifier, state.index.classes, about)
+    export_model(state.paths.model(config.name), classifier, state.index.classes, about, state.index.decode_options)
 
 
 def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
@@ -261,9 +261,9 @@ def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | Non
     return isinstance(about, dict) and about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
-def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str] | None:
+def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str | None]:
     """Logs metrics, confusion matrix, best checkpoint and model to a study's run; returns the model's future URI."""
-    send, row, test = state.recorder.send, outcome.row, outcome.test
+    row, test = outcome.row, outcome.test
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
     cost = {
@@ -272,17 +272,16 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str]
         "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
         "train/images_per_second": row.images_per_second,
     }
-    send(Tracker.log_metrics, run_id, {**outcome.validation, **tested, **interval, **cost})
-    matrix = {"labels": list(state.index.classes), "counts": test.confusion_matrix}
-    send(Tracker.log_dict, run_id, matrix, "confusion_matrix.json")
+    classes = list(state.index.classes)
     tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
     if outcome.best_trial is not None:
         tags["raysweep.best_trial"] = str(outcome.best_trial)
-    send(Tracker.log_once, run_id, {}, tags)
-    if outcome.checkpoint is None:
-        return None
-    assert row.model_path is not None, "what has a checkpoint has a model"
-    send(Tracker.log_file, run_id, fetch(local_path(outcome.checkpoint)), "checkpoint")
-    model = local_path(row.model_path)
-    fetch_folder(model)
-    return send(Tracker.log_model, run_id, model, list(state.index.classes))
+    logged = LoggedOutcome(
+        metrics={**outcome.validation, **tested, **interval, **cost},
+        confusion_matrix={"labels": classes, "counts": test.confusion_matrix},
+        tags=tags,
+        classes=classes,
+        checkpoint=outcome.checkpoint,
+        model=row.model_path,
+    )
+    return state.recorder.send(Tracker.log_outcome, run_id, logged)

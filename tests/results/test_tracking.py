@@ -1,8 +1,13 @@
 import io
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from dataclasses import replace
+from functools import partial
 
 import mlflow
 import mlflow.pyfunc
@@ -17,8 +22,9 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import RaysweepError
 from raysweep.results import tracking
 from raysweep.results.environment import environment_tags
+from raysweep.results.mlflow_store import convert_mlflow_errors
 from raysweep.results.model import export_model, load_model
-from raysweep.results.tracking import LoggedTrial, convert_mlflow_errors, open_tracker
+from raysweep.results.tracking import LoggedOutcome, LoggedTrial, open_tracker
 
 pytestmark = pytest.mark.process
 
@@ -370,7 +376,7 @@ def test_a_deleted_experiment_is_taken_back(new_tracker):
 # Models
 
 
-def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path):
+def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path, uri):
     classes = ("angular leaf spot", "bean/rust", 'healthy: "ü"')
     encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
     head = Head(4, 3)
@@ -379,6 +385,7 @@ def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path):
     tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
     model_uri = tracker.log_model(run_id, tmp_path / "model", classes)
+    mlflow.set_tracking_uri(uri)
     loaded = mlflow.pyfunc.load_model(model_uri)
     assert loaded.metadata.run_id == run_id
     assert loaded.metadata.get_input_schema().input_names() == ["image"]
@@ -392,7 +399,215 @@ def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path):
     np.testing.assert_allclose(frame.iloc[0, 2:].to_numpy(float), expected, rtol=1e-6)
     assert tracker.register(model_uri, "winner") == "1"
     assert tracker.register(model_uri, "winner") == "1", "the same model is registered once"
+    assert tracker.log_model(run_id, tmp_path / "model", classes) == model_uri, "the same model is logged once"
+    export_model(tmp_path / "model", Classifier(encoder, Head(4, 3), "pooled"), classes, {"trial": 2})
     assert tracker.register(tracker.log_model(run_id, tmp_path / "model", classes), "winner") == "2"
+
+
+def exported_model(folder, about=None):
+    """A small model folder."""
+    encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
+    export_model(folder, Classifier(encoder, Head(4, 2), "pooled"), ("a", "b"), about or {})
+    return folder
+
+
+HOSTILE = """
+import sys
+from pathlib import Path
+import mlflow
+from raysweep.results.tracking import LoggedOutcome, open_tracker
+
+mlflow.autolog(silent=True)
+uri, folder = sys.argv[1:]
+client = mlflow.MlflowClient(uri, registry_uri=uri)
+client.delete_experiment("0")
+other = client.create_experiment("other")
+mlflow.set_tracking_uri(uri)
+with mlflow.start_run(experiment_id=other):
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    tracker = open_tracker(uri, "mine")
+    sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+    run_id = tracker.start_run("study", "study", "study", sweep, params={"lr": 1})[0]
+    outcome = LoggedOutcome({"test/accuracy": 0.5}, {}, {}, ("a", "b"), model=folder)
+    model_uri = tracker.log_outcome(run_id, outcome)
+    assert tracker.register(model_uri, "winner") == "1"
+    mlflow.set_tracking_uri(uri)  # where the program's own run ends
+"""
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts an MLflow server on a store; its address."""
+    started = []
+
+    def start(uri):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
+        started.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True))
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                return f"http://127.0.0.1:{port}"
+            except OSError:
+                assert time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.2)
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("where", ["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+def test_everything_gets_into_the_own_experiment_whatever_the_environment_says(where, tmp_path, request, own_uri):
+    exported_model(tmp_path / "model")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    open_tracker(uri, "mine")
+    if where == "server":
+        uri = request.getfixturevalue("serve")(uri)
+    hostile = {
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "MLFLOW_REGISTRY_URI": "http://127.0.0.1:9",
+        "MLFLOW_EXPERIMENT_ID": "4711",
+        "MLFLOW_EXPERIMENT_NAME": "elsewhere",
+        "MLFLOW_ENABLE_ASYNC_LOGGING": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    command = [sys.executable, "-c", HOSTILE, uri, str(tmp_path / "model")]
+    environment = {**os.environ, **hostile}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    client = mlflow.MlflowClient(uri, registry_uri=uri)
+    mine = client.get_experiment_by_name("mine").experiment_id
+    others = [experiment.experiment_id for experiment in client.search_experiments(view_type=3)]
+    (model,) = client.search_logged_models(others)
+    assert (model.experiment_id, str(model.status), model.params) == (mine, "READY", {"lr": "1"})
+    (study,) = client.search_runs([mine], "tags.`raysweep.level` = 'study'")
+    assert (study.info.status, model.source_run_id) == ("FINISHED", study.info.run_id)
+    assert [output.model_id for output in study.outputs.model_outputs] == [model.model_id]
+    version = client.get_model_version("winner", "1")
+    assert (version.source, version.run_id) == (model.artifact_location, study.info.run_id)
+    assert len(client.search_runs(others)) == 3, "the other one is that of the hostile program"
+    assert os.listdir(tmp_path / "mlruns") == [mine] if where == "sqlite" else True
+
+
+# Calls that were cut short
+
+
+OUTCOME = LoggedOutcome(
+    {"test/accuracy": 0.5, "time/train_s": 3.0, "test/loss": float("nan"), "val/loss": float("inf")},
+    {"labels": ["a", "b"], "counts": [[1, 0], [0, 1]]},
+    {"raysweep.best.lr": "1"},
+    ("a", "b"),
+)
+
+
+def points_of(tracker, run_id):
+    """The number of logged points of each metric, the logged models, and the artifacts of a run."""
+    run = tracker.client.get_run(run_id)
+    history = {name: len(tracker.client.get_metric_history(run_id, name)) for name in run.data.metrics}
+    models = tracker.client.search_logged_models([tracker.experiment_id], f"source_run_id = '{run_id}'")
+    outputs = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+    return history, [(str(model.status), model.model_id in outputs) for model in models]
+
+
+class Killed(BaseException):
+    pass
+
+
+STEPS = [
+    "create_run", "log_batch", "log_dict", "log_artifact", "create_logged_model", "log_model_artifacts", "log_outputs",
+    "finalize_logged_model", "set_terminated",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_answered", [True, False], ids=["answer lost", "call lost"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_study_that_was_cut_short_anywhere_is_logged_once_and_whole(
+    new_tracker, tmp_path, monkeypatch, step, has_answered
+):
+    outcome = replace(OUTCOME, model=str(exported_model(tmp_path / "model")), checkpoint=str(tmp_path / "best"))
+    (tmp_path / "best").write_text("weights")
+
+    def log(tracker):
+        sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+        run_id = tracker.start_run("study", "study", "study", sweep, params={"encoder": "e"})[0]
+        return run_id, tracker.log_outcome(run_id, outcome)
+
+    killed = new_tracker()
+    before, count = getattr(killed.client, step), []
+
+    def interrupted(*arguments, **options):
+        count.append(step)
+        last = {"create_run": 2, "log_batch": 3}.get(step, 1)
+        if len(count) < last:
+            return before(*arguments, **options)
+        if has_answered:
+            before(*arguments, **options)
+        raise Killed
+
+    monkeypatch.setattr(killed.client, step, interrupted)
+    with pytest.raises(Killed):
+        log(killed)
+    run_id, model_uri = log(new_tracker())
+    tracker = new_tracker()
+    assert log(tracker) == (run_id, model_uri)
+    assert len(runs_of(tracker)) == 2
+    assert tracker.client.get_run(run_id).data.params == {"encoder": "e"}
+    assert status(tracker, run_id) == "FINISHED"
+    assert points_of(tracker, run_id) == (dict.fromkeys(OUTCOME.metrics, 1), [("READY", True)])
+    paths = {item.path for item in tracker.client.list_artifacts(run_id)}
+    assert paths == {"confusion_matrix.json", "checkpoint"}
+
+
+def test_an_outcome_that_has_changed_is_logged_again(new_tracker):
+    tracker = new_tracker()
+    run_id = tracker.start_run("study", "study", "study")[0]
+    tracker.log_outcome(run_id, OUTCOME)
+    tracker.log_outcome(run_id, replace(OUTCOME, metrics={**OUTCOME.metrics, "test/accuracy": 0.6}))
+    history, _ = points_of(tracker, run_id)
+    assert history == {**dict.fromkeys(OUTCOME.metrics, 1), "test/accuracy": 2}
+    assert tracker.client.get_run(run_id).data.metrics["test/accuracy"] == 0.6
+
+
+@pytest.mark.parametrize("num_calls", range(1, 7))
+def test_a_trial_that_was_cut_short_anywhere_is_logged_once_and_whole(new_tracker, monkeypatch, num_calls):
+    monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 3)
+    trial = LoggedTrial(SETTING, ROWS, ROWS[-1], status="KILLED", error="stopped")
+    killed = new_tracker()
+    study, left = start_study(killed), [num_calls]
+
+    def interrupt(before, *arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return before(*arguments, **options)
+
+    for name in ("create_run", "log_batch", "set_terminated"):
+        monkeypatch.setattr(killed.client, name, partial(interrupt, getattr(killed.client, name)))
+    if num_calls < 6:
+        with pytest.raises(Killed):
+            killed.log_trial(study, "s/0", "t-0", trial)
+    else:
+        killed.log_trial(study, "s/0", "t-0", trial)
+    again = new_tracker()
+    again.log_missing_trials(start_study(again), [("s/0", "t-0", trial)])
+    run = trial_of(again, study)
+    assert (run.info.status, run.data.tags["raysweep.error"]) == ("KILLED", "stopped")
+    assert run.data.params == {name: str(value) for name, value in SETTING.items()}
+    assert curve(again, run, "val/accuracy") == [(1, 0.5), (2, 0.75)]
+    assert curve(again, run, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert curve(again, run, "best/val/accuracy") == [(0, 0.75)]
+
+
+def test_a_dataset_is_an_input_once(new_tracker):
+    for _ in range(2):
+        tracker = new_tracker()
+        run_id = tracker.start_run("key", "name", "sweep")[0]
+        tracker.log_dataset(run_id, "beans", "0123456789abcdef", "hf://datasets/x/beans", "{}")
+    assert len(tracker.client.get_run(run_id).inputs.dataset_inputs) == 1
 
 
 def test_abandoned_runs_of_the_same_root_are_ended_and_others_are_left_alone(tmp_path):
