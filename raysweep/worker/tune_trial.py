@@ -49,6 +49,10 @@ def _do(work: Work, job: Job) -> WorkReport:
         from raysweep.worker.evaluate import run_test
 
         return WorkReport(tested=run_test(job, work))
+    if job.mode.trains_together:
+        return WorkReport(
+            trials=train_in_smaller_populations(lambda part: _train(part, job, part.micro_batch_size), work)
+        )
     train = partial(_train, work, job)
     return WorkReport(trials=train_with_smaller_batches(train, work.micro_batch_size, initial_micro_batch_size(job)))
 
@@ -82,6 +86,21 @@ def train_with_smaller_batches(
                 raise
         # Outside the handler the error is freed, and with it the stack frames that hold the model.
         micro_batch_size = math.ceil((micro_batch_size or share) / 2)
+
+
+def train_in_smaller_populations(train: Callable[[TrainWork], Results], work: TrainWork) -> Results:
+    """Trains a Population; if memory runs out, one half of its trials after the other, and so on.
+
+    The weights of a head do not depend on the heads that train beside it.
+    """
+    try:
+        return train(work)
+    except Exception as error:
+        if not ran_out_of_memory(error) or len(work.trials) == 1:
+            raise
+    half = len(work.trials) // 2
+    parts = work.trials[:half], work.trials[half:]
+    return tuple(result for part in parts for result in train_in_smaller_populations(train, replace(work, trials=part)))
 
 
 def ran_out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,7 @@ from raysweep.worker.tune_trial import (
     initial_micro_batch_size,
     lost_a_worker,
     run_work,
+    train_in_smaller_populations,
     train_with_smaller_batches,
     work_resources,
     worker_resources,
@@ -73,6 +74,33 @@ def test_other_errors_are_not_tried_again():
     with pytest.raises(ValueError, match="no such thing"):
         train_with_smaller_batches(trains_up_to(0, tried, ValueError("no such thing")), None, 64)
     assert tried == [None]
+
+
+def test_a_population_that_does_not_fit_trains_in_parts_and_only_a_trial_that_fits_nowhere_fails():
+    tried = []
+
+    def train(work, largest=3):
+        numbers = [trial.number for trial in work.trials]
+        tried.append(numbers)
+        if len(numbers) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tuple(TrialResult(trial.study, trial.number, trial.setting) for trial in work.trials)
+
+    work = train_work(*[make_trial(number) for number in range(7)])
+    results = train_in_smaller_populations(train, work)
+    assert [result.number for result in results] == list(range(7))
+    assert tried == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2], [3, 4, 5, 6], [3, 4], [5, 6]]
+    with pytest.raises(torch.OutOfMemoryError):
+        train_in_smaller_populations(lambda part: train(part, largest=0), work)
+    tried.clear()
+
+    def fail(work):
+        tried.append(len(work.trials))
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        train_in_smaller_populations(fail, work)
+    assert tried == [7]
 
 
 def test_nothing_of_a_failed_attempt_is_held_while_the_next_one_runs():
