@@ -67,9 +67,11 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
     name, database = f"{config.name}-{key}", experiment.tracking.optuna_uri
     if database:  # sweeps share the database, but not the weights of their trials
         name = f"{experiment.name}-{signature(location(state.paths.root))}-{name}"
-    if state.journal is None and not database:
+    if state.journal is None and database is None:
         state.journal = open_store(state.paths.optuna_journal, state.progress.warn)
-    found = open_optuna_study(database or state.journal, name, block, space, state.ranking, experiment.seed)
+    store = database or state.journal
+    assert store is not None
+    found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed)
     study = Study(state, config, cache, key, draws, run_id, found, head)
     study.log_earlier_trials()
     study.remove_leftovers()
