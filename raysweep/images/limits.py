@@ -9,7 +9,7 @@ from PIL import Image
 from raysweep.errors import DataError
 
 MAX_MEGAPIXELS = 50.0  # the default of data.max_megapixels
-MAX_ENCODED_BYTES = 2**28
+MAX_ENCODED_BYTES = 2**29
 MAX_SECONDS = 10  # of one CPU, for one image
 MAX_SCANS = 100  # encoders make 1 to 14
 # Decoders take about 20 ns for each pixel, and a progressive JPEG some nanoseconds for each pixel of each scan. With

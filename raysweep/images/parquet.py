@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from raysweep.errors import DataError
+from raysweep.images.limits import MAX_ENCODED_BYTES
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import LABEL, add_label
 from raysweep.images.plain_columns import MAX_TEXT_BYTES, find_field, is_text, is_value, names_images, read_values
@@ -19,7 +20,6 @@ from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
-    MAX_IMAGE_BYTES,
     Listing,
     Row,
     check_regular,
@@ -207,7 +207,7 @@ def _cell_bytes(value: Any) -> bytes | DataError:
     if not isinstance(value, bytes):
         return DataError("no image in this row")
     try:
-        check_size(len(value), MAX_IMAGE_BYTES)
+        check_size(len(value), MAX_ENCODED_BYTES)
     except DataError as error:
         return error
     return value

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysweep.errors import DataError, did_you_mean
+from raysweep.images.limits import MAX_ENCODED_BYTES
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import add_label
 from raysweep.images.row_paths import RowPaths, cell_name
@@ -25,7 +26,7 @@ IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", 
 # fmt: on
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "class_id", "classid")
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
-MAX_IMAGE_BYTES, MAX_TABLE_BYTES = 2**30, 2**31
+MAX_TABLE_BYTES = 2**31
 
 
 class Row(NamedTuple):
@@ -96,7 +97,7 @@ def reading(source: str) -> Iterator[None]:
         raise DataError(f"{source}: cannot be read ({type(error).__name__}: {text})") from error
 
 
-def read_file(path: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+def read_file(path: str, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
     """Reads one file, local or remote.
 
     Raises:
