@@ -35,6 +35,7 @@ class FakeRecorder:
     def call(self, method, key, *arguments):
         assert method is Tracker.start_run
         inspect.signature(method).bind(None, key, *arguments)
+        self.sent.append((method, key, *arguments))
         created = key not in self.runs
         return self.runs.setdefault(key, f"run{len(self.runs)}"), created
 

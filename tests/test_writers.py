@@ -10,7 +10,7 @@ import pytest
 from services import PASSWORD, mlflow_server, postgres
 
 from raysweep.errors import ConfigError
-from raysweep.sweep.optuna_study import open_store
+from raysweep.sweep.trial_store import open_store
 
 NUM_WRITERS, NUM_TRIALS, NUM_EPOCHS = 32, 4, 10
 
@@ -63,7 +63,7 @@ LOG = """
 
 SEARCH = """
     import optuna
-    from raysweep.sweep.optuna_study import open_store
+    from raysweep.sweep.trial_store import open_store
 
     uri, num_trials = sys.argv[1], int(sys.argv[4])
 

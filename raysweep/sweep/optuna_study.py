@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.errors import ConfigError, TrialError
+from raysweep.errors import TrialError
 from raysweep.experiment.search_blocks import SearchBlock, population_size
 from raysweep.experiment.space import (
     Choices,
@@ -24,14 +24,13 @@ from raysweep.experiment.space import (
     grid,
     num_grid_points,
 )
+from raysweep.sweep.trial_store import open_store
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import TrialResult, field_values
 
 if TYPE_CHECKING:
     import optuna
 
-SECONDS_TO_CONNECT = 10
-SCHEMA_LOCK = 0x7261797377656570  # "raysweep"
 RUNG_PREFIX = "completed_rung_"  # prefix of the system attributes in which Optuna's ASHA stores compared values
 STOPPED = "stopped"  # user attribute of a trial that its scheduler stops
 MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
@@ -325,42 +324,6 @@ def read_result(values: Mapping[str, Any]) -> TrialResult:
     found.pop("details", None)
     found.pop(ENDED, None)
     return TrialResult(**found)
-
-
-def open_store(store: Path | str, warn: Callable[[str], None] = warnings.warn) -> optuna.storages.BaseStorage:
-    """Opens Optuna's storage: a journal file, which is created if missing, or a PostgreSQL database.
-
-    Args:
-        store: path of the journal, or URI of the database.
-        warn: is told what was mended in the journal.
-
-    Raises:
-        ConfigError: the database cannot be used.
-        DataError: the journal is damaged.
-    """
-    import optuna
-    from optuna.storages import RDBStorage
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if isinstance(store, Path):
-        from raysweep.sweep.journal import open_journal
-
-        return open_journal(store, warn)
-    try:
-        import psycopg
-
-        with psycopg.connect(store, connect_timeout=SECONDS_TO_CONNECT) as connection:
-            # Optuna creates its tables without a lock, and several sweeps may start at once. This lock ends with the
-            # connection.
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            # psycopg 3; the pre-ping notices a connection that the server has closed.
-            uri = f"postgresql+psycopg://{store.partition('://')[2]}"
-            connect_args = {"connect_timeout": SECONDS_TO_CONNECT}
-            return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True, "connect_args": connect_args})
-    except Exception as error:  # the driver's many types, from a wrong host to a missing privilege
-        reason = " ".join(str(error).split())[:300]
-        hint = "it needs a database of its own, since MLflow's has a table of the same name"
-        raise ConfigError(f"tracking.optuna_uri: '{store}' cannot be used by Optuna ({reason}); {hint}") from error
 
 
 def _setting_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

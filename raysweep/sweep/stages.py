@@ -18,11 +18,11 @@ from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, open_baseline
 from raysweep.sweep.near_copies import warn_of_near_copies
-from raysweep.sweep.optuna_study import open_store
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study import Study, open_study
 from raysweep.sweep.study_group import StudyGroup
+from raysweep.sweep.trial_store import open_store
 
 
 @dataclass(frozen=True, slots=True)

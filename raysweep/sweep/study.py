@@ -21,9 +21,10 @@ from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
 from raysweep.storage.copies import fetch, list_files, local_path, location, publish, remove
 from raysweep.storage.paths import signature, write_atomically
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
-from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study, open_store
+from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome
 from raysweep.sweep.state import SweepState
+from raysweep.sweep.trial_store import open_store
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.worker.inputs import load_heads
 from raysweep.worker.job import EpochReport, Job, TestResult, TrialResult, TrialSpec

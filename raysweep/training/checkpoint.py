@@ -46,7 +46,7 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
         checksum = zlib.crc32(name.encode(), checksum)
-        checksum = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), checksum)
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum
 
 

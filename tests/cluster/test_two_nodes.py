@@ -131,7 +131,7 @@ def test_mlflow_has_every_run_once(sweeps):
 def test_optunas_studies_are_in_the_database(sweeps):
     import optuna
 
-    from raysweep.sweep.optuna_study import open_store
+    from raysweep.sweep.trial_store import open_store
 
     store = open_store(os.environ["RAYSWEEP_OPTUNA_URI"])
     names = [study.study_name for study in optuna.get_all_study_summaries(store)]

@@ -12,7 +12,8 @@ from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.search_blocks import LinearProbeSearch, study_space
 from raysweep.sweep import journal as module
 from raysweep.sweep.journal import open_journal
-from raysweep.sweep.optuna_study import open_optuna_study, open_store
+from raysweep.sweep.optuna_study import open_optuna_study
+from raysweep.sweep.trial_store import open_store
 from raysweep.training.ranking import Ranking
 
 GRID = {"learning_rate": {"choices": [1e-3, 1e-2]}, "epochs": {"choices": [5, 6, 7]}, "normalize": "none"}

@@ -366,8 +366,8 @@ def test_a_resumed_study_sees_to_it_that_every_trial_is_logged(open_state):
 def test_its_run_says_what_it_is_of(open_state):
     state = open_state(data={"source": "s", "shots": [5]}, **probe())
     study = study_of(state, shots=5)
-    run_id, params = next(sent for sent in state.recorder.of(Tracker.log_once) if "shots" in sent[1])
-    assert run_id == study.run_id
+    ((key, *_, params),) = state.recorder.of(Tracker.start_run)
+    assert key == study.key
     assert (params["encoder"], params["mode"], params["shots"]) == ("dinov2", "linear_probe", 5)
     assert (params["num_train"], params["num_validation"], params["num_test"]) == (15, 30, 30)
 
@@ -442,7 +442,7 @@ def test_an_outcome_is_kept_and_found_by_the_next_invocation(open_state):
     assert recorder.of(Tracker.finish) == [[study.run_id]]
     again = study_of(open_state(recorder, **probe(num_trials=3)))
     assert again.is_settled
-    before = len(recorder.of(Tracker.log_metrics))
+    before = len(recorder.of(Tracker.log_outcome))
     result = again.state.paths.study_result(again.config.name, again.key)
     concluded = again.conclude()
     assert concluded == again.earlier_outcome()
@@ -452,7 +452,7 @@ def test_an_outcome_is_kept_and_found_by_the_next_invocation(open_state):
     assert concluded.checkpoint == str(again.state.paths.root / stored.checkpoint)
     assert read_json(result)["row"]["mlflow_run_id"] == again.run_id
     assert again.conclude().test.correct == outcome.test.correct
-    assert len(recorder.of(Tracker.log_metrics)) == before, "what is there is not logged again"
+    assert len(recorder.of(Tracker.log_outcome)) == before == 1, "what is there is not logged again"
     assert "all 3 trials are there, nothing left to do" in text_of(again.state)
 
 
@@ -475,8 +475,10 @@ def test_a_new_store_is_told_the_outcome_again(open_state):
     recorder.runs["another"] = "run0"  # so that the run ids are others
     again = study_of(open_state(recorder, **probe(num_trials=2)))
     assert again.conclude().row.mlflow_run_id == again.run_id
-    assert any(metrics["test/accuracy"] == 0.8 for _, metrics in recorder.of(Tracker.log_metrics))
-    assert [run_id for run_id, *_ in recorder.of(Tracker.log_model)] == [again.run_id]
+    ((run_id, logged),) = recorder.of(Tracker.log_outcome)
+    assert (run_id, logged.metrics["test/accuracy"]) == (again.run_id, 0.8)
+    assert Path(logged.checkpoint).exists()
+    assert Path(logged.model).exists()
 
 
 def test_a_study_with_stopped_trials_says_how_many_and_what_it_had_of_them(open_state, monkeypatch):
