@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from raysweep.encoders.base import EncoderSpec
 from raysweep.encoders.build import encoder_from_spec
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, RaysweepError
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, decode_image
-from raysweep.storage.copies import publish
+from raysweep.results.model_description import FORMAT, ModelDescription, check_sizes, read_description
+from raysweep.storage.checksums import checksum_of
+from raysweep.storage.copies import exists, is_bucket, location, publish
 from raysweep.training.loop import predict_logits
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 BATCH = 32
 
@@ -52,19 +52,20 @@ def export_model(
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir()  # the user's umask says who may read the model
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS)
         description = {
             "format": FORMAT,
             "labels": list(classes),
             "encoder": classifier.encoder.spec.to_dict(),
             "head": classifier.head.spec(),
             "features": classifier.source,
+            "checksum": checksum_of(temporary / WEIGHTS),
             "about": about,
         }
         if options != DEFAULT_OPTIONS:
             description["images"] = asdict(options)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS)
         # safetensors makes a file that only its owner can read, but other users may serve the model.
         (temporary / WEIGHTS).chmod((temporary / DESCRIPTION).stat().st_mode & 0o777)
         if folder.exists():
@@ -117,18 +118,16 @@ def load_model(folder: Path) -> Model:
         RaysweepError: the folder is not an exported model, or is damaged.
     """
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        _check_format(description)
-        head = Head(**description["head"])
-        classifier = Classifier(
-            encoder_from_spec(EncoderSpec.from_dict(description["encoder"])), head, description["features"]
-        )
-        classifier.load_state_dict(tensors)
-        labels = tuple(description["labels"])
-        options = DecodeOptions.from_dict(description["images"]) if "images" in description else DEFAULT_OPTIONS
-        if len(labels) != len(head.bias):
-            raise ValueError(f"{len(labels)} labels, {len(head.bias)} logits")
+        description = read_description(folder / DESCRIPTION)
+        check_sizes(description, folder / WEIGHTS)
+        if not _fits(description, folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} has changed since it was written")
+        encoder, head = encoder_from_spec(description.encoder.spec), Head(**description.head.model_dump())
+        classifier = Classifier(encoder, head, description.features)
+        if encoder.num_features(description.features) != description.head.num_features:
+            raise ValueError(f"features: '{description.features}' has another number of features than the head")
+        classifier.load_state_dict(load_file(folder / WEIGHTS))
+        options = DecodeOptions.from_dict(description.images) if description.images else DEFAULT_OPTIONS
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = f"{DESCRIPTION} and {WEIGHTS}"
         raise RaysweepError(f"{folder}: not an exported model; expected a folder with {wanted} ({error})") from error
@@ -136,14 +135,31 @@ def load_model(folder: Path) -> Model:
         raise type(error)(f"{folder}: {error}") from error
     except Exception as error:  # json, safetensors and torch raise many types for missing or changed parts
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise RaysweepError(f"{folder}: the exported model is damaged ({reason})") from error
-    return Model(classifier.eval().requires_grad_(False), labels, options)
+        ways = "the sweep that made it exports it again"
+        raise RaysweepError(f"{folder}: the exported model is damaged ({reason}); {ways}") from error
+    return Model(classifier.eval().requires_grad_(False), description.labels, options)
 
 
-def _check_format(description: dict[str, Any]) -> None:
-    if description["format"] != FORMAT:
-        found = description["format"]
-        raise RaysweepError(f"{DESCRIPTION}: format {found!r} is not one this raysweep reads; accepted: {FORMAT}")
+def is_intact(folder: Path) -> bool:
+    """Whether a folder holds a complete model whose weights are as they were written."""
+    try:
+        description = read_description(folder / DESCRIPTION)
+        if is_bucket(location(folder)):  # objects are complete, and the weights need not be on this node
+            return exists(folder / WEIGHTS)
+        return _fits(description, folder / WEIGHTS)
+    except (RaysweepError, ValueError, OSError):
+        return False
+
+
+def _fits(description: ModelDescription, weights: Path) -> bool:
+    """Whether the weights have the checksum of a description; one of an earlier version has none."""
+    return description.checksum in (None, checksum_of(weights)) and weights.is_file()
+
+
+def remove_unfinished(models: Path) -> None:
+    """Removes what killed exports left in a folder of models; the caller holds the sweep's lock."""
+    for folder in models.glob(".*.*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class PyfuncModel:

@@ -131,9 +131,14 @@ class SweepPaths:
         """The result of a finished study. The study is evaluated again only if its trials have changed."""
         return self.study(study, key) / "result.json"
 
+    @property
+    def models(self) -> Path:
+        """The folder of exported models."""
+        return self.root / MODELS
+
     def model(self, study: str) -> Path:
         """The exported model of one study."""
-        return self.root / MODELS / study
+        return self.models / study
 
     @property
     def leaderboard_json(self) -> Path:

@@ -18,7 +18,7 @@ from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
 from raysweep.results.leaderboard import Row, describe_setting
-from raysweep.results.model import export_model
+from raysweep.results.model import DESCRIPTION, export_model, is_intact
 from raysweep.results.tracking import LoggedOutcome, Tracker
 from raysweep.storage.copies import local_path, location
 from raysweep.storage.paths import read_json, write_json
@@ -254,11 +254,11 @@ def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
 
 def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | None = None) -> bool:
     """Whether the exported model is from this study and trial: another study may have had the same name."""
-    try:
-        about = read_json(state.paths.model(config.name) / "model.json")["about"]
-    except (DataError, KeyError, TypeError):  # missing, cut off, or not ours: it is exported again
+    model = state.paths.model(config.name)
+    if not is_intact(model):  # missing, damaged, or not ours: it is exported again
         return False
-    return isinstance(about, dict) and about.get("key") == key and (trial is None or about.get("trial") == trial)
+    about = read_json(model / DESCRIPTION)["about"]
+    return about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
 def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str | None]:

@@ -12,6 +12,7 @@ from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
 from raysweep.results.environment import environment_tags
 from raysweep.results.leaderboard import Row, rank_rows, write_leaderboard
+from raysweep.results.model import remove_unfinished
 from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location
 from raysweep.storage.paths import signature
@@ -63,6 +64,7 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
         TrialError: no study has a result.
     """
     configs = state.experiment.studies()
+    remove_unfinished(state.paths.models)
     caches = find_or_make_caches(state, configs)
     _ = state.rows  # raises DataError if a split has no usable image, before anything is logged
     state.run_id = start_sweep_run(state)

@@ -19,7 +19,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, EncoderError, RaysweepError
 from raysweep.images.decode import DecodeOptions, decode_image
 from raysweep.images.pixel_depth import WhiteLevels
-from raysweep.results.model import PyfuncModel, export_model, load_model
+from raysweep.results.model import PyfuncModel, export_model, is_intact, load_model, remove_unfinished
 from raysweep.training.loop import predict_logits
 
 MOBILENET = Path(__file__).resolve().parents[2].parent / "shared" / "weights" / "mobilenet_v2"
@@ -187,6 +187,111 @@ def test_neither_a_missing_folder_nor_a_file_is_a_model(exported):
     for path in (exported.parent / "nothing", exported / "model.safetensors"):
         with pytest.raises(RaysweepError, match=f"{path}: not an exported model"):
             load_model(path)
+
+
+def part(folder, name, **changes):
+    """Changes keys of a part of the description, such as `encoder`."""
+    description = json.loads((folder / "model.json").read_text())
+    edit(folder, **{name: {**description[name], **changes}})
+
+
+def preprocessing(folder, **changes):
+    description = json.loads((folder / "model.json").read_text())
+    part(folder, "encoder", preprocessing={**description["encoder"]["preprocessing"], **changes})
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+TAMPERED = {
+    "a byte of the weights": lambda folder: flip_a_byte(folder / "model.safetensors"),
+    "another number": lambda folder: edit(folder, head={"num_features": 10**12, "num_classes": 3}),
+    "a huge head": lambda folder: edit(
+        folder, labels=["x"] * 10**6, head={"num_features": 10**6, "num_classes": 10**6}
+    ),
+    "huge channels": lambda folder: part(folder, "encoder", config={"channels": [10**6, 12]}),
+    "very many stages": lambda folder: part(folder, "encoder", config={"channels": [8] * 10**6}),
+    "channels of text": lambda folder: part(folder, "encoder", config={"channels": "many"}),
+    "no channels": lambda folder: part(folder, "encoder", config={}),
+    "a huge image": lambda folder: preprocessing(folder, resize_size=10**6),
+    "an image of no size": lambda folder: preprocessing(folder, crop_size=0),
+    "no resampling filter": lambda folder: preprocessing(folder, resample=77),
+    "a mean of text": lambda folder: preprocessing(folder, mean=["a", "b", "c"]),
+    "a deviation of zero": lambda folder: preprocessing(folder, std=[0, 0, 0]),
+    "a scale that is no number": lambda folder: preprocessing(folder, rescale_factor=float("nan")),
+    "an unknown key": lambda folder: preprocessing(folder, code="x"),
+    "an unknown part": lambda folder: part(folder, "encoder", sources={"pooled": ["other"]}),
+    "a part of no size": lambda folder: part(folder, "encoder", parts={"pooled": -1}),
+    "other features": lambda folder: edit(folder, features="other"),
+    "labels of numbers": lambda folder: edit(folder, labels=[1, 2, 3]),
+    "a label that is no text": lambda folder: edit(folder, labels=["\ud800", "b", "c"]),
+    "labels in a string": lambda folder: edit(folder, labels="abc"),
+    "no object": lambda folder: (folder / "model.json").write_text("null"),
+    "nested without end": lambda folder: (folder / "model.json").write_text("[" * 10**5),
+    "no UTF-8": lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe{}"),
+    "images of an unknown kind": lambda folder: edit(folder, images={"x": 1}),
+    "an encoder in a list": lambda folder: edit(folder, encoder=[]),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_model_that_was_changed_is_refused_with_its_folder(exported, kind):
+    TAMPERED[kind](exported)
+    with pytest.raises(RaysweepError, match=f"^{exported}: ") as raised:
+        load_model(exported)
+    assert len(str(raised.value)) < 600
+
+
+def test_a_config_of_ten_million_layers_is_refused_at_once(tmp_path):
+    export_model(tmp_path / "model", make_classifier("dinov2"), CLASSES, {})
+    description = json.loads((tmp_path / "model" / "model.json").read_text())
+    config = description["encoder"]["config"]
+    for changes in ({"num_hidden_layers": 10_000_000}, {"hidden_size": 10_000_000}):
+        part(tmp_path / "model", "encoder", config={**config, **changes})
+        with pytest.raises(RaysweepError, match="model: "):
+            load_model(tmp_path / "model")
+
+
+def test_a_pipe_is_not_waited_for(exported):
+    for name in ("model.safetensors", "model.json"):
+        (exported / name).unlink()
+        os.mkfifo(exported / name)
+        with pytest.raises(RaysweepError, match="not an exported model"):
+            load_model(exported)
+
+
+def test_a_model_of_an_earlier_version_has_no_checksum_and_is_read(exported):
+    edit(exported, checksum=None)
+    assert load_model(exported).labels == CLASSES
+    assert is_intact(exported)
+
+
+def test_damage_is_noticed_without_loading(exported):
+    assert is_intact(exported)
+    for kind in ("a byte of the weights", "no object", "labels of numbers"):
+        export_model(exported, make_classifier(), CLASSES, {})
+        TAMPERED[kind](exported)
+        assert not is_intact(exported)
+    export_model(exported, make_classifier(), CLASSES, {})
+    os.truncate(exported / "model.safetensors", 4000)
+    assert not is_intact(exported)
+    (exported / "model.safetensors").unlink()
+    assert not is_intact(exported)
+    assert not is_intact(exported / "nothing")
+
+
+def test_what_killed_exports_left_is_removed_and_nothing_else(exported):
+    models = exported.parent
+    (models / ".model.a1b2c3d4").mkdir()
+    (models / ".model.a1b2c3d4" / "model.safetensors").write_bytes(b"half")
+    (models / ".other.0000_zzz").mkdir()
+    remove_unfinished(models)
+    assert [path.name for path in models.iterdir()] == ["model"]
+    assert is_intact(exported)
+    remove_unfinished(models / "nothing")
 
 
 DAMAGE = {
