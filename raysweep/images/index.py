@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from raysweep.errors import DataError
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
@@ -253,7 +255,8 @@ def _hash_images(listing: Listing, options: DecodeOptions) -> tuple[list[str | D
             outcomes[numbers[offset]] = hash_image(numbers[offset], image)
 
     remote = any("://" in row.path for row in listing.rows[:1])
-    with ThreadPoolExecutor(32 if remote else min(16, 2 * (os.cpu_count() or 1))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(32 if remote else min(16, 2 * (os.cpu_count() or 1))) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # data.max_megapixels is the limit
         list(pool.map(hash_rows, chunks))
     return outcomes, deep
 

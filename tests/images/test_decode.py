@@ -11,6 +11,7 @@ from raysweep.errors import DataError
 from raysweep.experiment.config import DataConfig
 from raysweep.images import decode, decode_process
 from raysweep.images.decode import DecodeOptions, decode_image, decode_images, open_image
+from raysweep.images.index import load_index
 from raysweep.images.limits import MAX_MEGAPIXELS, MAX_SCANS
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -253,6 +254,21 @@ def test_a_broken_exif_block_does_not_lose_the_image():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert decode_image(data).size == (16, 16)
+
+
+def test_an_image_beyond_pillows_own_limit_is_set_aside_without_pillows_warning(tmp_path, recwarn):
+    for number in range(20):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        gradient(4, 4 + number).save(path)
+    header = bytearray(bomb())
+    header[18:26] = struct.pack("<ii", 12_000, 10_000)
+    (tmp_path / "a" / "large.bmp").write_bytes(header)
+    index = load_index(DataConfig(source=str(tmp_path), max_bad_fraction=0.1), seed=0)
+    assert [row.reason for row in index.bad_rows] == [
+        "too many pixels: 12,000 x 10,000 is 120.0 megapixels; data.max_megapixels is 50"
+    ]
+    assert not [warning for warning in recwarn if "DecompressionBomb" in str(warning.category)]
 
 
 def test_no_global_state_of_pillow_is_touched():
