@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,6 +66,7 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
     """
     configs = state.experiment.studies()
     remove_unfinished(state.paths.models)
+    shutil.rmtree(state.paths.tune, ignore_errors=True)  # of a killed sweep
     caches = find_or_make_caches(state, configs)
     _ = state.rows  # raises DataError if a split has no usable image, before anything is logged
     state.run_id = start_sweep_run(state)
