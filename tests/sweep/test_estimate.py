@@ -102,7 +102,7 @@ def sample_job(rows, mode, monkeypatch):
         mode=MODES[mode],
         encoder=encoder.spec,
         weights={name: tensor.numpy() for name, tensor in encoder.state_dict().items()},
-        index=IndexReference(rows.select(["row_id", "path", "position", "image"]), None),
+        index=IndexReference(rows.select(["row_id", "path", "position", "image", "content_hash"]), None),
         num_classes=10,
         num_train=400,
         num_heads=4,
@@ -121,7 +121,7 @@ def test_a_sample_is_worked_on_for_real(index, mode, parts, monkeypatch):
 
 
 def test_images_that_cannot_be_decoded_are_said(monkeypatch):
-    rows = pa.table({"row_id": [0, 1], "path": ["a", "b"], "position": [-1, -1],
+    rows = pa.table({"row_id": [0, 1], "path": ["a", "b"], "position": [-1, -1], "content_hash": ["0", "1"],
                      "image": pa.array([b"no", b"image"], pa.large_binary())})  # fmt: skip
     with pytest.raises(DataError, match="none of 2 images can be decoded, such as a"):
         time_study(sample_job(rows, "linear_probe", monkeypatch))
