@@ -1,4 +1,4 @@
-"""The errors that a user can see, and a helper for their messages.
+"""The errors that a user can see, and helpers for their messages.
 
 Every message names the key or file, the value found, and the accepted values. These classes are for problems that a
 user can fix. `assert` checks our own invariants.
@@ -6,6 +6,7 @@ user can fix. `assert` checks our own invariants.
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from urllib.parse import unquote
 
@@ -17,10 +18,13 @@ _SECRET_OF_QUERY = re.compile(rf"(?i)([?&;](?:{_SECRET_NAME})=)[^&;\s'\"]+")
 
 
 class RaysweepError(Exception):
-    """Base class of every error that raysweep raises on purpose. Its message never has a URI's credentials."""
+    """Base class of every error that raysweep raises on purpose.
+
+    Its message never has a URI's credentials, nor characters that would steer a terminal.
+    """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(hide_secrets(str(message)))
+        super().__init__(printable(hide_secrets(str(message)), keep="\n"))
 
 
 class ConfigError(RaysweepError):
@@ -57,6 +61,28 @@ def has_secrets(uri: str) -> bool:
 
 def _is_within(match: re.Match[str], spans: list[tuple[int, int]]) -> bool:
     return any(start <= match.start() and match.end() <= end for start, end in spans)
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Returns a text in which characters that steer a terminal, or are not seen on it, are written as `\x1b`.
+
+    Names of files and classes may contain such characters: escape sequences, line breaks, and marks that reverse the
+    direction of what follows.
+
+    Args:
+        text: any text.
+        keep: characters that stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character if character in keep or not _steers(character) else ascii(character)[1:-1] for character in text
+    )
+
+
+def _steers(character: str) -> bool:
+    # Cc control, Cf format (without joiners, which scripts and emoji need), Cs lone surrogate, Zl and Zp line breaks.
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cluster.signals import stop_signals
-from raysweep.errors import DataError, RaysweepError
+from raysweep.errors import DataError, RaysweepError, printable
 
 if TYPE_CHECKING:
     from raysweep.results.model import Model
@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the command line of `raysweep predict`."""
     parser = argparse.ArgumentParser(prog="raysweep predict", description="Classifies images with an exported model.")
     parser.add_argument("model", metavar="MODEL", help="a folder such as runs/NAME/models/STUDY, also in a bucket")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE",
+                        help="a file, or a folder: its images, also those in the folders in it")  # fmt: skip
     parser.add_argument("--format", choices=("table", "json"), default="table")
     return parser
 
@@ -54,14 +55,37 @@ def _run(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     failures: list[str] = []
-    predictions = list(_predict(model, options.images, failures))
+    paths = [path for named in options.images for path in _images_of(named, failures)]
+    predictions = list(_predict(model, paths, failures))
     if options.format == "json":
         print(json.dumps(predictions, indent=2))
     else:
         _print_table(predictions)
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {printable(failure)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _images_of(named: Path, failures: list[str]) -> list[Path]:
+    """Returns the images of a folder and the folders in it, sorted, or the named file. Says what it passes over."""
+    if not named.is_dir():
+        return [named]
+    from raysweep.images.folder_files import kinds_of, list_folder
+    from raysweep.images.formats import IMAGE_SUFFIXES
+
+    try:
+        found = list_folder(str(named.absolute()))
+    except OSError as error:
+        failures.append(f"{named}: {error.strerror or error}")
+        return []
+    images = [file for file in found.files if file.lower().endswith(IMAGE_SUFFIXES)]
+    others = sorted(set(found.files) - set(images))
+    notes = [f"{len(others)} files that are no images left out: {kinds_of(others)}"] if others else []
+    for note in [*notes, *found.describe_ignored()]:
+        print(f"{printable(str(named))}: {printable(note)}", file=sys.stderr)
+    if not images:
+        failures.append(f"{named}: no images in this folder; looked for {' '.join(IMAGE_SUFFIXES)}")
+    return [named / image for image in images]
 
 
 def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterator[dict[str, Any]]:
@@ -70,6 +94,8 @@ def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterat
         readable, pixels = [], []
         for path in paths[start : start + BATCH]:
             try:
+                if path.exists() and not path.is_file():  # a pipe would block
+                    raise DataError("not a regular file")
                 pixels.append(model.preprocess(path.read_bytes()))
                 readable.append(path)
             except (DataError, OSError) as error:
@@ -82,11 +108,12 @@ def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterat
 
 
 def _print_table(predictions: Sequence[dict[str, Any]]) -> None:
-    width = max((len(prediction["image"]) for prediction in predictions), default=0)
-    for prediction in predictions:
+    names = [printable(prediction["image"]) for prediction in predictions]
+    width = max(map(len, names), default=0)
+    for name, prediction in zip(names, predictions, strict=True):
         ordered = sorted(prediction["probabilities"].items(), key=lambda item: -item[1])[:5]
-        others = "  ".join(f"{label} {probability:.3f}" for label, probability in ordered)
-        print(f"{prediction['image']:<{width}}  {prediction['label']}  ({others})")
+        others = "  ".join(f"{printable(label)} {probability:.3f}" for label, probability in ordered)
+        print(f"{name:<{width}}  {printable(prediction['label'])}  ({others})")
 
 
 if __name__ == "__main__":

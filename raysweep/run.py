@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.cluster.signals import leave_at_once, stop_signals
-from raysweep.errors import RaysweepError
+from raysweep.errors import RaysweepError, hide_secrets, printable
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import Experiment
@@ -79,17 +80,17 @@ def _plan(experiment: Experiment) -> int:
         check_results_outlast_job(experiment)
     index = load_index(experiment.data, experiment.seed)
     if not joins_cluster():
-        print("\n".join(plan_lines(experiment, index, local_resources())))
+        _print_lines(plan_lines(experiment, index, local_resources()))
         return 0
     session = RaySession(verbose=False)
     try:
         present = session.resources
         may_grow = experiment.resources.wait_for_nodes_s > 0
         plan = plan_lines(experiment, index, present, may_grow=may_grow)
-        print("\n".join([*cluster_lines(present), *plan]), flush=True)
+        _print_lines([*cluster_lines(present), *plan])
         from raysweep.sweep.estimate import estimate_lines
 
-        print("\n".join(estimate_lines(experiment, index, present)))
+        _print_lines(estimate_lines(experiment, index, present))
     finally:
         session.close()
     return 0
@@ -113,9 +114,9 @@ def _run(experiment: Experiment, verbose: bool) -> int:
             raise
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
     console.print(render_leaderboard(result.rows))
-    print("\n".join(_next_steps(experiment, result.rows)))
+    _print_lines(_next_steps(experiment, result.rows))
     for failure in result.failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {printable(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
 
 
@@ -125,14 +126,18 @@ def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
     paths = SweepPaths(experiment.storage, experiment.name)
     models = [_relative(row.model_path) for row in rows if row.model_path]
-    uri = experiment.tracking.uri
+    uri = hide_secrets(experiment.tracking.uri)
     return [
         "",
         f"results    {_relative(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
-        *[f"predict    raysweep predict {model} IMAGE [IMAGE ...]" for model in models[:1]],
-        f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}",
+        *[f"predict    raysweep predict {shlex.quote(model)} IMAGE [IMAGE ...]" for model in models[:1]],
+        f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}",
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    print("\n".join(map(printable, lines)), flush=True)
 
 
 def _relative(path: str) -> str:

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from raysweep.errors import ConfigError, DataError, has_secrets, hide_secrets
+from raysweep.errors import ConfigError, DataError, RaysweepError, has_secrets, hide_secrets, printable
 
 SECRETS = {
     "s3://KEY:SEC/RET@bucket/x": "s3://...@bucket/x",
@@ -42,3 +42,23 @@ def test_no_error_shows_credentials_and_errors_travel():
     error = pickle.loads(pickle.dumps(DataError("s3://KEY:SECRET@b: no such bucket")))
     assert str(error) == "s3://...@b: no such bucket"
     assert str(ConfigError(ValueError("http://u:p@h"))) == "http://...@h"
+
+
+STEERING = ["\x1b[31m", "\x07", "\r", "\t", "\x00", "\x9b", "\u202e", "\u2066", "\u200f", "\u2028", "\ufeff", "\udcff"]
+
+
+@pytest.mark.parametrize("text", STEERING, ids=ascii)
+def test_what_would_steer_a_terminal_is_written_out(text):
+    shown = printable(f"a{text}b")
+    assert shown == f"a{ascii(text)[1:-1]}b"
+    assert shown.isprintable()
+    assert str(RaysweepError(f"label 'a{text}b'")) == f"label 'a{ascii(text)[1:-1]}b'"
+
+
+@pytest.mark.parametrize("text", ["", "cat", "Müsli 日本語", "[red]", ":smile:", "👩‍🚀", "نه‌خواه", "a\\nb"])
+def test_what_can_be_read_stays(text):
+    assert printable(text) == text
+
+
+def test_an_error_keeps_its_lines():
+    assert str(RaysweepError("two problems:\n  one\n  two\x1b")) == "two problems:\n  one\n  two\\x1b"

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -53,18 +55,51 @@ def test_the_table_has_a_line_for_each_image(folder, capsys):
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_an_unreadable_image_is_named_and_the_rest_predicted(folder, capsys, form, monkeypatch):
     monkeypatch.setattr(predict, "BATCH", 2)
-    images = ["one.png", "broken.png", "missing.jpg", str(folder), "three.webp"]
+    (folder / "empty").mkdir()
+    (folder / "empty" / "notes.txt").write_text("")
+    os.mkfifo(folder / "pipe.png")
+    images = ["one.png", "broken.png", "missing.jpg", "empty", "pipe.png", "three.webp"]
     assert predict.main(["model", *images, "--format", form]) == 1
     out, err = capsys.readouterr()
     assert "one.png" in out
     assert "three.webp" in out
     assert "broken.png" not in out
-    broken, missing, directory = err.splitlines()
+    note, empty, broken, missing, pipe = err.splitlines()
+    assert note == "empty: 1 files that are no images left out: 1 .txt"
+    assert empty.startswith("error: empty: no images in this folder; looked for .jpg .jpeg ")
     assert broken.startswith("error: broken.png: ")
     assert missing == "error: missing.jpg: No such file or directory"
-    assert directory == f"error: {folder}: Is a directory"
+    assert pipe == "error: pipe.png: not a regular file"
     if form == "json":
         assert len(json.loads(out)) == 2
+
+
+def test_a_folder_stands_for_its_images(folder, capsys):
+    (folder / "photos" / "of may").mkdir(parents=True)
+    for source, target in [("one.png", "b.PNG"), ("two words.jpg", "of may/a.jfif"), ("three.webp", ".hidden.webp")]:
+        shutil.copy(source, folder / "photos" / target)
+    Image.new("L", (9, 9)).save(folder / "photos" / "of may" / "c.pgm")
+    (folder / "photos" / "notes.txt").write_text("")
+    assert predict.main(["model", "photos", "one.png", "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    names = [entry["image"] for entry in json.loads(out)]
+    assert names == ["photos/b.PNG", "photos/of may/a.jfif", "photos/of may/c.pgm", "one.png"]
+    left_out, ignored = err.splitlines()
+    assert left_out == "photos: 1 files that are no images left out: 1 .txt"
+    assert ignored.startswith("photos: 1 hidden or system file ignored")
+
+
+def test_names_and_labels_cannot_steer_the_terminal(folder, capsys):
+    encoder = build_encoder({"type": "stacked_cnn", "config": {"channels": [4]}, "image_size": 16}, seed=0)
+    labels = ["\x1b]0;title\x07", "safe\u202eexe\ncat"]
+    export_model(folder / "odd", Classifier(encoder, Head(4, 2), "pooled"), labels, {})
+    shutil.copy("one.png", "a\x1b[31m\nb.png")
+    assert predict.main(["odd", "a\x1b[31m\nb.png", "c\x1b.png"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("a\\x1b[31m\\nb.png  \\x1b]0;title\\x07  (")
+    assert "safe\\u202eexe\\ncat" in out
+    assert len(out.splitlines()) == 1
+    assert err == "error: c\\x1b.png: No such file or directory\n"
 
 
 def test_nothing_readable_is_still_valid_json(folder, capsys):

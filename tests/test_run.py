@@ -1,10 +1,12 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from raysweep import __main__, __version__, run
 from raysweep.errors import DataError
@@ -132,6 +134,32 @@ def test_the_next_steps_name_the_best_model_that_there_is(experiment, tmp_path):
     ]
     steps = run._next_steps(loaded, [SimpleNamespace(model_path=None)])
     assert not any(step.startswith("predict") for step in steps)
+
+
+def test_commands_in_the_next_steps_can_be_pasted(experiment, tmp_path):
+    folder, uri = "my runs/#1 50% $HOME; echo 'x'", "sqlite:///my runs/#1 50%.db"
+    loaded = load_experiment(Path(experiment()), [f"tracking.uri={json.dumps(uri)}"])
+    steps = run._next_steps(loaded, [SimpleNamespace(model_path=f"{tmp_path}/{folder}/models/ridge")])
+    commands = [step.split(maxsplit=1)[1] for step in steps if step.startswith(("predict", "compare"))]
+    assert [shlex.split(command) for command in commands] == [
+        ["raysweep", "predict", f"{folder}/models/ridge", "IMAGE", "[IMAGE", "...]"],
+        ["mlflow", "ui", "--backend-store-uri", uri],
+    ]
+
+
+def test_class_names_cannot_steer_the_terminal(experiment, capsys, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a\x1b[2Jb", "[red]c\u202e"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (8, 8), (number, len(name), len(split))).save(
+                    tmp_path / "images" / split / name / f"{number}.png"
+                )
+    assert run.main([experiment(DIGITS.replace("sklearn://digits", "images")), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[2Jb 8" in out
+    assert "[red]c\\u202e 8" in out
+    assert out.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 from raysweep.errors import DataError
 from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.splits import SPLITS, Split, few_shot
-from raysweep.storage.paths import write_atomically
+from raysweep.storage.paths import write_csv
 
 MIN_FEW_SHOT_VALIDATION = 16
 
@@ -98,8 +96,4 @@ def draw_subsets(rows: Rows, shots: int | str, num_draws: int, seed: int) -> Dra
 
 def write_quarantine(path: Path, bad_rows: Sequence[BadRow]) -> None:
     """Writes the bad rows and their reasons as CSV. Without bad rows, the file has only a header."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row_id", "source", "reason"])
-    writer.writerows([row.row_id, row.source, row.reason] for row in bad_rows)
-    write_atomically(path, text.getvalue())
+    write_csv(path, ["row_id", "source", "reason"], [(row.row_id, row.source, row.reason) for row in bad_rows])

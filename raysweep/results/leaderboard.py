@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raysweep.errors import printable
 from raysweep.experiment.space import Setting
-from raysweep.storage.paths import write_atomically, write_json
+from raysweep.storage.paths import write_csv, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+UNEVEN = 2.0  # the largest class has this many times the images of the smallest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ class Row:
         mlflow_run_id: id of its MLflow run.
         model_path: location of the exported model; None if there is none.
         tied_with_best: whether its difference from the best row is not significant on the test split.
+        test_largest_class: share of the test images that are of the largest class, which is the accuracy of always
+            naming it.
+        test_smallest_class: share of the test images that are of the smallest class.
     """
 
     study: str
@@ -71,6 +75,13 @@ class Row:
     mlflow_run_id: str | None
     model_path: str | None
     tied_with_best: bool = False
+    test_largest_class: float = 0.0
+    test_smallest_class: float = 0.0
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether accuracy says little about the smaller classes of the test split."""
+        return self.test_largest_class >= UNEVEN * self.test_smallest_class and self.test_largest_class > 0
 
 
 def rank_rows(rows: Sequence[Row], correct: Sequence[Sequence[float]], seed: int) -> list[Row]:
@@ -100,26 +111,26 @@ def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> N
     """Writes the rows as a JSON list, and as a CSV table with `best_params` as JSON."""
     records = [asdict(row) for row in rows]
     write_json(json_path, records)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**record, "best_params": json.dumps(record["best_params"])} for record in records)
-    write_atomically(csv_path, text.getvalue())
+    cells = [{**record, "best_params": json.dumps(record["best_params"])} for record in records]
+    write_csv(csv_path, [column.name for column in fields(Row)], [list(record.values()) for record in cells])
 
 
 def render_leaderboard(rows: Sequence[Row]) -> Table:
     """Returns the table for the terminal: encoder, mode, accuracy with interval, cost; one section per shots."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     on_gpu, sections = any(row.peak_gpu_memory_bytes for row in rows), _by_shots(rows)
+    is_uneven = any(row.is_uneven for row in rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.title, table.title_justify = "Leaderboard (test split)\n", "left"
     for name in ("", "encoder", "mode"):
         # On a narrow terminal only the encoder's name is folded.
         table.add_column(name, no_wrap=name != "encoder", overflow="fold")
     memory = "GPU\nmemory" if on_gpu else "memory"
-    for name in ("accuracy\n\\[95 % interval]", "tried", "train\ntime", memory):
+    macro_f1 = ["macro\nF1"] if is_uneven else []
+    for name in ("accuracy\n\\[95 % interval]", *macro_f1, "tried", "train\ntime", memory):
         table.add_column(name, justify="right", no_wrap=True)
     for section in sections:
         table.add_section()
@@ -127,9 +138,29 @@ def render_leaderboard(rows: Sequence[Row]) -> Table:
             table.add_row("", _describe_shots(section[0].shots), style="bold")
         for place, row in enumerate(section, start=1):
             mark = "=" if row.tied_with_best and place > 1 else str(place)
-            table.add_row(mark, row.encoder, row.mode, *_figures(row, on_gpu))
+            # A name of an encoder may look like rich's markup or steer the terminal.
+            names = [Text(printable(name)) for name in (row.encoder, row.mode)]
+            table.add_row(mark, *names, *_figures(row, on_gpu, is_uneven))
     table.caption, table.caption_justify = "\n".join(["", *_legend(rows)]), "left"
     return table
+
+
+def uneven_warning(counts: Mapping[str, Mapping[str, int]]) -> str | None:
+    """Returns a warning if the classes of the test split are uneven; None otherwise.
+
+    Args:
+        counts: number of images by class, by split.
+    """
+    test = counts.get("test", {})
+    num_images, largest = sum(test.values()), max(test, key=lambda name: test[name], default="")
+    if len(test) < 2 or test[largest] < UNEVEN * min(test.values()):
+        return None
+    smallest = min(test, key=lambda name: test[name])
+    return (
+        f"uneven classes: of {num_images:,} test images, {test[largest]:,} are '{largest}' "
+        f"({test[largest] / num_images:.1%}) and {test[smallest]:,} '{smallest}'; accuracy says little about the "
+        "smaller classes; the leaderboard shows macro F1 too, and 'metric: val/macro_f1' searches for it"
+    )
 
 
 def _by_shots(rows: Sequence[Row]) -> list[list[Row]]:
@@ -142,15 +173,18 @@ def _describe_shots(shots: int | str) -> str:
     return "all images" if shots == "all" else f"{shots} shot{'s' * (shots != 1)}"
 
 
-def _figures(row: Row, on_gpu: bool) -> list[str]:
+def _figures(row: Row, on_gpu: bool, is_uneven: bool) -> list[str]:
     interval = f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}]"
     memory = row.peak_gpu_memory_bytes if on_gpu else row.peak_memory_bytes
     settings, seconds = str(row.num_trials), describe_seconds(row.train_seconds)
-    return [interval.replace("[", r"\["), settings, seconds, f"{memory / 1e9:.1f} GB"]
+    macro_f1 = [f"{row.test_macro_f1:.3f}"] if is_uneven else []
+    return [interval.replace("[", r"\["), *macro_f1, settings, seconds, f"{memory / 1e9:.1f} GB"]
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:
     lines = []
+    if share := max((row.test_largest_class for row in rows if row.is_uneven), default=0.0):
+        lines += [f"always naming the largest class has accuracy {share:.3f}", "macro F1 counts every class alike"]
     if any(row.tied_with_best for section in _by_shots(rows) for row in section[1:]):
         lines.append("= the test split cannot tell it from the first (paired bootstrap, 95 %)")
     num_seeds = max((row.num_seeds for row in rows), default=1)

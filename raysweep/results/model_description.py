@@ -150,7 +150,8 @@ def check_sizes(description: ModelDescription, weights: Path) -> None:
     """
     _check_is_file(weights)
     with safe_open(weights, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
+        names = file.keys()
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     expected = (description.head.num_classes, description.head.num_features)
     if shapes.get("head.weight") != expected:
         raise ValueError(f"a head of {expected}, weights of {shapes.get('head.weight')}")

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from raysweep.errors import printable
+
 SECONDS_BETWEEN_LINES = 10
 
 
@@ -26,10 +28,10 @@ class Progress:
         self._bar: RichProgress | None = None
         if self.console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -49,11 +51,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line with the seconds since the start."""
-        self.console.print(f"[{self.elapsed:6.1f} s] {text}", markup=False, emoji=False)
+        self.console.print(f"[{self.elapsed:6.1f} s] {printable(text)}", markup=False, emoji=False)
 
     def warn(self, text: str) -> None:
         """Prints a warning in yellow."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False, emoji=False)
+        self.console.print(f"warning: {printable(text)}", style="yellow", markup=False, emoji=False)
 
     @property
     def elapsed(self) -> float:
@@ -69,14 +71,14 @@ class Stage:
     """One stage: a bar on a terminal; elsewhere a line, at most every ten seconds."""
 
     def __init__(self, progress: Progress, bar: RichProgress | None, label: str, total: int) -> None:
-        self._progress, self._bar, self._label, self._total = progress, bar, label, total
+        self._progress, self._bar, self._label, self._total = progress, bar, printable(label), total
         self._last_line = time.monotonic()
-        self._task = bar.add_task(label, total=total, note="") if bar else None
+        self._task = bar.add_task(self._label, total=total, note="") if bar else None
 
     def update(self, done: int, note: str = "") -> None:
         """Shows the number of steps done; ignored after `finish`."""
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, note=printable(note))
         elif not self._bar and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES and done < self._total:
             self._last_line = time.monotonic()
             self._progress.say(f"{self._label}: {done}/{self._total}{', ' + note if note else ''}")

@@ -1,16 +1,21 @@
 """The path of every file that raysweep writes, and functions that read and write small text and JSON files."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysweep.errors import ConfigError, DataError
+from raysweep.errors import ConfigError, DataError, printable
 from raysweep.storage.copies import fetch_folder, is_bucket, local_path, location, publish, replacing
 
+# Spreadsheets pass over blanks, and take the full-width signs as well.
+_FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]")
 STUDIES, MODELS = "studies", "models"  # folders of a sweep
 
 
@@ -35,6 +40,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` atomically as indented JSON. NaN raises an error, because it is not JSON."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table atomically. A spreadsheet takes no cell of it for a formula."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """Puts an apostrophe before text that a spreadsheet would run, such as `=HYPERLINK(...)` as a file name."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)  # also because a carriage return alone would not be quoted
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from raysweep.cluster.resources import Resources, check_resources, num_concurren
 from raysweep.errors import ResourceError
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.search_blocks import population_size
-from raysweep.results.leaderboard import describe_seconds
+from raysweep.results.leaderboard import describe_seconds, uneven_warning
 
 if TYPE_CHECKING:
     from raysweep.images.index import ImageIndex
@@ -47,7 +47,8 @@ def plan_lines(experiment: Experiment, index: ImageIndex, present: Resources, *,
     for split, by_class in index.counts().items():
         classes = ", ".join(f"{name} {number}" for name, number in by_class.items())
         lines.append(f"  {split}: {sum(by_class.values()):,} ({classes})")
-    lines += [f"  warning: {warning}" for warning in index.warnings]
+    warnings = [*index.warnings, *filter(None, [uneven_warning(index.counts())])]
+    lines += [f"  warning: {warning}" for warning in warnings]
     lines.append("studies:")
     for study in experiment.studies():
         block = experiment.search.block(study.mode)

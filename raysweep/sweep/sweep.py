@@ -17,6 +17,7 @@ from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.index import ImageIndex, load_index
 from raysweep.images.splits import SPLITS
+from raysweep.results.leaderboard import uneven_warning
 from raysweep.results.progress import Progress
 from raysweep.results.recorder import start_recorder
 from raysweep.storage.copies import in_a_job, is_bucket
@@ -147,7 +148,7 @@ def describe_index(index: ImageIndex, progress: Progress) -> None:
     derived = f" ({' and '.join(index.derived_splits)} taken from train)" if index.derived_splits else ""
     splits = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
     progress.say(f"{len(index.table):,} images in {len(index.classes)} classes: {splits}{derived}")
-    for warning in index.warnings:
+    for warning in [*index.warnings, *filter(None, [uneven_warning(index.counts())])]:
         progress.warn(warning)
     if index.bad_rows:
         progress.warn(f"{len(index.bad_rows)} images cannot be used; see quarantine.csv")

@@ -15,6 +15,7 @@ from raysweep.results.leaderboard import (
     describe_setting,
     rank_rows,
     render_leaderboard,
+    uneven_warning,
     write_leaderboard,
 )
 
@@ -200,3 +201,42 @@ def test_ranking_does_not_change_the_rows_it_is_given():
     assert made == [make_row("a", 0.9)]
     assert (made[0].tied_with_best, ranked.tied_with_best) == (False, True)
     assert replace(ranked, tied_with_best=False) == made[0]
+
+
+# Uneven classes
+
+
+def test_macro_f1_and_the_largest_class_are_shown_where_classes_are_uneven():
+    uneven = {"test_largest_class": 40 / 45, "test_smallest_class": 5 / 45}
+    made = [make_row("best", 0.889, test_macro_f1=0.4706, **uneven), make_row("other", 0.8, **uneven)]
+    text = rendered(made)
+    assert "macro" in text
+    assert "0.471" in text
+    assert "always naming the largest class has accuracy 0.889 " in text
+
+
+def test_macro_f1_is_not_shown_where_classes_are_even():
+    text = rendered([make_row("best", 0.9, test_largest_class=0.11, test_smallest_class=0.09)])
+    assert "macro" not in text
+    assert "largest class" not in text
+
+
+def test_uneven_classes_are_warned_about():
+    assert uneven_warning({"train": {"a": 9, "b": 1}, "test": {"a": 25, "b": 24, "c": 13}}) is None
+    assert uneven_warning({"test": {"a": 9}}) is None
+    warning = uneven_warning({"test": {"healthy": 40, "ill": 5}})
+    assert "of 45 test images, 40 are 'healthy' (88.9%) and 5 'ill'" in warning
+    assert "metric: val/macro_f1" in warning
+
+
+def test_names_of_encoders_are_no_markup_and_steer_nothing():
+    text = rendered([make_row("best", 0.9, encoder="[red]x[/red] :smile:\x1b[2J")])
+    assert r"[red]x[/red] :smile:\x1b[2J" in text
+
+
+def test_names_in_the_csv_are_no_formulas(tmp_path):
+    write_leaderboard([make_row("=1+1", 0.9, encoder="@SUM(1)")], tmp_path / "b.json", tmp_path / "b.csv")
+    with open(tmp_path / "b.csv", newline="") as file:
+        (record,) = csv.DictReader(file)
+    assert (record["study"], record["encoder"], record["test_accuracy"]) == ("'=1+1", "'@SUM(1)", "0.9")
+    assert json.loads((tmp_path / "b.json").read_text())[0]["study"] == "=1+1"

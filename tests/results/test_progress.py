@@ -109,3 +109,23 @@ def test_the_terminal_is_restored_when_a_stage_fails():
     with pytest.raises(ValueError, match="boom"):
         fail_within(progress)
     assert progress._bar.live.is_started is False
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_labels_can_neither_steer_the_terminal_nor_be_markup(is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=90, color_system=None, soft_wrap=True)
+    with Progress(console) as progress:
+        progress.say("a\x1b]0;x\x07\nb [red]c[/red] :smile:")
+        progress.warn("d\u202ee")
+        stage = progress.stage("[blue]probe\x1b[2J[/blue]", 2)
+        stage.update(1, "best [bold]\x1b[3J")
+        if progress._bar:
+            progress._bar.refresh()
+        stage.finish()
+    text = text_of(progress)
+    assert "a\\x1b]0;x\\x07\\nb [red]c[/red] :smile:" in text
+    assert "warning: d\\u202ee" in text
+    for steering in ("\x1b]0", "\x1b[2J", "\x1b[3J", "\u202e", "\x07"):
+        assert steering not in text
+    if is_terminal:
+        assert "[blue]probe\\x1b[2J[/blue]" in text

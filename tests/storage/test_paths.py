@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import stat
@@ -6,7 +7,7 @@ import pytest
 
 from raysweep.errors import ConfigError, DataError
 from raysweep.storage.copies import location
-from raysweep.storage.paths import SweepPaths, file_name, read_json, signature, write_atomically, write_json
+from raysweep.storage.paths import SweepPaths, file_name, read_json, signature, write_atomically, write_csv, write_json
 
 
 def test_a_signature_follows_the_value_and_not_the_order_of_keys():
@@ -108,3 +109,21 @@ def test_a_storage_without_permission_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"storage: '{tmp_path}/a/b' cannot be used: no permission to write to"):
         SweepPaths(str(tmp_path / "a" / "b"), "x")
     assert asked == [tmp_path]
+
+
+FORMULAS = ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)", " =1", "|calc", "%0A", "\uff1d1", "\uff201"]
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula(tmp_path):
+    safe = ["a=b", "1", "x-y", "", "ü", "{}", "/images/=1.png"]
+    write_csv(tmp_path / "new" / "t.csv", ["name", "number"], [(text, -1.5) for text in (*FORMULAS, *safe)])
+    with open(tmp_path / "new" / "t.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["name", "number"]
+    assert [row[0] for row in rows[1:]] == [*(f"'{text}" for text in FORMULAS), *safe]
+    assert {row[1] for row in rows[1:]} == {"-1.5"}
+
+
+def test_control_characters_break_no_line_of_a_table(tmp_path):
+    write_csv(tmp_path / "t.csv", ["name"], [["\t=1"], ["a\rb\n=c"], ["\x1b[2J"]])
+    assert (tmp_path / "t.csv").read_bytes() == b"name\n\\t=1\na\\rb\\n=c\n\\x1b[2J\n"
