@@ -165,9 +165,9 @@ def _own_settings() -> Iterator[None]:
     # Ray has read its settings, if it was imported or started before.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-    # Ray's agents would wait for a minute for a GCS that has died, for example after its driver was killed. Not this
-    # process, which would end without a word.
-    os.environ.setdefault(RECONNECT, "5")
+    # Ray's agents would wait for a minute for a GCS that has died, for example after its driver was killed. So would
+    # this process, and then end without a word: `_watched` is sooner.
+    os.environ.setdefault(RECONNECT, "20")
     # Ray replaces 127.0.0.1 by an address that other machines reach, unless it is told that there will be none.
     allows_others, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:

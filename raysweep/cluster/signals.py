@@ -20,6 +20,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILURE = signal.SIGUSR2  # of `fail`: sent by this process to itself
 # Ray's C++ code replaces the handler of this one, each time that Ray starts and ends in this process.
 REPLACED_BY_RAY = signal.SIGTERM
+SECONDS_TO_RAISE = 5
 SIZE_OF_SIGACTION = 1024  # larger than C's struct on any platform
 
 
@@ -36,6 +37,7 @@ class StopSignals:
         self.word = word
         self.number: int | None = None
         self._terminal = _copy_of_stderr()
+        self._has_raised = threading.Event()
         self.failure: Exception | None = None
 
     @property
@@ -44,15 +46,20 @@ class StopSignals:
         return 128 + (self.number or signal.SIGINT)
 
     def fail(self, error: Exception) -> None:
-        """Raises an error in the main thread, whatever it waits for. Does nothing once a signal has come."""
-        if self.number is None and self.failure is None:
-            self.failure = error
-            ident = threading.main_thread().ident
-            assert ident is not None
-            signal.pthread_kill(ident, FAILURE)
+        """Raises an error in the main thread, from any thread. Does nothing once a signal has come."""
+        if self.number is not None or self.failure is not None:
+            return
+        self.failure = error
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, FAILURE)
+        if not self._has_raised.wait(SECONDS_TO_RAISE):  # it waits in C++ code for what will never come
+            self._say(f"error: {error}")
+            leave_at_once(1)
 
     def raise_failure(self, _number: int, _frame: FrameType | None) -> None:
         """Raises the error of `fail`."""
+        self._has_raised.set()
         if self.number is None and self.failure is not None:
             self.number = FAILURE
             raise self.failure

@@ -99,7 +99,9 @@ SESSION = """
                         "worker": ray.get(environment.remote(0)), "driver": dict(os.environ),
                         "processes": {name: process.pid for name, process in node.live_processes()}}
                 print(json.dumps(told), flush=True)
-                ray.get(environment.remote(1000))
+                waited_for = environment.remote(1000)
+                while True:  # as Tune and Ray Data do
+                    ray.wait([waited_for], timeout=0.5)
         except (RaysweepError, KeyboardInterrupt) as error:
             if signals.failure:
                 print("error:", signals.failure, flush=True)

@@ -241,7 +241,7 @@ def test_a_stopped_sweep_goes_on_and_leaves_no_run_running(tmp_path: Path, numbe
         process.wait()
     else:
         process.send_signal(number)
-        assert process.wait(60) != 0
+        assert process.wait(60) == 128 + number
         assert "RUNNING" not in {run.info.status for runs in runs_by_level(tmp_path).values() for run in runs}
     done = run(tmp_path, *slow, experiment=experiment)
     assert done.returncode == 0, done.stderr
