@@ -43,6 +43,7 @@ class Cache:
         made_now: Whether this call made the cache; False if the cache already existed.
         streamed: Whether the pass only looked for bad rows, because the disk had no room for pixels (see `streaming`).
         files: Name of each file of rows to its checksum; None in caches of earlier versions (see `add_checksums`).
+        blank_rows: Ids of rows whose image has one colour only.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class Cache:
     made_now: bool
     streamed: bool = False
     files: Mapping[str, int] | None = None
+    blank_rows: tuple[int, ...] = ()
 
 
 def open_cache(folder: Path) -> Cache | None:

@@ -35,21 +35,27 @@ def raising_own_errors() -> Iterator[None]:
         if isinstance(cause, MemoryError | torch.OutOfMemoryError):
             raise ResourceError(f"the pass over the images ran out of memory ({reason}); {LESS_MEMORY}") from error
         if isinstance(cause, OSError):
-            raise ResourceError(f"the pass over the images: {reason}") from error
+            # Ray Data puts its own advice in the place of the file's name.
+            raise ResourceError(f"the pass over the images: {cause.strerror or reason}") from error
         raise
+    except ray.exceptions.OutOfDiskError as error:
+        raise ResourceError(
+            "the pass over the images: Ray's folder for temporary files is full (in /tmp, or in TMPDIR)"
+        ) from error
     except ray.exceptions.OutOfMemoryError as error:
         raise ResourceError(
-            f"the pass over the images: Ray ended a process {1 + MAX_RETRIES} times, because the memory of its node "
-            f"was full; {LESS_MEMORY}"
+            f"the pass over the images: Ray ended a process in each of {1 + MAX_RETRIES} tries, because the memory of "
+            f"its node was full; {LESS_MEMORY}"
         ) from error
     except (
         ray.exceptions.RayActorError,
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError,
+        ray.exceptions.LocalRayletDiedError,
     ) as error:
         reason = " ".join(str(error).split())[:500]
         raise ResourceError(
-            f"the pass over the images: a process was ended from outside, or crashed, {1 + MAX_RETRIES} times "
-            f"({reason}); if memory was short: {LESS_MEMORY}"
+            "the pass over the images: a process was ended from outside, or crashed, in each of "
+            f"{1 + MAX_RETRIES} tries ({reason}); if memory was short: {LESS_MEMORY}"
         ) from error

@@ -17,7 +17,7 @@ from raysweep.images.blocks import rows_of, tensor_column, tensors
 from raysweep.images.cache_files import Checksums, write_rows
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions
 from raysweep.images.features import encode, feature_table, load_arrays
-from raysweep.images.pixels import Geometry, decode_rows, write_pixels
+from raysweep.images.pixels import Geometry, decode_rows, is_blank, write_pixels
 from raysweep.images.task_reports import build_reports, files_of, seconds_of
 from raysweep.storage.copies import local_path
 
@@ -102,7 +102,8 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
             images = images if good.all() else images[good]
             files[number] = write_pixels(str(local_path(target.folder)), row_ids[good], images)
             seconds[1 + number] = time.perf_counter() - started
-    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds, files=files)
+    blank = good & is_blank(pixels[geometries[0]])
+    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds, files=files, blank=blank)
     for number, geometry in enumerate(job.encoded_geometries):
         decoded = decoded.append_column(f"pixels_{number}", tensor_column(pixels[geometry]))
     return decoded
@@ -138,7 +139,8 @@ class EncoderActor:
             seconds[1 + number] = time.perf_counter() - started
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()
-        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory, files)
+        blank = decoded["blank"].to_numpy()
+        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory, files, blank)
 
 
 class DecoderEncoderActor(EncoderActor):

@@ -205,6 +205,7 @@ def _mend(
             peak_gpu_memory_bytes=max(cache.peak_gpu_memory_bytes, tally.gpu_memory),
         )
         files |= tally.files[0]
+        cache = replace(cache, blank_rows=tuple(sorted({*cache.blank_rows, *tally.blank_rows})))
     write_manifest(request.folder, replace(cache, files=files))
 
 
@@ -248,6 +249,7 @@ def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tal
             made_now=True,
             streamed=_is_streamed(request),
             files=files,
+            blank_rows=tuple(sorted(tally.blank_rows)),
         )
         write_manifest(request.folder, cache)
         remove_older_passes(request.folder / key)

@@ -22,6 +22,7 @@ def build_reports(
     memory: int = 0,
     gpu_memory: int = 0,
     files: Sequence[Mapping[str, int]] = (),
+    blank: np.ndarray | None = None,
 ) -> pa.Table:
     """Returns the reports of the rows of one block.
 
@@ -33,6 +34,7 @@ def build_reports(
         memory: Largest resident set size of the processes that worked on the block before this one, in bytes.
         gpu_memory: Most GPU memory that this process had allocated, in bytes.
         files: For each cache, the names and checksums of the files that were written. The first row carries them all.
+        blank: bool `(n,)`, which images have one colour only; None if none has.
     """
     num_rows = len(row_ids)
     written = [
@@ -47,6 +49,7 @@ def build_reports(
             "seconds": tensor_column(np.tile(seconds / num_rows, (num_rows, 1))),
             "memory": np.full(num_rows, max(memory, peak_memory_bytes())),
             "gpu_memory": np.full(num_rows, gpu_memory),
+            "blank": np.zeros(num_rows, bool) if blank is None else blank,
             "files": pa.array([written, *[None] * (num_rows - 1)], FILES),
         }
     )
@@ -77,6 +80,7 @@ class Tally:
         memory: Largest resident set size of any process, in bytes.
         gpu_memory: Most GPU memory that any process had allocated, in bytes.
         errors: The reason for each bad row, by row id.
+        blank_rows: Ids of rows whose image has one colour only.
         seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache.
         files: For each cache, the names and checksums of its files.
     """
@@ -86,6 +90,7 @@ class Tally:
     memory: int = 0
     gpu_memory: int = 0
     errors: dict[int, str] = field(default_factory=dict)
+    blank_rows: list[int] = field(default_factory=list)
     seconds: np.ndarray = field(init=False)
     files: list[dict[str, int]] = field(init=False)
 
@@ -101,6 +106,7 @@ class Tally:
         self.seconds += seconds_of(reports)
         for number, written in enumerate(files_of(reports, self.num_caches)):
             self.files[number] |= written
+        self.blank_rows += reports.filter(reports["blank"])["row_id"].to_pylist()
         bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
 

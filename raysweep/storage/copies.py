@@ -7,6 +7,7 @@ For any other path these functions do almost nothing, because there is no copy.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.errors import RaysweepError
+from raysweep.errors import RaysweepError, ResourceError
 from raysweep.storage.filesystems import BUCKETS, open_filesystem
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SCRATCH_VARIABLE = "RAYSWEEP_SCRATCH"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job server
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_TRANSFERS = 8  # files at a time
 
 
@@ -306,14 +308,37 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a new, empty file beside `path`. It replaces `path` at the end, or is deleted after an error.
 
     The user's umask says who may read it, as for any other file.
+
+    Raises:
+        ResourceError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.touch(exist_ok=False)
-    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         temporary.chmod(mode)  # some libraries write files that only their owner can read
         os.replace(temporary, path)
+    except Exception as error:
+        if is_disk_full(error):
+            raise ResourceError(f"{path}: it cannot be written: {describe_space(path.parent)}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or the permitted size of a file is exhausted."""
+    # safetensors raises errors of its own, whose text has the number.
+    return any(getattr(error, "errno", None) == number or f"(os error {number})" in str(error) for number in DISK_FULL)
+
+
+def describe_space(folder: Path) -> str:
+    """Returns what is free on the disk of a folder, and what helps, for error messages."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    usage = shutil.disk_usage(existing)
+    return (
+        f"the disk of {existing} is full, or a quota is ({usage.free / 1e9:,.3f} of {usage.total / 1e9:,.3f} GB are "
+        "free); free some space, or set storage to another disk; the same command goes on from here"
+    )

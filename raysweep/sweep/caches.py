@@ -6,19 +6,21 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
 from raysweep.encoders.precision import faster_precision, supports_bf16
+from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, num_leftover_bytes, open_cache
 from raysweep.images.cache_files import add_checksums, damaged_files
-from raysweep.images.features import FeatureRequest, feature_signature
+from raysweep.images.features import FeatureRequest, feature_bytes, feature_signature
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.streaming import DECODING_CPUS
-from raysweep.storage.copies import fetch, remove
+from raysweep.storage.copies import fetch, is_bucket, remove
 from raysweep.sweep.encoder_card import LazyEncoder
 from raysweep.sweep.state import SweepState
 
@@ -52,7 +54,50 @@ def find_or_make_caches(state: SweepState, configs: Sequence[StudyConfig]) -> di
     found = {name: made.get(folder) or open_cache(folder) for name, folder in folders.items()}
     caches = {name: cache for name, cache in found.items() if cache is not None}
     state.set_aside([row for cache in caches.values() for row in cache.bad_rows])
+    _check_blank_images(state, {row_id for cache in caches.values() for row_id in cache.blank_rows})
     return caches
+
+
+def _check_blank_images(state: SweepState, blank_rows: Collection[int]) -> None:
+    """Tells of images that have one colour only.
+
+    Raises:
+        DataError: all usable images of a split are such images.
+    """
+    if not blank_rows:
+        return
+    row_ids, splits = state.index.table["row_id"].to_numpy(), np.array(state.index.table["split"].to_pylist())
+    is_blank, is_usable = np.isin(row_ids, list(blank_rows)), ~np.isin(row_ids, list(state.bad_rows))
+    first = state.index.table["path"][int(np.flatnonzero(is_blank)[0])].as_py()
+    for split in np.unique(splits):
+        usable = (splits == split) & is_usable
+        if usable.any() and is_blank[usable].all():
+            raise DataError(
+                f"data: each of the {usable.sum()} usable {split} images has one colour only, black for example (the "
+                f"first: {first}); check how they were written or exported"
+            )
+    count = f"{is_blank.sum()} of {len(row_ids)} images"
+    state.progress.say(f"warning: {count} have one colour only, black for example (the first: {first})")
+
+
+def _check_space(state: SweepState, requests: Sequence[FeatureRequest | PixelRequest]) -> None:
+    """Checks that features fit on the disk. Pixels that do not fit are decoded in every epoch instead.
+
+    Raises:
+        ResourceError: they do not fit.
+    """
+    if is_bucket(state.experiment.storage):
+        return
+    features = [
+        request for request in requests if isinstance(request, FeatureRequest) and not has_cache(request.folder)
+    ]
+    num_bytes = sum(feature_bytes(state.index, request.encoder) for request in features)
+    free = shutil.disk_usage(state.paths.caches).free + sum(num_leftover_bytes(request.folder) for request in features)
+    if num_bytes > free:
+        raise ResourceError(
+            f"storage: the features take {num_bytes / 1e9:,.3f} GB in {state.paths.caches}, {free / 1e9:,.3f} GB are "
+            "free; free some space, or set storage to another disk"
+        )
 
 
 def _check_manifest(state: SweepState, folder: Path, config: StudyConfig) -> None:
@@ -128,6 +173,7 @@ def _make_caches(
             requests.append(FeatureRequest(folder, encoder.spec, encoder.put(), precision_of(state, config)))
         else:
             requests.append(PixelRequest(folder, encoder.spec.preprocessing, folder in streamed))
+    _check_space(state, requests)
     encoded = [config.encoder_name for config in missing.values() if config.reads_features]
     label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
     stage = state.progress.stage(label, len(state.index.table))

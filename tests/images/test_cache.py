@@ -80,6 +80,7 @@ def test_a_manifest_has_these_keys_and_gives_the_cache_back(tmp_path):
         made_now=False,
         streamed=True,
         files={"rows-1.arrow": 17},
+        blank_rows=(4,),
     )
     write_manifest(folder, cache)
     expected = {
@@ -90,8 +91,9 @@ def test_a_manifest_has_these_keys_and_gives_the_cache_back(tmp_path):
         "peak_gpu_memory_bytes": 0,
         "streamed": True,
         "files": {"rows-1.arrow": 17},
+        "blank_rows": [4],
         "rows": "a-pass",
-        "checksum": 424646417,
+        "checksum": 1119416450,
     }
     assert (folder / "manifest.json").read_text() == json.dumps(expected, indent=2) + "\n"
     assert open_cache(folder) == cache

@@ -1,8 +1,10 @@
 """Caches that are damaged on the disk: what is damaged is found, and it alone is made again."""
 
+import io
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from raysweep.cluster.session import ray_session
 from raysweep.encoders.build import build_encoder
-from raysweep.errors import DataError, EncoderError
+from raysweep.errors import DataError, EncoderError, ResourceError
 from raysweep.images import passes
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, open_cache, write_manifest
 from raysweep.images.cache_files import (
@@ -27,7 +30,7 @@ from raysweep.images.cache_files import (
 )
 from raysweep.images.features import feature_table, load_features
 from raysweep.images.passes import build_caches
-from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
+from raysweep.images.pixels import PixelRequest, is_blank, open_pixels, write_pixels
 from raysweep.storage.copies import local_path, publish
 
 NUM_ROWS, FILE_ROWS, WIDTH = 24, 8, 40
@@ -253,6 +256,7 @@ def test_a_damaged_file_alone_is_made_again(ray_started, tmp_path, encoder, imag
     (cache,) = build()
     assert cache.made_now
     assert [row.row_id for row in cache.bad_rows] == [5]
+    assert cache.blank_rows == (9,)
     expected, files = read(cache), [path for path, _ in list_files(cache.rows)]
     damaged, lost = files[1], read_row_ids(files[1])
     others = {path: path.stat().st_mtime_ns for path in files if path != damaged}
@@ -265,9 +269,47 @@ def test_a_damaged_file_alone_is_made_again(ray_started, tmp_path, encoder, imag
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert torch.allclose(read(again).float(), expected.float(), atol=1e-3)
     assert (again.num_rows, again.bad_rows, again.made_now) == (NUM_ROWS - 1, cache.bad_rows, False)
+    assert again.blank_rows == (9,)
     assert open_cache(tmp_path) == again
     assert damaged_files(again) == []
     assert not (Path(cache.rows) / "rows-000000000099.parquet").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 64 kB, and a function that gives it more room."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["features", "pixels"])
+def test_a_full_disk_is_told_and_leaves_nothing(ray_started, encoder, image_index, small_disk, kind):
+    folder, give_room = small_disk
+    cache = folder / "cache"
+    request = feature_request(cache, encoder) if kind == "features" else PixelRequest(cache, encoder.preprocessing)
+    filler = folder / "filler"
+    filler.write_bytes(bytes(56_000))
+    build = partial(build_caches, [request], image_index, num_gpus=0, num_threads=1)
+    with pytest.raises(ResourceError, match=rf"it cannot be written: the disk of {cache}.* is full.*GB are free"):
+        build()
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
+    give_room()
+    (made,) = build()
+    assert made.made_now
+    assert damaged_files(made) == []
+
+
+def test_blank_images_are_known_by_all_their_pixels():
+    pixels = np.zeros((5, 20, 30, 3), np.uint8)
+    pixels[1] = [7, 8, 9]
+    pixels[2, 19, 29, 2] = pixels[3, 1, 1, 0] = pixels[4, 8, 16, 1] = 1
+    assert is_blank(pixels).tolist() == [True, True, False, False, False]
 
 
 def feature_request(folder, encoder):
@@ -281,7 +323,7 @@ def feature_request(folder, encoder):
 
 @pytest.fixture(scope="module")
 def image_index():
-    """Images in memory, of which one cannot be decoded."""
+    """Images in memory, of which one cannot be decoded and one is black."""
     import pyarrow as pa
 
     from raysweep.images.index import ImageIndex
@@ -289,6 +331,9 @@ def image_index():
 
     images = [image_bytes(number) for number in range(NUM_ROWS)]
     images[5] = images[5][:60]
+    black = io.BytesIO()
+    Image.new("RGB", (40, 36)).save(black, "PNG")
+    images[9] = black.getvalue()
     columns = {
         "row_id": pa.array(IDS),
         "path": [f"memory/{number}.png" for number in range(NUM_ROWS)],

@@ -1,7 +1,10 @@
 """Buckets over real HTTP, against a server of this machine; two scratch folders stand for two nodes."""
 
+import errno
 import json
 import os
+import resource
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +12,14 @@ from types import SimpleNamespace
 import boto3
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import fs
+from safetensors.torch import save_file
 
 from raysweep.encoders.preprocess import Preprocessing
-from raysweep.errors import DataError, RaysweepError
+from raysweep.errors import DataError, RaysweepError, ResourceError
 from raysweep.images import passes
 from raysweep.images.cache import has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
 from raysweep.images.cache_files import fetched
@@ -307,6 +312,39 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
         assert np.array_equal(found.numpy(), pixels)
     passes_left = {name.partition("/")[0] for name in written(local_path(uri))}
     assert passes_left == {"manifest.json", folders[0].rpartition("/")[2]}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_a_resource_error_and_leaves_nothing(tmp_path, number):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(
+        ResourceError, match=f"x: it cannot be written: the disk of {tmp_path} is full.* set storage to"
+    ):
+        with storage.replacing(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            raise OSError(number, os.strerror(number))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_file_beyond_the_permitted_size_is_told_by_every_writer(tmp_path, monkeypatch):
+    """RLIMIT_FSIZE: what writes fail with is real, also through Arrow and safetensors."""
+    tensor = torch.zeros(100_000)
+    table = pa.table({"x": np.zeros(100_000)})
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writers = [
+        lambda path: path.write_bytes(bytes(100_000)),
+        lambda path: pq.write_table(table, path, compression="none", use_dictionary=False),
+        lambda path: save_file({"x": tensor}, path),
+    ]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        for write in writers:
+            with pytest.raises(ResourceError, match="it cannot be written"), storage.replacing(tmp_path / "x") as path:
+                write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_linked_scratch_folder_is_one_all_the_same(bucket, monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """Which caches the studies of a sweep train on, and in what precision; passes themselves are in tests/images."""
 
+import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 
 from raysweep.cluster.resources import Resources
 from raysweep.encoders.preprocess import Preprocessing
+from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.modes import MODES
 from raysweep.experiment.studies import StudyConfig
-from raysweep.images.index import ImageIndex
+from raysweep.images.features import FeatureRequest
+from raysweep.images.index import BadRow, ImageIndex
 from raysweep.storage.paths import SweepPaths, write_json
 from raysweep.sweep import caches
 from raysweep.sweep.caches import precision_of
@@ -91,6 +95,68 @@ def test_what_a_pass_that_was_cut_short_has_left_counts_as_free(pixel_sweep):
     (pixel_sweep.folder / "a" / "a-pass" / "rows-000000000100.arrow").write_bytes(bytes(CACHE_BYTES))
     assert pixel_sweep.streamed("auto", free=0.3 * CACHE_BYTES, configs=("a",)) == []
     assert pixel_sweep.streamed("auto", free=0.2 * CACHE_BYTES, configs=("a",)) == ["a"]
+
+
+def features_of(tmp_path, num_features):
+    spec = SimpleNamespace(parts={"cls": num_features})
+    return FeatureRequest(tmp_path / "features", spec, None, "fp32")
+
+
+def test_features_that_do_not_fit_on_the_disk_are_told_before_the_pass(tmp_path, monkeypatch):
+    state = state_of(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=120_960))
+    caches._check_space(state, [features_of(tmp_path, 500)])
+    with pytest.raises(ResourceError, match=r"storage: the features take 0\.000 GB in .*\.cache, 0\.000 GB are free"):
+        caches._check_space(state, [features_of(tmp_path, 501)])
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "rows-1.parquet").write_bytes(bytes(1_000))  # an interrupted pass left it
+    caches._check_space(state, [features_of(tmp_path, 501)])
+
+
+def test_images_of_one_colour_are_told_and_a_split_of_them_is_refused(tmp_path):
+    said = []
+    state = state_of(tmp_path, said.append)
+    splits = ["train"] * 100 + ["validation"] * 15 + ["test"] * 5
+    table = state.index.table.append_column("split", pa.array(splits))
+    state.index = replace(state.index, table=table.append_column("path", pa.array([f"{n}.png" for n in range(120)])))
+    caches._check_blank_images(state, set())
+    assert said == []
+    caches._check_blank_images(state, {3, 116, 117, 118, 119})
+    assert said == ["warning: 5 of 120 images have one colour only, black for example (the first: 3.png)"]
+    state.bad_rows = {115: BadRow(115, "115.png", "truncated")}
+    with pytest.raises(DataError, match=r"each of the 4 usable test images has one colour only.*first: 3\.png"):
+        caches._check_blank_images(state, {3, 116, 117, 118, 119})
+
+
+# What is damaged is made again
+
+
+def test_a_damaged_manifest_or_old_cache_is_told_and_made_again(tmp_path):
+    said = []
+    state = state_of(tmp_path, said.append)
+    folder, probe = tmp_path / "features", StudyConfig("a", None, "all", MODES["linear_probe"])
+    folder.mkdir()
+    for content, told in {"{": "not readable as JSON", json.dumps(MANIFEST): "0 rows, 1 were written"}.items():
+        (folder / "manifest.json").write_text(content)
+        caches._check_manifest(state, folder, probe)
+        assert said[-1].startswith("a: ")
+        assert told in said[-1]
+        assert said[-1].endswith("; this cache is made again")
+        assert not (folder / "manifest.json").exists()
+    caches._check_manifest(state, folder, probe)
+    assert len(said) == 2
+
+
+def test_damaged_files_are_told_with_their_number(tmp_path):
+    said = []
+    state = state_of(tmp_path, said.append)
+    folder, probe = tmp_path / "features", StudyConfig("a", None, "all", MODES["linear_probe"])
+    write_json(folder / "manifest.json", MANIFEST | {"files": {"rows-1.parquet": 1, "rows-2.parquet": 2}})
+    (folder / "a-pass").mkdir()
+    (folder / "a-pass" / "rows-1.parquet").write_bytes(b"\x00")
+    assert not caches._is_whole(state, folder, probe, False)
+    files = "2 of 2 files are damaged or missing (first: rows-1.parquet); only these are made again"
+    assert said == [f"a: {folder / 'a-pass'}: {files}"]
 
 
 # Precision
