@@ -1,18 +1,22 @@
 """Folders of images whose labels and splits are the names of the folders: class/*.jpg and split/class/*.jpg."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raysweep.errors import DataError
 from raysweep.images.folder_files import FolderFiles, kinds_of
 from raysweep.images.formats import IMAGE_SUFFIXES
-from raysweep.images.row_splits import split_of_folder
+from raysweep.images.row_splits import split_of_folder, split_words
 from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.tables import Listing, Row
 from raysweep.storage.filesystems import join_source
 
 # So many images outside the class folders are taken for a banner or a logo, if the dataset has enough others.
 MAX_STRAY = 5
+# Names of folders in which published datasets have images of all classes, and words in names of their parts.
+_NO_CLASSES = {"images", "image", "imgs", "img", "jpegimages", "annotations", "annotation"}
+_PARTS = {"images", "imgs", "batch", "fold", "chunk", "shard"}
 FOLDERS_SHOWN = 10
 
 
@@ -40,7 +44,7 @@ class _Layout:
         names = names[len(self.above) :]
         if len(names) < self.split_levels + 2 or (self.split_levels and names[0] not in self.splits):
             return None
-        return names
+        return None if _lies_in_no_class(file) and len(names) == self.split_levels + 2 else names
 
 
 def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, hint: str = "") -> Listing:
@@ -75,6 +79,13 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
             f"{source}: no class folders; accepted: {'split/' * layout.split_levels}class/*.jpg; "
             f"found {images[0]}{hint}"
         )
+    if not has_few_outside and (no_classes := [image for image in outside if _lies_in_no_class(image)]):
+        raise DataError(
+            f"{source}: {count_of(no_classes, 'image')} in folders whose names are no classes, such as "
+            f"{no_classes[0]}; accepted: split/class/*.jpg or class/*.jpg, or a table{hint}"
+        )
+    in_classes = [names for names in below if names is not None]
+    _check_names(source, {names[layout.split_levels] for names in in_classes}, hint)
     rows = []
     for image, names in zip(images, below, strict=True):
         path = join_source(source, image)
@@ -84,7 +95,6 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
             )
         elif not has_few_outside:
             rows.append(Row(path, None, problem="lies outside every class folder"))
-    in_classes = [names for names in below if names is not None]
     warnings = _nested_folders(source, in_classes, layout) + _empty_folders(found.folders, images, layout)
     if outside and has_few_outside:
         warnings.append(f"{count_of(outside, 'image')} outside the class folders passed over: {', '.join(outside)}")
@@ -135,6 +145,20 @@ def _folders_above_splits(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
         above = (*above, *top)
 
 
+def _lies_in_no_class(image: str) -> bool:
+    return image.rpartition("/")[0].rpartition("/")[2].lower() in _NO_CLASSES
+
+
+def _check_names(source: str, classes: set[str], hint: str) -> None:
+    """Refuses folders that hold parts of a dataset, as HAM10000_images_part_1 and HAM10000_images_part_2 do."""
+    parts = {re.sub(r"[\d_-]+$", "", name) for name in classes}
+    if len(classes) > 1 and len(parts) == 1 and split_words("".join(parts)) & _PARTS:
+        raise DataError(
+            f"{source}: the folders {', '.join(sorted(classes)[:3])} look like parts of a dataset, not like classes; "
+            f"accepted: split/class/*.jpg or class/*.jpg, or a table{hint}"
+        )
+
+
 def _nested_folders(source: str, in_classes: list[list[str]], layout: _Layout) -> list[str]:
     """Returns a warning about images that lie deeper than their class folder.
 
@@ -151,6 +175,14 @@ def _nested_folders(source: str, in_classes: list[list[str]], layout: _Layout) -
         raise DataError(
             f"{source}: every image lies in a folder within a class folder ({example}), so what is the class cannot be "
             f"told; accepted: split/class/*.jpg or class/*.jpg.{hint}"
+        )
+    classes = {names[layout.split_levels] for names in in_classes}
+    twice = next((n for n in nested if n[layout.split_levels + 1] in classes - {n[layout.split_levels]}), None)
+    if twice is not None:
+        raise DataError(
+            f"{source}: {'/'.join((*layout.above, *twice))} lies in the folders of two classes, "
+            f"{twice[layout.split_levels]} and {twice[layout.split_levels + 1]}; accepted: split/class/*.jpg or "
+            "class/*.jpg"
         )
     return [f"{count_of(nested, 'image')} in folders within class folders, counted for the outer class: {example}"]
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from raysweep.errors import DataError
+from raysweep.images.row_splits import known_split
+from raysweep.images.splits import SPLITS
 from raysweep.images.tables import Row
 
-PAIRS_SHOWN, LENGTH_SHOWN = 5, 60
+PAIRS_SHOWN, NAMES_SHOWN, LENGTH_SHOWN = 5, 3, 60
 MAX_SEVERAL = 0.25  # share of the images
 
 
@@ -36,6 +38,34 @@ def label_names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         counts[names[key]] += count
     by_row = [names[type(row.label), row.label] for row in rows]
     return by_row, [*warnings, *_describe_look_alikes(counts), *_describe_repeats(rows, by_row)]
+
+
+def check_classes(source: str, rows: Sequence[Row]) -> None:
+    """Checks that the validation and test splits have classes of train.
+
+    Raises:
+        DataError: one has none, so that its labels or its folders mean something else; or a split is no text or number.
+    """
+    classes: dict[str | None, dict[str, str]] = defaultdict(dict)
+    usable = [row for row in rows if not row.problem]
+    for row in usable:
+        if not isinstance(row.split, (str, int, float, type(None))):
+            raise DataError(f"{row.source}: split {row.split!r}; accepted: text or numbers")
+    for split, label in {(row.split, row.label) for row in usable if _is_class(row.label)}:
+        name = _class_name(label)
+        classes["train" if split is None else known_split(split)][spelling_key(name)] = name
+    for split in SPLITS[1:]:
+        if classes[split] and classes["train"] and not classes[split].keys() & classes["train"].keys():
+            raise DataError(
+                f"{source}: no class of {split} ({_some(classes[split])}) is one of train ({_some(classes['train'])}); "
+                "accepted: the same classes in every split; or the folder or table of train alone as data.source, "
+                "which is split anew"
+            )
+
+
+def _some(names: Mapping[str, str]) -> str:
+    shown = [_shown(name) for name in sorted(names.values())[:NAMES_SHOWN]]
+    return ", ".join([*shown, *(["..."] if len(names) > NAMES_SHOWN else [])])
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:

@@ -13,11 +13,16 @@ from raysweep.errors import DataError, did_you_mean
 from raysweep.images.class_folders import compare_labels, list_class_folders
 from raysweep.images.folder_files import FolderFiles, kinds_of, list_folder
 from raysweep.images.formats import IMAGE_SUFFIXES
-from raysweep.images.labels import spelling_key
+from raysweep.images.labels import check_classes, spelling_key
 from raysweep.images.parquet import read_parquet_files
-from raysweep.images.row_splits import known_split, split_of_path, take_splits_from_paths
+from raysweep.images.row_splits import (
+    known_split,
+    split_of_path,
+    split_of_table,
+    take_splits_from_paths,
+)
 from raysweep.images.splits import SPLIT_NAMES, count_of
-from raysweep.images.table_sets import is_table, read_tables, split_of_table
+from raysweep.images.table_sets import is_table, read_tables
 from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table, reading, suffix_of
 from raysweep.storage.filesystems import absolute_source, join_source, open_filesystem, split_uri
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 SKLEARN_SOURCES = ("sklearn://digits",)
 TEXT_TABLES = tuple(suffix for suffix in TABLE_SUFFIXES if suffix != ".parquet")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 PROBLEMS_SHOWN = 3
 
 
@@ -38,6 +44,12 @@ def list_source(data: "DataConfig") -> Listing:
     source = absolute_source(data.source)
     if source.startswith("sklearn://"):
         return _list_sklearn(source)
+    listing = _list_files(source, data)
+    check_classes(source, listing.rows)
+    return listing
+
+
+def _list_files(source: str, data: "DataConfig") -> Listing:
     with reading(source):
         filesystem, inner = open_filesystem(source)
         kind = filesystem.get_file_info(inner).type
@@ -57,6 +69,9 @@ def list_source(data: "DataConfig") -> Listing:
     left_out = [file for file in found.files if join_source(source, file) not in used]
     if left_out:
         listing.warnings.append(f"{count_of(left_out, 'file')} left out: {kinds_of(left_out)}")
+    archives = [file for file in left_out if file.lower().endswith(ARCHIVE_SUFFIXES)]
+    if archives:
+        listing.warnings.append(f"{count_of(archives, 'archive')} not unpacked, not read: {', '.join(archives[:3])}")
     listing.warnings += found.describe_ignored()
     return _warn_of_one_split(listing, SPLIT_NAMES.get(_names(source)[-1].lower()), "folder")
 
@@ -94,7 +109,13 @@ def _list_images(source: str, images: list[str], found: FolderFiles, data: "Data
             if tables is None:
                 raise DataError("\n  and ".join(map(str, [*problems[:PROBLEMS_SHOWN], error]))) from None
             return tables
+        if tables is None and problems and (data.image is not None or data.label is not None):
+            raise DataError("\n  and ".join(map(str, problems[:PROBLEMS_SHOWN])))
         listing.warnings += _unused_columns(source, data)
+        told = "".join(map(str, problems))
+        if unread := [file for file in _tables_to_name(found.files) if file not in told]:
+            tables_unread = f"{count_of(unread, 'table')} not read ({', '.join(unread[:PROBLEMS_SHOWN])})"
+            listing.warnings.append(f"the classes are the names of folders; {tables_unread}{_hint(source, unread)}")
         if tables:
             problems.append(DataError(f"{', '.join(tables.tables)}: no image of theirs is in {source}"))
     listing.warnings += [f"not used: {problem}" for problem in problems[:PROBLEMS_SHOWN]]
@@ -108,8 +129,12 @@ def _names_any(tables: Listing, source: str, images: list[str]) -> bool:
 
 def _hint(source: str, files: list[str]) -> str:
     """Returns the advice to use a table. The table of one split is none to use alone."""
-    tables = [file for file in files if file.lower().endswith(TEXT_TABLES) and not split_of_table(file)[0]]
+    tables = _tables_to_name(files)
     return f"; to use its table, set data.source to {join_source(source, tables[0])}" if tables else ""
+
+
+def _tables_to_name(files: list[str]) -> list[str]:
+    return [f for f in files if f.lower().endswith(TEXT_TABLES) and is_table(f) and not split_of_table(f)[0]]
 
 
 def _unused_columns(source: str, data: "DataConfig") -> list[str]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pyarrow import fs
-
 from raysweep.errors import DataError
 from raysweep.images.row_paths import RowPaths, sample, split_suffix
-from raysweep.storage.filesystems import absolute_source, join_source, open_filesystem, parent_source, split_uri
+from raysweep.images.row_splits import split_of_path, split_of_table
+from raysweep.storage.filesystems import absolute_source, join_source, list_names, parent_source, split_uri
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
@@ -91,6 +90,10 @@ def _advice(paths: RowPaths, data: "DataConfig", missing: Sequence[str]) -> str:
         files = list(_images_below(root))
         if root != folder:  # farther away, the same ids often name other images
             files = [file for file in files if file.count("/") == 1]
+        split, _ = split_of_table("/".join(paths.table.split("/")[-2:]))
+        # The ids of train.csv are often those of the images of test too.
+        own = [file for file in files if split is None or split_of_path(file) in (None, split)]
+        files = own if own or split == "train" else files
         matches = _match(paths, missing, files)
         fits = _fitting_keys(matches, len(missing))
         if fits:
@@ -123,24 +126,23 @@ def _stem(paths: RowPaths, name: str) -> str:
 
 def _images_below(root: str) -> Iterator[str]:
     """Yields the relative paths of the images in a folder, those of nearer folders first."""
-    filesystem, base = open_filesystem(root)
-    depth = len([part for part in base.split("/") if part])
-    waiting, num_files, num_folders = [base], 0, 0
+    waiting, num_files, num_folders = [""], 0, 0
     while waiting and num_folders < MAX_FOLDERS and num_files < MAX_FILES:
         num_folders += 1
+        folder = waiting.pop(0)
         try:
-            infos = filesystem.get_file_info(fs.FileSelector(waiting.pop(0)))
-        except OSError:  # no permission
+            entries = list_names(join_source(root, folder) if folder else root)
+        except (OSError, ValueError, DataError):  # no permission
             continue
-        for info in sorted(infos, key=lambda info: str(info.path)):
-            name = info.path.rstrip("/").rpartition("/")[2]
+        for name, is_folder in entries:
+            path = posixpath.join(folder, name)
             if name.startswith((".", "@")):
                 continue
-            if info.type == fs.FileType.Directory:
-                waiting.append(info.path)
+            if is_folder:
+                waiting.append(path)
             elif split_suffix(name)[1]:
                 num_files += 1
-                yield "/".join([part for part in info.path.split("/") if part][depth:])
+                yield path
 
 
 def _match(paths: RowPaths, missing: Sequence[str], files: Sequence[str]) -> dict[tuple[str, str], Matches]:

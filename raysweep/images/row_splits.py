@@ -1,5 +1,6 @@
-"""Splits that the names of folders say: train, training_set, val2017; and those of the folders in a table's paths."""
+"""Splits that names of folders and tables say (train, training_set, val2017), and those of the rows of a table."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from raysweep.errors import DataError
 from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split, count_of, normalize_split
-from raysweep.images.tables import Listing, Row
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
-
+    from raysweep.images.tables import Listing, Row
 
 # Words that stand beside the name of a split in names of folders: training_set, test_images, train2017.
 _BESIDE = {
@@ -51,7 +51,26 @@ def split_of_path(path: str) -> Split | None:
     return next((split for split in map(split_of_folder, path.split("/")[:-1]) if split), None)
 
 
-def take_splits_from_paths(listing: Listing, data: "DataConfig") -> list[str]:
+def split_of_table(file: str) -> tuple[Split | None, str]:
+    """Returns the split that a table's folder or name says, and the folder that the split's tables have in common.
+
+    `data/train/metadata.csv` and `data/train.csv` are of train, in `data`. `labels.csv` is of no split.
+    """
+    folder, _, name = file.rpartition("/")
+    above, _, last = folder.rpartition("/")
+    if split := split_of_folder(last):
+        return split, above
+    split = _only_split_in(os.path.splitext(name)[0])
+    # ISIC2018_Training_GroundTruth/ISIC2018_Training_GroundTruth.csv lies beside such a folder of each other split.
+    return split, above if split and _only_split_in(last) == split else folder
+
+
+def _only_split_in(name: str) -> Split | None:
+    named = {SPLIT_NAMES[word] for word in split_words(name) if word in SPLIT_NAMES}
+    return named.pop() if len(named) == 1 else None
+
+
+def take_splits_from_paths(listing: "Listing", data: "DataConfig") -> list[str]:
     """Gives the rows of a table without a column of splits those that their paths name. Changes the listing.
 
     Returns:
@@ -76,7 +95,7 @@ def take_splits_from_paths(listing: Listing, data: "DataConfig") -> list[str]:
     return [f"splits taken from the folders in the paths ({counted}); data.split: null draws them anew"]
 
 
-def compare_splits(rows: Sequence[Row], by_row: Sequence[Split | None], place: str) -> list[str]:
+def compare_splits(rows: Sequence["Row"], by_row: Sequence[Split | None], place: str) -> list[str]:
     """Returns a warning about rows whose column of splits says something else than their place, if there are any."""
     other = [
         row for row, split in zip(rows, by_row, strict=True) if split and known_split(row.split) not in (None, split)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from raysweep.errors import DataError
@@ -11,12 +11,13 @@ from raysweep.images.parquet import read_parquet_files
 from raysweep.images.row_paths import split_suffix
 from raysweep.images.row_splits import (
     compare_splits,
-    split_of_folder,
+    known_split,
     split_of_path,
+    split_of_table,
     split_words,
     take_splits_from_paths,
 )
-from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split
+from raysweep.images.splits import SPLITS, Split
 from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table
 from raysweep.storage.filesystems import join_source, parent_source, split_uri
 
@@ -26,20 +27,6 @@ if TYPE_CHECKING:
 # Names that published datasets (Hugging Face's imagefolder, Roboflow) give to their tables, the surest first.
 TABLE_NAMES = ("metadata", "_classes", "labels", "_annotations", "annotations")
 ROOT_TABLE_NAMES = ("metadata", "_classes", "_annotations")
-
-
-def split_of_table(file: str) -> tuple[Split | None, str]:
-    """Returns the split that a table's folder or name says, and the folder that the split's tables have in common.
-
-    `data/train/metadata.csv` and `data/train.csv` are of train, in `data`. `labels.csv` is of no split.
-    """
-    folder, _, name = file.rpartition("/")
-    above, _, last = folder.rpartition("/")
-    if split := split_of_folder(last):
-        return split, above
-    words = split_words(os.path.splitext(name)[0])
-    named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-    return (named.pop() if len(named) == 1 else None), folder
 
 
 def read_tables(
@@ -80,19 +67,25 @@ def read_tables(
         )
     for file, _, _ in (one for folder, listings in read.items() if folder != folders[0] for one in listings):
         problems.append(DataError(f"{join_source(source, file)}: in another folder than the tables of train"))
-    chosen = read[folders[0]] if folders else _read_first(source, _tables_of_all(files), None, data, problems)
+    chosen = read[folders[0]] if folders else _read_first(source, _tables_of_all(files, data), None, data, problems)
     return (_as_one(source, chosen, images, data) if chosen else None), problems
 
 
 def is_table(file: str) -> bool:
-    """Returns whether a file may be a table of paths. Parquet files of other names hold images."""
+    """Returns whether a file may be a table of paths. Parquet files of other names hold images.
+
+    A `sample_submission.csv` has the same label in every row, which whoever competes replaces.
+    """
     suffix = os.path.splitext(file)[1].lower()
+    if {"submission", "submissions"} & split_words(file.rpartition("/")[2]):
+        return False
     return suffix in TABLE_SUFFIXES and (suffix != ".parquet" or _stem(file) in ROOT_TABLE_NAMES)
 
 
-def _tables_of_all(files: Iterable[str]) -> list[str]:
-    """Returns the tables of known names that lie highest in the folder."""
-    known = [file for file in files if _stem(file) in ROOT_TABLE_NAMES and file.count("/") < 2]
+def _tables_of_all(files: Iterable[str], data: "DataConfig") -> list[str]:
+    """Returns the tables that lie highest in the folder: those of known names, or all if columns of one are named."""
+    names_column = data.image is not None or data.label is not None
+    known = [file for file in files if (names_column or _stem(file) in ROOT_TABLE_NAMES) and file.count("/") < 2]
     named = [file for file in known if is_table(file) and not split_of_table(file)[0]]
     highest = [file for file in named if file.count("/") == min(other.count("/") for other in named)]
     return highest if len({file.rpartition("/")[0] for file in highest}) == 1 else []
@@ -113,10 +106,26 @@ def _read_first(
         groups[rank, re.sub(r"\d+", "0", stem), TABLE_SUFFIXES.index(suffix)].append(file)
     for _, parts in sorted(groups.items()):
         try:
-            return [(file, split, _read_one(join_source(source, file), split, data)) for file in parts]
+            listings = [(file, split, _read_one(join_source(source, file), split, data)) for file in parts]
         except DataError as error:
             problems.append(error)
+            continue
+        _check_parts(source, listings)
+        return listings
     return []
+
+
+def _check_parts(source: str, listings: Sequence[tuple[str, Split | None, Listing]]) -> None:
+    """Checks that tables with numbers in their names are parts of one. Folds and versions name the same images."""
+    read: dict[str, str] = {}
+    for file, _, listing in listings:
+        paths = {row.path for row in listing.rows if row.position < 0 and not row.problem}
+        if twice := sorted(paths & read.keys()):
+            raise DataError(
+                f"{source}: {read[twice[0]]} and {file} both name {twice[0]}, so they are no parts of one table; "
+                "accepted: one table for each split, the others moved elsewhere; or one table as data.source"
+            )
+        read.update(dict.fromkeys(paths, file))
 
 
 def _read_one(table: str, split: Split | None, data: "DataConfig") -> Listing:
@@ -146,7 +155,21 @@ def _as_one(
         whole.rows += listing.rows
         whole.warnings += [*listing.warnings, *warnings]
         whole.tables.append(table)
+    _check_splits(source, whole.rows)
     return whole
+
+
+def _check_splits(source: str, rows: Sequence[Row]) -> None:
+    """Checks that the tables of test and validation do not name the files of train, as those of several folds do."""
+    train = {row.path for row in rows if row.position < 0 and known_split(row.split) == "train"}
+    for split in SPLITS[1:]:
+        named = {row.path for row in rows if row.position < 0 and not row.problem and known_split(row.split) == split}
+        twice = sorted(named & train)
+        if 2 * len(twice) > len(named):
+            raise DataError(
+                f"{source}: the tables name {len(twice)} of {len(named)} files of {split} in train too, such as "
+                f"{twice[0]}; accepted: tables of one fold, the others moved elsewhere; or one table as data.source"
+            )
 
 
 def _find_images(table: str, split: Split | None, listing: Listing, source: str, images: Sequence[str]) -> list[str]:
@@ -159,28 +182,49 @@ def _find_images(table: str, split: Split | None, listing: Listing, source: str,
     tails = {row.path: _plain(row.path).removeprefix(start) for row in files if _plain(row.path).startswith(start)}
     has_suffix = any(split_suffix(tail)[1] for tail in tails.values())
     by_name = {image if has_suffix else split_suffix(image)[0]: image for image in images}
-    base = _common_folder(tails.values(), by_name, split)
-    if base is None:
-        return []
+    alike = _names_by_end(tails.values(), by_name, split)
+    base = _common_folder(alike, split)
+    if base is not None:
+        place = join_source(source, base.rstrip("/")) if base else source
+        found = {tail: base + tail for tail in alike if base + tail in by_name}
+    else:
+        found = {tail: names[0] for tail, names in alike.items() if len(names) == 1}
+        if 2 * sum(map(bool, alike.values())) <= len(tails):
+            return []
+        if several := next((names for names in alike.values() if len(names) > 1), None):
+            raise DataError(
+                f"{table}: several images have the name that a row has, such as "
+                f"{by_name[several[0]]} and {by_name[several[1]]}; "
+                "accepted: rows that name the folder too"
+            )
+        place = f"{len({name.rpartition('/')[0] for name in found.values()})} folders of {source}"
 
     def moved(row: Row) -> Row:
-        image = by_name.get(base + tails.get(row.path, "")) if not row.problem else None
-        return row._replace(path=join_source(source, image)) if image and row.position < 0 else row
+        name = found.get(tails.get(row.path, "")) if not row.problem and row.position < 0 else None
+        return row._replace(path=join_source(source, by_name[name])) if name is not None else row
 
     listing.rows = [moved(row) for row in listing.rows]
     ids = "" if has_suffix else ", and have no suffix"
-    return [f"{table}: its paths start from {join_source(source, base.rstrip('/')) if base else source}{ids}"]
+    return [f"{table}: its paths start from {place}{ids}"]
 
 
-def _common_folder(tails: Collection[str], names: Iterable[str], split: Split | None) -> str | None:
-    """Returns the folder, with a slash at its end, in which most of the files lie whose names end as `tails`."""
+def _names_by_end(tails: Iterable[str], names: Iterable[str], split: Split | None) -> dict[str, list[str]]:
+    """Returns the files whose names end as each of `tails`. No file of another split is one of train."""
     by_end: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        by_end[name.rpartition("/")[2]].append(name)
+        if split != "train" or split_of_path(name) in ("train", None):
+            by_end[name.rpartition("/")[2]].append(name)
+    return {
+        tail: [name for name in by_end[tail.rpartition("/")[2]] if name == tail or name.endswith(f"/{tail}")]
+        for tail in tails
+    }
+
+
+def _common_folder(tails: Mapping[str, Sequence[str]], split: Split | None) -> str | None:
+    """Returns the folder, with a slash at its end, in which most of the files lie whose names end as `tails`."""
     counts: Counter[str] = Counter()
-    for tail in tails:
-        alike = by_end.get(tail.rpartition("/")[2], ())
-        counts.update(name.removesuffix(tail) for name in alike if name == tail or name.endswith(f"/{tail}"))
+    for tail, alike in tails.items():
+        counts.update(name.removesuffix(tail) for name in alike)
     likely = [folder for folder, number in counts.items() if number > len(tails) / 2]
     of_split = [folder for folder in likely if split_of_path(folder) == split]
     likely = of_split if split and of_split else likely

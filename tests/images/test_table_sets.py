@@ -8,7 +8,7 @@ import pytest
 from published import indexed, labels_by_split, listed, rows_of, write_images, write_text
 
 from raysweep.errors import DataError
-from raysweep.images.table_sets import split_of_table
+from raysweep.images.row_splits import split_of_table
 
 SPLIT_SIZES = {"train": 12, "validation": 6, "test": 6}
 KEYS = {"train": "train", "valid": "validation", "test": "test"}
@@ -377,3 +377,147 @@ def test_rows_keep_their_order_and_label(tmp_path):
     rows = rows_of(listed(tmp_path), tmp_path)
     assert rows["train/1.png"] == ("b", "train")
     assert rows["test/0.png"] == ("a", "test")
+
+
+# Layouts whose folders or tables could be taken for something else
+
+
+def write_table(path, column, rows):
+    write_text(path, [column, *(",".join(map(str, row)) for row in rows)])
+
+
+@pytest.mark.parametrize("name", ["sample_submission.csv", "sampleSubmission.csv", "test_submission.csv"])
+def test_a_sample_of_a_submission_is_neither_read_nor_proposed(tmp_path, name):
+    kaggle_folder(tmp_path / "a")
+    write_table(tmp_path / "a" / name, "image,label", [(f"{number}.png", "a") for number in range(5)])
+    index = indexed(tmp_path / "a")
+    assert index.num_rows_found == 12
+    assert "7 files left out: 5 .png, 2 .csv" in index.warnings
+    write_images(tmp_path / "b", ["train/cat.0.png", "train/dog.0.png", "test1/1.png"])
+    write_table(tmp_path / "b" / name, "image,label", [("test1/1.png", "0")])
+    with pytest.raises(DataError) as raised:
+        indexed(tmp_path / "b")
+    assert "submission" not in str(raised.value).lower()
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "HAM10000_metadata.csv"])
+def test_ids_of_images_in_folders_of_parts(tmp_path, table):
+    for part, numbers in ((1, range(10)), (2, range(10, 20))):
+        write_images(tmp_path, [f"HAM10000_images_part_{part}/ISIC_{n}.jpg" for n in numbers], 100 * part)
+    write_table(tmp_path / table, "lesion_id,image_id,dx", [(n, f"ISIC_{n}", ("mel", "nv")[n % 2]) for n in range(20)])
+    with pytest.raises(DataError, match=r"look like parts of a dataset, not like classes"):
+        indexed(tmp_path)
+    index = indexed(tmp_path, label="dx")
+    assert index.classes == ("mel", "nv")
+    assert (index.num_rows_found, index.bad_rows) == (20, ())
+    with pytest.raises(DataError, match=r"has no column 'dxx'"):
+        indexed(tmp_path, label="dxx")
+
+
+def test_a_name_that_several_images_have_is_told(tmp_path):
+    write_images(tmp_path, [f"{camera}/{number}.png" for camera in ("left", "right") for number in range(10)])
+    write_table(tmp_path / "metadata.csv", "image_id,label", [(number, "ab"[number % 2]) for number in range(10)])
+    with pytest.raises(DataError, match=r"several images have the name that a row has, such as left/0.png and right/0"):
+        indexed(tmp_path)
+
+
+def test_a_table_that_is_not_read_beside_class_folders_is_named(tmp_path):
+    write_images(tmp_path, [f"{name}/{number}.png" for name in "ab" for number in range(6)])
+    write_table(tmp_path / "breeds.csv", "filename,breed", [("a/0.png", "x")])
+    words = "the classes are the names of folders; 1 table not read (breeds.csv); to use its table, set data.source to"
+    assert any(warning.startswith(words) for warning in indexed(tmp_path).warnings)
+
+
+@pytest.mark.parametrize("place", ["test/images", "test/annotations", "test/Images"])
+def test_folders_of_images_are_no_class(tmp_path, place):
+    write_images(tmp_path, [f"train/{name}/{number}.png" for name in "ab" for number in range(6)])
+    write_images(tmp_path, [f"{place}/{number}.png" for number in range(6)], 100)
+    with pytest.raises(DataError, match=rf"6 images in folders whose names are no classes, such as {place}/0.png"):
+        indexed(tmp_path)
+
+
+def test_images_and_masks_beside_each_other_are_no_classes(tmp_path):
+    write_images(tmp_path, [f"images/beagle_{number}.png" for number in range(9)])
+    write_images(tmp_path, [f"annotations/trimaps/beagle_{number}.png" for number in range(9)], 100)
+    with pytest.raises(DataError, match=r"9 images in folders whose names are no classes"):
+        indexed(tmp_path)
+
+
+def test_a_split_without_any_class_of_train_is_refused(tmp_path):
+    write_images(tmp_path / "folders", [f"train/{name}/{number}.png" for name in "ab" for number in range(6)])
+    write_images(tmp_path / "folders", [f"test/unknown/{number}.png" for number in range(6)], 100)
+    image_folder(tmp_path / "tables", ("train", "test"))
+    write_table(tmp_path / "tables/test/metadata.csv", "file_name,label", [(f"{n}.png", -1) for n in range(6)])
+    for folder, shown in (("folders", "'unknown'"), ("tables", "'-1'")):
+        with pytest.raises(DataError, match=rf"no class of test \({shown}\) is one of train \('a', 'b'\)"):
+            indexed(tmp_path / folder)
+
+
+def test_classes_of_splits_in_other_spellings_are_left_to_their_warning(tmp_path):
+    names = {"train": ("Cat", "01"), "test": ("cat", "1")}
+    write_images(tmp_path, [f"{split}/{name}/{n}.png" for split in names for name in names[split] for n in range(6)])
+    assert any("look alike" in warning for warning in indexed(tmp_path).warnings)
+
+
+def test_an_image_in_the_folders_of_two_classes_is_refused(tmp_path):
+    write_images(tmp_path, [f"{above}{name}/0.png" for above in ("", "brain_tumor/") for name in ("no", "yes")])
+    with pytest.raises(DataError, match=r"brain_tumor/no/0.png lies in the folders of two classes, brain_tumor and no"):
+        indexed(tmp_path)
+
+
+def test_folds_and_versions_are_no_parts_of_a_table(tmp_path):
+    write_images(tmp_path, [f"images/{number}.png" for number in range(12)])
+    rows = [(f"images/{number}.png", "ab"[number // 2 % 2]) for number in range(12)]
+    for folder in ("versions", "folds"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "images").symlink_to(tmp_path / "images")
+    for version in (1, 2):
+        write_table(tmp_path / "versions" / f"train_v{version}.csv", "file_name,label", rows)
+        write_table(tmp_path / "folds" / f"train_fold{version}.csv", "file_name,label", rows[version - 1 :: 2])
+        write_table(tmp_path / "folds" / f"test_fold{version}.csv", "file_name,label", rows[2 - version :: 2])
+    with pytest.raises(DataError, match=r"train_v1.csv and train_v2.csv both name .*0.png, so they are no parts"):
+        indexed(tmp_path / "versions")
+    with pytest.raises(DataError, match=r"the tables name 12 of 12 files of test in train too"):
+        indexed(tmp_path / "folds")
+
+
+def test_tables_in_folders_of_their_own_as_the_isic_archive_has_them(tmp_path):
+    for place, (split, size) in enumerate((("Training", 12), ("Validation", 6), ("Test", 6))):
+        write_images(
+            tmp_path / f"ISIC2018_Task3_{split}_Input", [f"I_{place}{n}.jpg" for n in range(size)], 100 * place
+        )
+        name = f"ISIC2018_Task3_{split}_GroundTruth"
+        rows = [(f"I_{place}{n}", float(n % 2 == 0), float(n % 2)) for n in range(size)]
+        write_table(tmp_path / name / f"{name}.csv", "image,a,b", rows)
+    assert_published_splits(indexed(tmp_path))
+
+
+def test_archives_beside_images_are_named(tmp_path):
+    write_images(tmp_path, [f"train/{name}/{number}.png" for name in "ab" for number in range(6)])
+    write_text(tmp_path / "test.zip", ["x"])
+    assert "1 archive not unpacked, not read: test.zip" in listed(tmp_path).warnings
+
+
+@pytest.mark.parametrize("folders", [("train_images", "test_images"), ("test_images",)])
+def test_the_keys_proposed_for_a_table_of_train_never_lead_to_images_of_test(tmp_path, folders):
+    write_images(tmp_path, [f"{folder}/{number}.png" for folder in folders for number in range(12)])
+    write_table(tmp_path / "train.csv", "image_id,label", [(number, "ab"[number % 2]) for number in range(12)])
+    with pytest.raises(DataError) as raised:
+        indexed(tmp_path / "train.csv")
+    assert "test_images" not in str(raised.value)
+    assert ("image_folder: train_images" in str(raised.value)) == ("train_images" in folders)
+
+
+def test_images_of_test_are_none_of_the_table_of_train(tmp_path):
+    write_images(tmp_path, [f"test_images/{number}.png" for number in range(12)])
+    write_table(tmp_path / "train.csv", "image_id,label", [(number, "ab"[number % 2]) for number in range(12)])
+    with pytest.raises(DataError):
+        indexed(tmp_path)
+
+
+def test_a_split_that_is_an_object_is_told(tmp_path):
+    write_images(tmp_path, [f"{number}.png" for number in range(4)])
+    rows = [{"file_name": f"{n}.png", "label": "ab"[n % 2], "split": {"name": "train"}} for n in range(4)]
+    write_text(tmp_path / "metadata.jsonl", list(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"0.png: split \{'name': 'train'\}; accepted: text or numbers"):
+        indexed(tmp_path)
