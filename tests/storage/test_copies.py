@@ -317,12 +317,14 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_a_resource_error_and_leaves_nothing(tmp_path, number):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(
-        ResourceError, match=f"x: it cannot be written: the disk of {tmp_path} is full.* set storage to"
-    ):
+
+    def write():
         with storage.replacing(tmp_path / "x") as temporary:
             temporary.write_text("half")
             raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError, match=f"x: it cannot be written: the disk of {tmp_path} is full.* set storage"):
+        write()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
