@@ -263,13 +263,12 @@ class Study(LeaderboardEntry):
         if 2 * len(self.failed) > self.total and self.num_left:
             self.num_left = 0
             found = f"{len(self.failed)} of {self.total} trials failed"
-            self.state.progress.warn(f"{self.name}: stopped, because {found}; {self._first_failure_in_full()}")
-
-    def _first_failure_in_full(self) -> str:
-        """Returns the traceback of the first trial that failed, or the reason if its process wrote none."""
-        first = self.failed[0]
-        path = fetch(self.folder / "trials" / str(first.number) / "error.txt")
-        return f"the first error (trial {first.number}):\n{path.read_text().strip() if path.exists() else first.error}"
+            first = self.failed[0]
+            self.state.progress.warn(f"{self.name}: stopped, because {found}; the first error (trial {first.number}):")
+            path = fetch(self.folder / "trials" / str(first.number) / "error.txt")
+            text = path.read_text() if path.exists() else str(first.error)  # a process that died has written none
+            for line in text.strip().splitlines():
+                self.state.progress.say(line)
 
     @property
     def shortfall(self) -> str | None:

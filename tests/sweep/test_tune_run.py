@@ -353,6 +353,7 @@ def test_tune_stops_a_bad_trial_and_goes_on_with_the_next_in_the_same_process(tm
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_its_work_runs_again(tmp_path, monkeypatch):
     def train(config, jobs):
         from ray import tune
