@@ -155,7 +155,7 @@ def check_sizes(description: ModelDescription, weights: Path) -> None:
     expected = (description.head.num_classes, description.head.num_features)
     if shapes.get("head.weight") != expected:
         raise ValueError(f"a head of {expected}, weights of {shapes.get('head.weight')}")
-    channels = description.encoder.config.get("channels")
+    channels: Any = description.encoder.config.get("channels")
     if description.encoder.family == "stacked_cnn":
         largest = max((max(shape, default=0) for shape in shapes.values()), default=0)
         is_list = isinstance(channels, list) and 0 < len(channels) <= len(shapes)

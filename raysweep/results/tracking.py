@@ -328,6 +328,7 @@ def _to_metrics(history: Sequence[Mapping[str, float]], first_epoch: int) -> lis
         Metric(name, float(value), now, epoch)
         for epoch, values in enumerate(history, start=first_epoch + 1)
         for name, value in values.items()
+        if value is not None  # a metric that is missing in one epoch must not hide the others
     ]
 
 

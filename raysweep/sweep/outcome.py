@@ -70,7 +70,8 @@ def read_outcome(path: Path) -> Outcome | None:
         test = values["test"]
         if "values" not in test:  # version 0.1 stored the metrics one level higher
             test |= {"values": {name: test[name] for name in METRICS if name in test}, "correct": values["correct"]}
-        values["row"] = {**_class_shares(test["confusion_matrix"]), **values["row"]}  # earlier versions lack them
+        shares = _class_shares(test["confusion_matrix"])  # the rows of earlier versions lack them
+        values["row"] = {"test_largest_class": shares[-1], "test_smallest_class": shares[0], **values["row"]}
         return _reader().validate_python(values)
     except (KeyError, TypeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -219,15 +220,15 @@ def _row(
         images_per_second=cache.num_rows / cache.seconds,
         mlflow_run_id=None,
         model_path=None,
-        **_class_shares(test.confusion_matrix),
+        test_largest_class=_class_shares(test.confusion_matrix)[-1],
+        test_smallest_class=_class_shares(test.confusion_matrix)[0],
     )
 
 
-def _class_shares(confusion_matrix: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Returns the columns with the shares of the largest and the smallest class of the test split."""
-    counts = [sum(row) for row in confusion_matrix]
-    total = sum(counts)
-    return {"test_largest_class": max(counts) / total, "test_smallest_class": min(counts) / total}
+def _class_shares(confusion_matrix: Sequence[Sequence[int]]) -> list[float]:
+    """Returns the share of each class in the test split, the smallest first."""
+    counts = sorted(sum(row) for row in confusion_matrix)
+    return [count / sum(counts) for count in counts]
 
 
 def _val_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

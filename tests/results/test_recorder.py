@@ -3,15 +3,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 
 import mlflow
 import pytest
+from mlflow.exceptions import RestException
 
 from raysweep.errors import RaysweepError
 from raysweep.results import recorder as module
 from raysweep.results.recorder import start_recorder
-from raysweep.results.tracking import Tracker
+from raysweep.results.tracking import LoggedTrial, Tracker
 
 pytestmark = pytest.mark.process
 
@@ -131,6 +134,145 @@ def test_a_server_that_never_answers_does_not_hold_up_the_end(monkeypatch):
         assert time.monotonic() - started < 30, "MLflow waits for two minutes"
         writer.kill()
         writer.join(WAIT_S)
+
+
+# A store that is out of reach
+
+
+class FlakyTracker:
+    """A tracker whose store is away for a number of calls."""
+
+    def __init__(self, errors):
+        self.errors, self.num_calls, self.num_forgotten = list(errors), 0, 0
+
+    def forget(self):
+        self.num_forgotten += 1
+
+    def start_run(self, key):
+        self.num_calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return key, True
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Calls a method of a tracker as the process that writes does."""
+
+    def use(tracker, seconds=30.0, closing=False):
+        outage = module.Outage(threading.Event(), threading.Event(), seconds)
+        if closing:
+            outage.is_closing.set()
+        monkeypatch.setattr(module, "_trackers", [tracker])
+        monkeypatch.setattr(module, "_outage", [outage])
+        return outage, lambda: module._call("http://h", FlakyTracker.start_run, ("key",), {})
+
+    monkeypatch.setattr(module, "MAX_PAUSE", 0.01)
+    return use
+
+
+AWAY = mlflow.MlflowException("API request to http://h failed with exception ...")
+
+
+def test_a_call_is_repeated_until_the_store_is_back(call):
+    tracker = FlakyTracker([AWAY, ConnectionResetError(), AWAY])
+    outage, made = call(tracker)
+    assert made() == ("key", True)
+    assert (tracker.num_calls, tracker.num_forgotten, outage.is_lost.is_set()) == (4, 3, False)
+
+
+def test_a_store_that_stays_away_gets_no_further_calls(call):
+    tracker = FlakyTracker([AWAY] * 100)
+    outage, made = call(tracker, seconds=0.3)
+    assert made() == ("", False)
+    assert outage.is_lost.is_set()
+    num_calls = tracker.num_calls
+    assert made() == ("", False)
+    assert tracker.num_calls == num_calls
+
+
+def test_what_a_store_refuses_is_not_repeated(call):
+    tracker = FlakyTracker([RestException({"error_code": "PERMISSION_DENIED", "message": "no"})])
+    _, made = call(tracker)
+    with pytest.raises(RaysweepError, match=r"the MLflow store 'http://h' refused: PERMISSION_DENIED: no"):
+        made()
+    tracker.errors.append(OSError(28, "No space left on device"))
+    with pytest.raises(RaysweepError, match="nothing can be written to 'http://h'"):
+        made()
+    assert tracker.num_calls == 2
+
+
+def test_the_end_of_a_sweep_does_not_wait_for_a_store(call):
+    tracker = FlakyTracker([AWAY] * 100)
+    outage, made = call(tracker, closing=True)
+    assert made() == ("", False)
+    assert (tracker.num_calls, outage.is_lost.is_set()) == (1, False)
+
+
+class Server:
+    """An MLflow server on a store, that can be stopped and started again at the same address."""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self):
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--port", str(self.port)]
+        command = [sys.executable, "-m", "mlflow", "server", *store]
+        self.process = subprocess.Popen(command, cwd=self.folder, start_new_session=True)
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5)
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.2)
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_for_a_while_gets_everything_once_later_and_one_that_stays_away_is_told(tmp_path):
+    server, said = Server(tmp_path), []
+    server.start()
+    try:
+        recorder = start_recorder(server.uri, "x", said.append, seconds_away=120)
+        sweep, _ = recorder.call(Tracker.start_run, "sweep", "sweep", "sweep")
+        server.stop()
+        trial = LoggedTrial({"lr": 1}, [{"val/loss": 1.0}, {"val/loss": 0.5}], {"val/loss": 0.5}, "FINISHED")
+        for number in range(20):
+            recorder.send(Tracker.log_trial, sweep, f"t/{number}", f"t-{number}", trial)
+        time.sleep(5)
+        server.start()
+        recorder.wait()
+        client = mlflow.MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("x").experiment_id
+        runs = client.search_runs([experiment], "tags.`raysweep.level` = 'trial'")
+        assert [run.info.status for run in runs] == ["FINISHED"] * 20
+        for run in runs[:3]:
+            points = client.get_metric_history(run.info.run_id, "val/loss")
+            assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 0.5)]
+        assert not recorder.is_lost
+        recorder.close()
+        recorder = start_recorder(server.uri, "x", said.append, seconds_away=3)
+        sweep, _ = recorder.call(Tracker.start_run, "sweep", "sweep", "sweep")
+        server.stop()
+        recorder.send(Tracker.log_trial, sweep, "t/20", "t-20", trial)
+        assert recorder.call(Tracker.start_run, "study", "study", "study", sweep) == ("", False)
+        assert recorder.is_lost
+        assert recorder.call(Tracker.log_metrics, sweep, {"a": 1.0}) is None
+        assert said[-1].startswith(f"warning: MLflow at {server.uri} has not answered for 3 s; the sweep goes on")
+        started = time.monotonic()
+        recorder.close()
+        assert time.monotonic() - started < 20
+    finally:
+        server.stop()
 
 
 # What the driver's end does to the writer

@@ -121,6 +121,7 @@ def test_histories_params_and_metrics(new_tracker):
     tracker.log_once(run_id, {"learning_rate": 0.003})
     tracker.log_history(run_id, ROWS)
     tracker.log_history(run_id, [{"train/loss": float("nan"), "val/accuracy": 0.8}], first_epoch=2)
+    tracker.log_history(run_id, [{"train/loss": None, "val/macro_f1": np.float32(0.5)}], first_epoch=3)
     tracker.log_metrics(run_id, {"test/accuracy": 0.7, "memory": None, "count": 3})
     run = tracker.client.get_run(run_id)
     assert run.data.params == {"learning_rate": "0.003", "features": "cls+mean"}

@@ -32,6 +32,8 @@ ROW = Row(
     images_per_second=60.0,
     mlflow_run_id="run1",
     model_path="models/dinov2-linear_probe",
+    test_largest_class=1 / 3,
+    test_smallest_class=1 / 3,
 )
 TEST = TestMetrics(
     values={"accuracy": 2 / 3, "macro_f1": 2 / 3, "loss": 0.8847780095206367},
