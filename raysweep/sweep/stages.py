@@ -26,6 +26,12 @@ from raysweep.sweep.study import Study, open_study
 from raysweep.sweep.study_group import StudyGroup
 from raysweep.sweep.trial_store import open_store
 
+# Keys of `data` by which a sweep's MLflow run is found; what the other keys change is in the index's fingerprint.
+KEYED_DATA = (
+    "source", "image", "label", "split", "validation_fraction", "test_fraction", "max_bad_fraction", "shots",
+    "few_shot_seeds",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
@@ -118,6 +124,7 @@ def start_sweep_run(state: SweepState) -> str:
     """Starts the sweep's MLflow run, or reopens the existing run; returns its id."""
     # Between invocations of one sweep, the budget, the resources and the storage may change.
     settings = state.experiment.model_dump(exclude={"tracking", "resources", "storage"})
+    settings["data"] = {name: settings["data"][name] for name in KEYED_DATA}
     for block in settings["search"].values():
         for name in ("num_trials", "time_budget_s", "population", "baselines"):
             block.pop(name, None)

@@ -2,12 +2,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from states import make_tested
+from states import make_state, make_tested
 
 from raysweep.cluster.resources import Resources
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment
 from raysweep.results.leaderboard import Row
+from raysweep.results.tracking import Tracker
 from raysweep.sweep import stages, tune_run
 from raysweep.sweep.outcome import Outcome
 from raysweep.training.ranking import Ranking
@@ -152,3 +153,10 @@ def test_the_winner_has_a_model_and_the_most_training_images():
     assert winner_of(*outcomes) == "a"
     assert winner_of(outcome_of("a", 0.9, shots=5), outcome_of("b", 0.7, shots=10)) == "b"
     assert winner_of(outcome_of("knn", 0.9, has_model=False), outcome_of("b", 0.9, shots=10)) is None
+
+
+def test_a_sweep_of_before_keeps_its_run(tmp_path):
+    state = make_state(tmp_path)
+    stages.start_sweep_run(state)
+    (sent,) = state.recorder.of(Tracker.start_run)
+    assert sent[0] == "dcffa806bff52bc9", "the key as the first version made it, without the keys that came later"

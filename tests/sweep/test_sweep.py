@@ -170,8 +170,9 @@ def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_p
         files.append(tmp_path / f"{number}.png")
         Image.fromarray((digits.images[number] / 16 * 255).astype(np.uint8)).save(files[-1])
     row = leaderboard(finished)[study]
-    predict = [sys.executable, "-m", "raysweep.predict", row["model_path"], *map(str, files), "--format", "json"]
-    done = subprocess.run(predict, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    model = f"runs/digits/{row['model_path']}"
+    predict = [sys.executable, "-m", "raysweep.predict", model, *map(str, files), "--format", "json"]
+    done = subprocess.run(predict, check=False, capture_output=True, text=True, cwd=finished, timeout=120)
     assert done.returncode == 0, done.stderr
     predictions = json.loads(done.stdout)
     hits = [p["label"] == str(target) for p, target in zip(predictions, digits.target, strict=False)]
