@@ -1,6 +1,7 @@
 """Signals that end a command: Ctrl-C, SIGTERM, and SIGHUP when a terminal closes. All three end it in order.
 
-The first one raises KeyboardInterrupt in the main thread. A second Ctrl-C ends the process at once.
+The first one raises KeyboardInterrupt in the main thread. A second Ctrl-C ends the process at once. `fail_command` ends
+a command in the same way, for a cause that another thread sees.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class StopSignals:
     Attributes:
         word: what the terminal shows as soon as a signal comes.
         number: the first signal that came; None before.
-        failure: the error of `fail`; None if there is none. Libraries may turn it into a KeyboardInterrupt.
+        failure: the error that ends the command instead of a signal, from `fail`; None if there is none.
     """
 
     def __init__(self, word: str) -> None:
@@ -46,7 +47,7 @@ class StopSignals:
         return 128 + (self.number or signal.SIGINT)
 
     def fail(self, error: Exception) -> None:
-        """Raises an error in the main thread, from any thread. Does nothing once a signal has come."""
+        """Ends the command with an error, from any thread. Does nothing once a signal has come."""
         if self.number is not None or self.failure is not None:
             return
         self.failure = error
@@ -58,11 +59,11 @@ class StopSignals:
             leave_at_once(1)
 
     def raise_failure(self, _number: int, _frame: FrameType | None) -> None:
-        """Raises the error of `fail`."""
+        """Raises KeyboardInterrupt for `fail`: Ray's C++ code lets no other exception through."""
         self._has_raised.set()
         if self.number is None and self.failure is not None:
             self.number = FAILURE
-            raise self.failure
+            raise KeyboardInterrupt
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Ends the command. Only a second Ctrl-C counts: supervisors and shells send other signals twice."""
@@ -132,7 +133,7 @@ def before_leaving(function: Callable[[], None]) -> Iterator[None]:
 
 
 def fail_command(error: Exception) -> None:
-    """Raises an error in the main thread of the command that runs now, from any thread."""
+    """Ends the command that runs now with an error, from any thread: see `StopSignals.failure`."""
     if _current is not None:
         _current.fail(error)
 
