@@ -84,9 +84,13 @@ def choose_files(
     for path in include:
         name = _name_within(folder, path)
         _add_named(contents, folder, name, _files_below(folder, name))
-    ignored = [name for name in ignored_files(folder) if not any(file.startswith(name) for file in contents.files)]
-    contents.left_out.update(dict.fromkeys(ignored, IGNORED))
+    packed = {*contents.files, *(name[: place + 1] for name in contents.files for place in _slashes(name))}
+    contents.left_out.update({name: IGNORED for name in ignored_files(folder) if name not in packed})
     return contents
+
+
+def _slashes(name: str) -> list[int]:
+    return [place for place, character in enumerate(name) if character == "/"]
 
 
 def _files_below(folder: Path, name: str) -> Iterator[str]:

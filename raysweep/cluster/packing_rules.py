@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import translate
 from pathlib import Path
@@ -20,23 +21,35 @@ KEY_FILES = (
     # keys and certificates with keys
     "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "ssh_host_*", "*.pem", "*.der", "*.key", "*.ppk", "*.p8", "*.p12",
     "*.pfx", "*.pk8", "*.jks", "*.jceks", "*.bks", "*.keystore", "*.kdb", "*.kdbx", "*.keychain*", "*.keytab",
-    "krb5cc*", "*.gpg", "*.pgp", "*.asc", "secring*", "*.age", "*.jwk", "*.jwks", "*.ovpn", "wallet.dat", "*_key",
-    "*-key", "*_key.json", "*-key.json", "*_key.txt", "*-key.txt", "key.json", "keyfile*", "rootkey*",
+    "krb5cc*", "*_rsa", "*-rsa", "*_ed25519", "*-ed25519", "*.gpg", "*.pgp", "*.asc", "secring*", "*.age", "*.jwk",
+    "*.jwks", "*.ovpn", "wallet.dat", "*_key", "*-key", "*_key.json", "*-key.json", "*_key.txt", "*-key.txt",
+    "key.json", "key.txt", "keys.json", "keys.txt", "keys.y*ml", "keys.toml", "keyfile*", "rootkey*",
     # tokens; weights have tokenizer.json and added_tokens.json
-    "token", "token.*", "tokens", "tokens.*", "*_token", "*-token", "*_token.*", "*-token.*", "*.token", "cookies.txt",
+    "token", "token.*", "tokens", "tokens.*", "*_token", "*-token", "*_token.*", "*-token.*", "*.token", "cookie*.txt",
+    "cookies.json", "cookies.sqlite", "auth.json", "auth.toml", "oauth*.json", "client_id*.json", "*_pat.txt",
+    "pat.txt", "pass.txt", "pw.txt", "pwd.txt", "login.txt", "logins.json", "*_history",
     # clouds, clusters and infrastructure
     "*service-account*", "*service_account*", "*serviceaccount*", "*firebase-adminsdk*", "accesstokens.json",
-    "access_tokens.db", "azureauth*", "*.publishsettings", "msal_token_cache*", "boto.cfg", "s3cfg", "rclone.conf",
-    "kaggle.json", "*kubeconfig*", "kube_config*", "kube-config*", "k3s.yaml", "*dockercfg*", "*dockerconfig*",
-    "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.*", "*vault*pass*", "htpasswd*", "shadow",
+    "access_tokens.db", "azureauth*", "*.publishsettings", "msal_token_cache*", "boto", "boto.cfg", "s3cfg*",
+    "aws_config", "rclone.conf*", "azureprofile.json", "google-services.json", "connection_string*", "kaggle.json",
+    "*kubeconfig*", "*kube.config", "admin.conf", "vault.json", "vault.y*ml", "docker-config.json",
+    "registry-auth.json", "kube_config*", "kube-config*", "k3s.yaml", "*dockercfg*", "*dockerconfig*", "*.tfstate",
+    "*.tfstate.*", "*.tfvars", "*.tfvars.*", "*vault*pass*", "htpasswd*", "shadow",
     # settings of programs, without the dot that hides them
-    "env", "*.env", "*.env.*", "env.local", "*netrc*", "*pgpass*", "*npmrc", "*pypirc",
+    "env", "*.env", "*.env.*", "env.local", "*netrc*", "*pgpass*", "*npmrc", "*yarnrc*", "*pypirc", "my.cnf",
+    "database.ini", "db.ini", "wp-config.php", "local_settings.py", "settings_local.py",
 )  # fmt: skip
 KEY_FILE = re.compile("|".join(translate(pattern) for pattern in KEY_FILES))
 KEY_FOLDERS = frozenset({"secret", "secrets", "credentials", "private_keys", "private-keys", "keys.d"})
-MAX_SEARCHED = 2**16  # bytes: a file with a private key is small
-PRIVATE_KEY = re.compile(
+MAX_SEARCHED = 2**16  # bytes: a file with a key or token is small
+# Private keys, and tokens that begin as no other text does: those of AWS, GitHub, GitLab, Hugging Face, Google, Slack,
+# PyPI, npm and OpenAI.
+KEY_TEXT = re.compile(
     rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-|AGE-SECRET-KEY-1[A-Z0-9]"
+    rb"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22}|\bglpat-[\w-]{20}"
+    rb"|\bhf_[A-Za-z0-9]{30}|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10}|\bpypi-AgE[\w-]{30}|\bnpm_[A-Za-z0-9]{36}"
+    rb"|\bsk-(proj|ant)-[\w-]{40}|\bsk-[A-Za-z0-9]{40}|(?i:aws_secret_access_key\"?\s*[=:]\s*\"?[A-Za-z0-9/+]{40})"
+    rb"|\"type\":\s*\"(service_account|authorized_user)\""
 )
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -48,7 +61,7 @@ def reason_to_leave_out(name: str, path: Path) -> str | None:
     """Returns why a file stays out of the package, by its name in the folder and its content, or None."""
     if reason := reason_of_name(name.split("/")):
         return reason
-    return KEYS if not _is_image(name) and _holds_private_key(path) else None
+    return KEYS if not _is_image(name) and _holds_key(path) else None
 
 
 def reason_of_name(parts: list[str]) -> str | None:
@@ -96,6 +109,7 @@ def follow_links(folder: Path, links: Iterable[str], kept: Collection[str]) -> t
     """
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
+    ordered = sorted(kept)
     root = os.path.realpath(folder)
     for name in links:
         real = Path(os.path.realpath(folder / name))
@@ -103,7 +117,8 @@ def follow_links(folder: Path, links: Iterable[str], kept: Collection[str]) -> t
             left_out[name] = OUTSIDE
             continue
         target = real.relative_to(root).as_posix()
-        within = [inner for inner in kept if inner.startswith(f"{target}/")]
+        # In this order, all names below a folder lie between its name with "/" and with "0", the next character.
+        within = ordered[bisect_left(ordered, f"{target}/") : bisect_left(ordered, f"{target}0")]
         if target in kept:
             files[name] = real
         elif within:
@@ -133,10 +148,10 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _holds_private_key(path: Path) -> bool:
+def _holds_key(path: Path) -> bool:
     try:
         if path.stat().st_size > MAX_SEARCHED or not path.is_file():
             return False
-        return PRIVATE_KEY.search(path.read_bytes()) is not None
+        return KEY_TEXT.search(path.read_bytes()) is not None
     except OSError:  # it cannot be packed either, which is said then
         return False

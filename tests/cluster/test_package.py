@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from raysweep.cluster import package as packages
 from raysweep.cluster.package import build_package, requirements
-from raysweep.cluster.packing_rules import reason_of_name
+from raysweep.cluster.packing_rules import follow_links, reason_of_name
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import load_experiment
 
@@ -135,6 +137,9 @@ SECRETS = """
     netrc secrets.yaml secret.txt secrets/db.txt token hf_token hf_token.txt token.json auth_token rootkey.csv
     alice_accessKeys.csv api_key.txt deploy_key password.txt rclone.conf putty.ppk a.keytab a.gpg a.asc
     gha-creds-12.json aws_credentials.csv my-passwords.txt passwd kube_config.yaml .dockercfg dockerconfig.json a.der
+    keys.txt keys.json keys.yaml key.txt auth.json oauth2.json client_id.json cookies.json pass.txt pwd.txt logins.json
+    github_rsa deploy-rsa my_ed25519 bash_history s3cfg.txt aws_config rclone.conf.bak azureProfile.json kube.config
+    group_vars/all/vault.yml docker-config.json google-services.json connection_string.txt github_pat.txt my.cnf
     azureauth.json deploy_ssh_key env prod.env.bak production.secrets.enc config/master.key MySecrets.YAML
 """  # names of files
 
@@ -165,6 +170,53 @@ def test_no_secret_is_packed(project, monkeypatch, tmp_path, git):
     package = zipfile.ZipFile(tmp_path / "package.zip")
     assert [name for name in names if canary.encode() in package.read(name)] == []
     assert canary.encode() not in (tmp_path / "package.zip").read_bytes()
+
+
+TEXTS_WITH_KEYS = {
+    "AWS": "Access key ID,Secret access key\nAKIA{0:A<16},x",
+    "AWS settings": "aws_secret_access_key = {0:a<40}",
+    "GitHub": "git clone https://ghp_{0:a<36}@github.com/x/y",
+    "Hugging Face": 'login(token="hf_{0:a<34}")',
+    "Google": '{{"type": "authorized_user", "refresh_token": "{0}"}}',
+    "OpenAI": "export OPENAI_API_KEY=sk-proj-{0:a<48}",
+    "Slack": "xoxb-{0:1<12}",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS_WITH_KEYS)
+@pytest.mark.parametrize("name", ["notes.ipynb", "src/client.py", "my-project-a1b2.json", "data/new.csv"])
+def test_a_file_with_a_token_in_its_text_is_not_packed(project, kind, name):
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(TEXTS_WITH_KEYS[kind].format(""))
+    names, _, _ = project()
+    assert name not in names
+
+
+@pytest.mark.parametrize(
+    "text", ["ask-{0:a<60}", "sk-learn-and-other-libraries-that-are-good-for-images", "hf_hub_download(repo)", "ghp_"]
+)
+def test_words_that_begin_like_a_token_are_none(project, text):
+    Path("notes.md").write_text(text.format(""))
+    names, _, _ = project()
+    assert "notes.md" in names
+
+
+def test_an_ignored_file_is_told_although_a_longer_name_is_packed(project, tmp_path):
+    project()
+    Path("run.log").write_text("x")
+    Path("run.log.md").write_text("x")
+    names, said = packed_with(tmp_path)
+    assert ("run.log.md" in names, "run.log" in names) == (True, False)
+    assert re.search(r"named in .gitignore: .*\brun\.log\b(?!\.md)", said)
+
+
+def test_many_files_and_links_take_a_moment():
+    """Each of 20,000 links is looked up, and not compared with each of 20,000 files."""
+    kept = [f"data/{number // 100}/{number}.png" for number in range(20_000)]
+    start = time.monotonic()
+    files, left_out = follow_links(Path.cwd(), (f"links/{number}" for number in range(20_000)), set(kept))
+    assert (files, len(left_out)) == ({}, 20_000)
+    assert time.monotonic() - start < 10
 
 
 def test_what_a_sweep_needs_is_no_secret():
