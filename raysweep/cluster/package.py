@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,6 +20,7 @@ from raysweep.errors import ConfigError
 from raysweep.experiment.config import DataConfig, Experiment
 from raysweep.images.folder_files import local_files
 from raysweep.images.listing import list_source
+from raysweep.images.tables import TABLE_SUFFIXES
 from raysweep.images.text_tables import decode_text
 from raysweep.storage.copies import is_bucket, upload
 from raysweep.storage.filesystems import absolute_source
@@ -123,7 +124,9 @@ def build_package(
         if not local.path.exists():
             raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
         paths, left_out = _files_of(local, experiment.data)
-        contents.left_out.update(left_out)
+        contents.left_out.update({name: reason for name, reason in left_out.items() if name not in files})
+        paths += [Path.cwd() / name for name in left_out if name in files]  # --include
+        _check_tables(local, contents.left_out, left_out)
         if local.is_relative and all(_relative_name(path) in files for path in paths):
             continue
         if not upload_data:
@@ -161,6 +164,16 @@ def _files_of(local: LocalPath, data: DataConfig) -> tuple[list[Path], dict[str,
     reasons = {path: reason_in_named_folder(path, local.folder) for path in paths if path != local.path}
     left_out = {os.path.relpath(path): reason for path, reason in reasons.items() if reason}
     return sorted(path for path in paths if not reasons.get(path)), left_out
+
+
+def _check_tables(local: LocalPath, stays_out: Mapping[str, str], files: Iterable[str]) -> None:
+    """Refuses to leave out a table of the images: without it, the job would take the labels from elsewhere."""
+    tables = [name for name in files if local.key == "data.source" and name.lower().endswith(TABLE_SUFFIXES)]
+    if lost := next((name for name in tables if name in stays_out), None):
+        raise ConfigError(
+            f"{local.key}: the sweep reads {lost}, which stays out of the package ({stays_out[lost]}); accepted: "
+            "another name of the table or of its folder, or --include with a path in the working directory"
+        )
 
 
 def _local_only_message(local: LocalPath) -> str:

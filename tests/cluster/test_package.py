@@ -345,6 +345,22 @@ def test_the_tables_of_a_folder_go_along_with_their_images(project):
     assert found == {f"{split}/{name}" for split in ("train", "test") for name in ("0.png", "metadata.csv")}
 
 
+def test_a_table_that_would_stay_out_is_told(project, tmp_path):
+    """Without the table, the job would take the names of the folders for the classes."""
+    for split in ("train", "test"):
+        make_images(f"data/secrets/{split}")
+        rows = ["file_name,label", "cat/1.png,tabby", "dog/2.png,beagle"]
+        Path(f"data/secrets/{split}/metadata.csv").write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match=r"the sweep reads data/secrets/t.*/metadata.csv, which stays out .*may hold"):
+        project(source="data")
+    with pytest.raises(ConfigError, match="stays out of the package"):
+        project(source="data", upload_data=True)
+    names, _ = packed_with(tmp_path, "data/secrets")
+    assert {"data/secrets/train/metadata.csv", "data/secrets/test/metadata.csv", "data/secrets/test/cat/1.png"} <= names
+    names, _, _ = project(source="data/secrets")
+    assert "data/secrets/train/metadata.csv" in names
+
+
 def test_a_weights_folder_holds_no_keys(project, monkeypatch):
     for name in ("config.json", "model.safetensors", "credentials.json", ".env", "deploy.pem"):
         Path("../weights").mkdir(exist_ok=True)
