@@ -13,8 +13,11 @@ from urllib.parse import unquote
 # What stands before the host of a URI; a user name alone is no secret in a database's URI.
 _USER_OF_URI = re.compile(r"(?<=://)(?!anonymous@)([^\s/'\"@:]*:(?!\d+/)[^\s'\"]*|[^\s/'\"]*)@")
 _DATABASE_USER = re.compile(r"\b(?:postgresql|postgres|mysql|mssql|oracle)[\w+]*://[^\s/:'\"@]*@")
-_SECRET_NAME = r"[\w.-]*(?:passw|pwd|secret|token|credential|signature|api_?key|access_?key|auth)[\w.-]*|sig|key"
-_SECRET_OF_QUERY = re.compile(rf"(?i)([?&;](?:{_SECRET_NAME})=)[^&;\s'\"]+")
+_SECRET_NAME = (
+    r"[\w.-]*(?:passw|pwd|secret|token|credential|signature|api_?key|access_?key|auth)[\w.-]*|sig|key|pass|pw|jwt"
+)
+_SECRET_OF_QUERY = re.compile(rf"(?i)([?&;#](?:{_SECRET_NAME})=)[^&;\s'\"]+")
+_BEARER = re.compile(r"(?i)\b(bearer +)[\w.~+/=-]{8,}")
 
 
 class RaysweepError(Exception):
@@ -48,10 +51,10 @@ class TrialError(RaysweepError):
 
 
 def hide_secrets(text: str) -> str:
-    """Returns a text in which the credentials of each URI are replaced by `...`."""
+    """Returns a text in which the credentials of each URI, and bearer tokens, are replaced by `...`."""
     kept = [match.span() for match in _DATABASE_USER.finditer(text)]
     hidden = _USER_OF_URI.sub(lambda match: match.group() if _is_within(match, kept) else "...@", text)
-    return _SECRET_OF_QUERY.sub(r"\1...", hidden)
+    return _BEARER.sub(r"\1...", _SECRET_OF_QUERY.sub(r"\1...", hidden))
 
 
 def has_secrets(uri: str) -> bool:

@@ -13,12 +13,15 @@ SECRETS = {
     "postgresql+psycopg://user:pw@host/db": "postgresql+psycopg://...@host/db",
     "postgresql://host/db?user=a&passwd=x&sslmode=require": "postgresql://host/db?user=a&passwd=...&sslmode=require",
     "s3://b/k?region=eu&secret_key=abc": "s3://b/k?region=eu&secret_key=...",
+    "http://h/callback#access_token=abc": "http://h/callback#access_token=...",
+    "http://h/x?user=a&pass=abc;jwt=def": "http://h/x?user=a&pass=...;jwt=...",
+    "header Authorization: Bearer abcdefgh.1": "header Authorization: Bearer ...",
     "https://account.blob/x?sv=1&sig=abc": "https://account.blob/x?sv=1&sig=...",
 }
 NO_SECRETS = [
     "s3://anonymous@bucket/x", "gs://bucket/a@b.jpg", "http://host:5000/a@b", "postgresql://user@host:5432/db",
     "postgresql://h/d?sslmode=require&passfile=/home/u/.pgpass", "s3://b/x?endpoint_override=h:90&scheme=http",
-    "sqlite:///mlflow.db", "mail a@b.org about x?y=1", "accepted: postgresql://user@host:port/name",
+    "sqlite:///mlflow.db", "the bearer of bad news", "mail a@b.org about x?y=1", "accepted: postgresql://user@host:port/name",
 ]  # fmt: skip
 
 
