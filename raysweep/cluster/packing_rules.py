@@ -51,6 +51,8 @@ KEY_TEXT = re.compile(
     rb"|\bsk-(proj|ant)-[\w-]{40}|\bsk-[A-Za-z0-9]{40}|(?i:aws_secret_access_key\"?\s*[=:]\s*\"?[A-Za-z0-9/+]{40})"
     rb"|\"type\":\s*\"(service_account|authorized_user)\""
 )
+# Of images, tables and weights: a link may lead out of a folder that the experiment names to files of these kinds only.
+LINKED = (*IMAGE_SUFFIXES, ".csv", ".tsv", ".jsonl", ".parquet", ".json", ".safetensors", ".bin")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 HIDDEN, KEYS, NOT_NEEDED = "hidden", "may hold keys or passwords", "results, caches and environments"
@@ -92,7 +94,8 @@ def reason_in_named_folder(path: Path, folder: Path) -> str | None:
     parts = [part for part in Path(os.path.relpath(real, root)).parts if part != ".."]
     if real.parent.name == "blobs" and HASH.fullmatch(real.name):  # of the Hugging Face cache: weights without suffix
         return None
-    is_other_kind = real.suffix.lower() != path.suffix.lower()
+    suffix = real.suffix.lower()
+    is_other_kind = suffix != path.suffix.lower() or (suffix not in LINKED and not real.is_relative_to(root))
     return OTHER_LINK if is_other_kind or (not _is_image(real.name) and reason_of_name(parts)) else None
 
 

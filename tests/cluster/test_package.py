@@ -334,6 +334,16 @@ def test_a_link_in_the_data_leads_to_an_image_only(project, tmp_path):
         assert found == {"cat/1.png", "dog/2.png", "cat/5.png"}
 
 
+@pytest.mark.parametrize("name", ["diary.txt", "letter.md", "settings.yaml", "mail.html", "script.py"])
+def test_a_link_in_the_data_leads_to_no_text_outside(project, tmp_path, name):
+    make_images("data")
+    (tmp_path / name).write_text("private")
+    Path("data", name).symlink_to(tmp_path / name)
+    names, _, _ = project(source="data")
+    assert {"data/cat/1.png", "data/dog/2.png"} <= names
+    assert f"data/{name}" not in names
+
+
 def test_the_tables_of_a_folder_go_along_with_their_images(project):
     for split in ("train", "test"):
         (Path("images") / split).mkdir(parents=True)
