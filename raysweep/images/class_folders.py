@@ -68,22 +68,8 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
     below = [layout.names_below(image) for image in images]
     outside = [image for image, names in zip(images, below, strict=True) if names is None]
     has_few_outside = len(outside) <= min(MAX_STRAY, len(images) // 4)
-    if layout.split_levels and layout.others and not has_few_outside:
-        splits, others = ", ".join(sorted(layout.splits)), ", ".join(sorted(layout.others))
-        raise DataError(
-            f"{source}: split folders ({splits}) and others ({others}) side by side; "
-            "accepted: split/class/*.jpg or class/*.jpg"
-        )
-    if len(outside) == len(images):
-        raise DataError(
-            f"{source}: no class folders; accepted: {'split/' * layout.split_levels}class/*.jpg; "
-            f"found {images[0]}{hint}"
-        )
-    if not has_few_outside and (no_classes := [image for image in outside if _lies_in_no_class(image)]):
-        raise DataError(
-            f"{source}: {count_of(no_classes, 'image')} in folders whose names are no classes, such as "
-            f"{no_classes[0]}; accepted: split/class/*.jpg or class/*.jpg, or a table{hint}"
-        )
+    if not has_few_outside:
+        _check_outside(source, images, outside, layout, hint)
     in_classes = [names for names in below if names is not None]
     _check_names(source, {names[layout.split_levels] for names in in_classes}, hint)
     rows = []
@@ -99,6 +85,26 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
     if outside and has_few_outside:
         warnings.append(f"{count_of(outside, 'image')} outside the class folders passed over: {', '.join(outside)}")
     return Listing(_printable(rows), warnings=warnings)
+
+
+def _check_outside(source: str, images: Sequence[str], outside: Sequence[str], layout: _Layout, hint: str) -> None:
+    """Refuses folders in which many images lie outside the class folders, if their places say why."""
+    if layout.split_levels and layout.others:
+        splits, others = ", ".join(sorted(layout.splits)), ", ".join(sorted(layout.others))
+        raise DataError(
+            f"{source}: split folders ({splits}) and others ({others}) side by side; "
+            "accepted: split/class/*.jpg or class/*.jpg"
+        )
+    if len(outside) == len(images):
+        raise DataError(
+            f"{source}: no class folders; accepted: {'split/' * layout.split_levels}class/*.jpg; "
+            f"found {images[0]}{hint}"
+        )
+    if no_classes := [image for image in outside if _lies_in_no_class(image)]:
+        raise DataError(
+            f"{source}: {count_of(no_classes, 'image')} in folders whose names are no classes, such as "
+            f"{no_classes[0]}; accepted: split/class/*.jpg or class/*.jpg, or a table{hint}"
+        )
 
 
 def compare_labels(source: str, rows: Sequence[Row], images: Sequence[str]) -> list[str]:

@@ -210,14 +210,14 @@ def _find_images(table: str, split: Split | None, listing: Listing, source: str,
 
 def _names_by_end(tails: Iterable[str], names: Iterable[str], split: Split | None) -> dict[str, list[str]]:
     """Returns the files whose names end as each of `tails`. No file of another split is one of train."""
+    wanted = dict.fromkeys(tails)
     by_end: dict[str, list[str]] = defaultdict(list)
+    depths = {tail.count("/") + 1 for tail in wanted}
     for name in names:
         if split != "train" or split_of_path(name) in ("train", None):
-            by_end[name.rpartition("/")[2]].append(name)
-    return {
-        tail: [name for name in by_end[tail.rpartition("/")[2]] if name == tail or name.endswith(f"/{tail}")]
-        for tail in tails
-    }
+            for depth in depths:
+                by_end["/".join(name.rsplit("/", depth)[-depth:])].append(name)
+    return {tail: by_end.get(tail, []) for tail in wanted}
 
 
 def _common_folder(tails: Mapping[str, Sequence[str]], split: Split | None) -> str | None:
