@@ -18,6 +18,7 @@ from raysweep.storage.filesystems import (
     REMOTE_SCHEMES,
     absolute_source,
     join_source,
+    list_names,
     object_uri,
     open_filesystem,
     parent_source,
@@ -243,6 +244,7 @@ def _exists(path: str) -> bool:
 
 
 def _files_in(folder: str) -> Set[str]:
-    filesystem, inner = open_filesystem(folder)
-    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    return {info.path.rstrip("/").rpartition("/")[2] for info in infos}
+    try:
+        return {name for name, _ in list_names(folder)}
+    except (OSError, ValueError):  # a row may name what is no folder; reading its image tells what is wrong
+        return frozenset()

@@ -80,6 +80,38 @@ def parent_source(source: str) -> str:
     return object_uri(scheme, posixpath.dirname(path), query)
 
 
+def list_names(folder: str) -> list[tuple[str, bool]]:
+    """Returns the name of each entry of a folder, and whether it is a folder, in order; nothing if there is no folder.
+
+    Local names that are not UTF-8 are left out: no table can have them, and Arrow would stop at the first.
+
+    Raises:
+        DataError, OSError, ValueError: the folder cannot be listed.
+    """
+    if "://" in folder:
+        from pyarrow import fs
+
+        filesystem, inner = open_filesystem(folder)
+        infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+        named = ((str(info.path).rstrip("/").rpartition("/")[2], info.type == fs.FileType.Directory) for info in infos)
+        return sorted(named)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, _is_folder(entry)) for entry in entries if _is_utf8(entry.name))
+    except FileNotFoundError:
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # `entry.is_dir()` raises an error for a link to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_utf8(name: str) -> bool:
+    # Python stands a surrogate for each byte that it cannot decode.
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """Opens the file system of a path or URI.
 

@@ -180,6 +180,26 @@ def test_images_of_a_neighbours_project_are_not_proposed(tmp_path):
         index_of(write_csv(tmp_path / "mine", NAMES))
 
 
+def test_images_are_found_beside_names_that_are_not_utf8_and_links_to_themselves(tmp_path):
+    write_images(tmp_path / "data", [f"i/{n}.png" for n in NAMES])
+    for folder in (tmp_path, tmp_path / "data", tmp_path / "data" / "i"):
+        (folder / "itself").symlink_to("itself")
+        try:
+            open(os.path.join(os.fsencode(folder), b"\xff.png"), "wb").close()
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"image_folder: i\n    image_suffix: .png"):
+        index_of(write_csv(tmp_path / "data", NAMES))
+    assert index_of(tmp_path / "data" / "train.csv", image_folder="i", image_suffix=".jpg, .png").num_rows_found == 20
+
+
+def test_a_row_below_a_file_is_a_bad_row(tmp_path):
+    write_images(tmp_path, [f"{n}.png" for n in NAMES])
+    table = write_csv(tmp_path, [*NAMES, "train.csv/x", "a\0b/x"])
+    index = index_of(table, image_suffix=".jpg, .png", max_bad_fraction=0.1)
+    assert [bad.row_id for bad in index.bad_rows] == [20, 21]
+
+
 def test_a_key_that_is_in_the_way_is_taken_out(tmp_path):
     write_images(tmp_path, [f"{n}.png" for n in NAMES])
     (tmp_path / "empty").mkdir()

@@ -7,6 +7,7 @@ from raysweep.storage import copies, filesystems
 from raysweep.storage.filesystems import (
     absolute_source,
     join_source,
+    list_names,
     object_uri,
     open_filesystem,
     parent_source,
@@ -79,3 +80,18 @@ def test_a_name_listed_in_a_bucket_stays_in_it(name):
 def test_files_of_another_machine_are_not_read(source):
     with pytest.raises(DataError, match="names another machine"):
         absolute_source(source)
+
+
+def test_a_folder_is_listed_whatever_lies_in_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "gone").symlink_to("nowhere")
+    usual = [("folder", True), ("gone", False), ("itself", False), ("link", True)]
+    assert list_names(str(tmp_path)) == usual
+    try:
+        open(os.path.join(os.fsencode(tmp_path), b"\xff.png"), "wb").close()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert list_names(str(tmp_path)) == usual
+    assert list_names(str(tmp_path / "nothing")) == []
