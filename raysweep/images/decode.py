@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +11,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from raysweep.errors import DataError
 from raysweep.images.decode_process import decode_apart
 from raysweep.images.formats import FORMATS
-from raysweep.images.limits import MAX_MEGAPIXELS, WORK_HERE, check_bytes, check_header, decoding_work
+from raysweep.images.limits import (
+    MAX_MEGAPIXELS,
+    WORK_HERE,
+    EncodedImage,
+    check_bytes,
+    check_header,
+    decoding_work,
+)
 from raysweep.images.pixel_depth import USUAL_WHITES, WhiteLevels, decode_low_bytes, is_deep, to_8_bits
 
 LFS_POINTER = b"version https://git-lfs"
@@ -63,7 +69,11 @@ def open_image(data: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> Image.I
         raise DataError("a Git LFS pointer, not the image itself (run 'git lfs pull')")
     check_bytes(len(data))
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        stream = EncodedImage(data)
+        image = Image.open(stream, formats=FORMATS)
+        stream.is_opened = True
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(_reason(error)) from error
     check_header(image, data, options.max_megapixels)
@@ -102,19 +112,29 @@ def decode_images(
     Raises:
         DataError: the image cannot be decoded completely; the message is a short reason.
     """
-    if decoding_work(open_image(data, options), data) > WORK_HERE:
+    image = open_image(data, options)
+    if decoding_work(image, data) > WORK_HERE:
         return decode_apart(data, min_sides, options)
-    return decode_here(data, min_sides, options)
+    return decode_here(data, min_sides, options, image)
 
 
 def decode_here(
-    data: bytes, min_sides: Collection[int | None], options: DecodeOptions
+    data: bytes, min_sides: Collection[int | None], options: DecodeOptions, image: Image.Image | None = None
 ) -> dict[int | None, Image.Image]:
     """Does what `decode_images` does, in this process, however long it takes.
 
     Values for which the decoder chooses the same size share one decoding. The header determines that size.
+
+    Args:
+        data: The encoded image.
+        min_sides: Values of `min_side`.
+        options: Limits, and the values that are white.
+        image: The image, only opened, if the caller has it.
     """
-    drafts = {min_side: _draft(open_image(data, options), min_side) for min_side in set(min_sides)}
+    drafts = {}
+    for min_side in set(min_sides):
+        drafts[min_side] = _draft(image or open_image(data, options), min_side)
+        image = None
     kinds = {min_side: (image.size, _reduction(image)) for min_side, image in drafts.items()}
     one_of_each = dict(zip(kinds.values(), drafts.values(), strict=True))
     decoded = {kind: _decode(image, data, options) for kind, image in one_of_each.items()}

@@ -12,7 +12,7 @@ from raysweep.experiment.config import DataConfig
 from raysweep.images import decode, decode_process
 from raysweep.images.decode import DecodeOptions, decode_image, decode_images, open_image
 from raysweep.images.index import load_index
-from raysweep.images.limits import MAX_MEGAPIXELS, MAX_SCANS
+from raysweep.images.limits import MAX_MEGAPIXELS, MAX_SCANS, WORK_HERE, count_scans, decoding_work
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -185,6 +185,43 @@ def test_a_jpeg_of_too_many_scans_is_refused_by_its_header():
     assert decode_image(with_scans(image, MAX_SCANS)).size == (64, 64)
     with pytest.raises(DataError, match=r"too many scans: 3,000; an image has at most 100"):
         open_image(with_scans(image, 3000))
+
+
+def test_scans_of_what_stands_behind_or_in_the_header_of_a_jpeg_are_not_counted():
+    """Phones put a film of some megabytes behind a photo, in which the marker of a scan stands by chance."""
+    photo = encode(gradient(640, 480), "JPEG", comment=bytes([0xFF, 0xDA]) * 500)
+    film = np.random.default_rng(0).integers(0, 256, 2**24, np.uint8).tobytes()
+    assert film.count(bytes([0xFF, 0xDA])) > MAX_SCANS
+    assert count_scans(photo + film) == 1
+    assert decode_image(photo + film).tobytes() == decode_image(photo).tobytes()
+    progressive = encode(gradient(640, 480), "JPEG", progressive=True, exif=b"Exif\0\0" + photo)
+    assert count_scans(progressive + progressive) == count_scans(progressive) == 10
+
+
+def test_each_strip_of_a_tiff_may_be_a_jpeg():
+    data = encode(gradient(640, 4800), "TIFF", compression="jpeg", tiffinfo={278: 16})
+    assert data.count(bytes([0xFF, 0xDA])) > MAX_SCANS
+    assert decode_image(data).size == (640, 4800)
+    many = with_scans(Image.new("L", (640, 480), 90), 3000)
+    tags = {256: 640, 257: 480, 258: 8, 259: 7, 262: 1, 273: 122, 277: 1, 278: 480, 279: len(many)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    with pytest.raises(DataError, match=r"too many scans: 3,000; an image has at most 100"):
+        open_image(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + many)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_photos_of_phones_are_decoded_here(mode):
+    data = encode(Image.new(mode, (8000, 6000)), "JPEG", progressive=True)
+    assert decoding_work(open_image(data), data) <= WORK_HERE
+
+
+def test_a_header_takes_only_so_many_steps():
+    jpeg = encode(gradient(64, 48), "JPEG")
+    for padding in (b"\xff" * 2**18, b"\xff\xfe\0\2" * 2**17):
+        with pytest.raises(DataError, match=r"its header takes more than 100,000 steps to read"):
+            open_image(jpeg[:2] + padding + jpeg[2:])
+    with pytest.raises(DataError, match=r"its header takes more than 100,000 steps to read"):
+        open_image(b"P5\n#" + b"x" * 2**18 + b"\n8 8 255\n" + bytes(64))
 
 
 def test_a_large_image_is_decoded_apart_and_is_the_same():
