@@ -45,7 +45,7 @@ NOT_OURS = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_AUTH_TOKEN_PATH", "
 
 @contextmanager
 def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
-    """Starts Ray on this machine, and ends it, also if one of its processes has died.
+    """Starts Ray on this machine; at the end, removes its files and ends the processes that still use them.
 
     Args:
         options: more options of `ray.init`.
@@ -57,7 +57,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
 
     with private_folder() as folder:
         try:
-            with _own_settings():
+            with _own_settings(), _deaf_to_hangups():
                 # Without "local", Ray would look for a running cluster on this machine and join it.
                 ray.init(
                     address="local",
@@ -70,8 +70,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             raise ResourceError(f"Ray cannot start on this machine, with its files in {folder} ({reason})") from error
-        with _watched(ray._private.worker._global_node):
-            yield
+        yield
 
 
 @contextmanager
@@ -166,7 +165,7 @@ def _own_settings() -> Iterator[None]:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     # Ray's agents would wait for a minute for a GCS that has died, for example after its driver was killed. So would
-    # this process, and then end without a word: `_watched` is sooner.
+    # this process, and then end without a word: `watched` is sooner.
     os.environ.setdefault(RECONNECT, "20")
     # Ray replaces 127.0.0.1 by an address that other machines reach, unless it is told that there will be none.
     allows_others, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -182,13 +181,27 @@ def _own_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(node: Any) -> Iterator[None]:
+def _deaf_to_hangups() -> Iterator[None]:
+    """Lets processes that start in this block survive a terminal that closes: the sweep needs them to end in order.
+
+    The kernel sends SIGHUP to all processes of the terminal. New processes inherit which signals this thread blocks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
     """Ends the command when a process of Ray dies. Ray itself would wait for a minute, and then exit without a reason.
 
-    Args:
-        node: Ray's `Node` of this process.
+    The block has to end before Ray is shut down: that ends its processes, too.
     """
-    is_over = threading.Event()
+    import ray
+
+    node, is_over = ray._private.worker._global_node, threading.Event()
 
     def watch() -> None:
         while not is_over.wait(SECONDS_BETWEEN_CHECKS):

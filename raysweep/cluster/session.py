@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 
 from raysweep.cluster.address import joined_cluster, joins_cluster
-from raysweep.cluster.own_ray import own_ray
+from raysweep.cluster.own_ray import own_ray, watched
 from raysweep.cluster.resources import Resources
 from raysweep.cluster.signals import is_stopping, keep_signal_handlers
 
@@ -144,6 +144,8 @@ def ray_session(verbose: bool) -> Iterator[Resources]:
             with nullcontext() if verbose else _silent_stderr(), keep_signal_handlers():
                 stack.enter_context(joined_cluster(options) if joins_cluster() else own_ray(options))
             stack.callback(_shut_down)
+            if not joins_cluster():
+                stack.enter_context(watched())
         if not verbose:
             _silence_ray()
         import ray.data

@@ -71,6 +71,8 @@ class StopSignals:
             self.number = number
             self._say(f"{self.word}…" + (" (Ctrl-C once more leaves at once)" if number == signal.SIGINT else ""))
             raise KeyboardInterrupt
+        if self.number == FAILURE and number != signal.SIGINT:  # it came to Ray's processes, too, and was the cause
+            self.number, self.failure = number, None
         if number == signal.SIGINT:
             leave_at_once(128 + number)
 

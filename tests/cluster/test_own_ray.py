@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -188,6 +189,8 @@ def test_others_on_the_machine_get_no_work_and_no_files(session, temporary):
     running = processes_in(temporary)
     assert len(running) > 5
     assert listening_addresses(running | {process.pid}) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    status = Path(f"/proc/{told['processes']['raylet']}/status").read_text()
+    assert int(re.search(r"^SigBlk:\s+(\w+)", status, re.M)[1], 16) & 1, "a closed terminal does not end it"
     token = told["worker"]["RAY_AUTH_TOKEN"]
     assert (len(token), told["driver"]["RAY_AUTH_TOKEN"]) == (64, "known-to-others")
     # The token stands in no file and on no command line.

@@ -131,6 +131,16 @@ def test_an_error_reaches_the_main_thread_from_another_one():
     assert not is_stopping()
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_all_processes_is_the_cause_if_ray_ends_first(number, status):
+    with stop_signals() as signals:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            threading.Thread(target=fail_command, args=(ResourceError("Ray has died"),)).start()
+            threading.Event().wait(20)
+        signals.handle(number, None)
+        assert (signals.failure, signals.exit_status) == (None, status)
+
+
 def test_handlers_are_as_before_when_the_command_has_ended():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with stop_signals() as outer, stop_signals() as inner:
