@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 8 << 20
 # Images hardly shrink when they are packed. What grows so much, and beyond this size, is made to fill the memory.
 MAX_GROWTH, GROWTH_BYTES = 100, 2**26
+MAX_DICTIONARY_BYTES = 2**24  # programs that write Parquet put about 1 MB of values into the dictionary of a column
 
 
 def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfig") -> Listing:
@@ -167,12 +168,16 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
         DataError: the column does not contain images.
     """
     wanted = sorted(set(positions))
-    with _opened(source, pre_buffer=False, buffer_size=BUFFER_BYTES) as (_, file):
+    options: dict[str, Any] = {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
+    with _opened(source, **options) as (opened, file):
         # Checked here too: this process knows other extension types than the one that listed the rows.
         field = find_field(file.schema_arrow, column)
         if names_images(field):
             raise DataError(f"column '{column}' contains paths, not images")
         leaf = f"{column}.bytes" if types.is_struct(field.type) else column
+        # An image that stands in many rows is then kept once: 2 KB of Parquet grew to 5 GB otherwise.
+        once = [leaf] if _dictionary_bytes(file.metadata, leaf) > MAX_DICTIONARY_BYTES else []
+        reader = pq.ParquetFile(opened, metadata=file.metadata, read_dictionary=once, **options) if once else file
         start = 0
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
@@ -180,16 +185,39 @@ def parquet_images(source: str, column: str, positions: Sequence[int]) -> Iterat
             if due:
                 _check_growth(file.metadata.row_group(group), leaf)
             # A row group may have gigabytes (pandas writes only one per file), so it is read in small batches.
-            batches = file.iter_batches(64, row_groups=[group], columns=[leaf]) if due else ()
+            batches = reader.iter_batches(64, row_groups=[group], columns=[leaf]) if due else ()
             for batch in batches:
                 cells = batch.column(column)
                 cells = cells.field("bytes") if types.is_struct(cells.type) else cells
-                for position in due[bisect_left(due, start) : bisect_left(due, start + len(cells))]:
-                    yield position, _cell_bytes(cells[position - start].as_py())
+                places = [
+                    place - start for place in due[bisect_left(due, start) : bisect_left(due, start + len(cells))]
+                ]
+                for place, value in zip(places, _values(cells, places), strict=True):
+                    yield start + place, _cell_bytes(value)
                 start += len(cells)
                 if start > due[-1]:
                     break
             start = stop
+
+
+def _values(cells: pa.Array, places: Sequence[int]) -> Iterator[Any]:
+    if not types.is_dictionary(cells.type):
+        return (cells[place].as_py() for place in places)
+    values = cells.dictionary.to_pylist() if places else []
+    numbers = cells.indices.to_pylist()
+    return (None if numbers[place] is None else values[numbers[place]] for place in places)
+
+
+def _dictionary_bytes(metadata: pq.FileMetaData, leaf: str) -> int:
+    """Returns how large the dictionary of a column is at most: all that is not known to be something else."""
+    largest = 0
+    for group in range(metadata.num_row_groups):
+        columns = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        for column in columns:
+            if column.path_in_schema == leaf and column.has_dictionary_page:
+                others = column.total_compressed_size - (column.data_page_offset - column.dictionary_page_offset)
+                largest = max(largest, column.total_uncompressed_size - others)
+    return largest
 
 
 def _check_growth(group: pq.RowGroupMetaData, leaf: str) -> None:

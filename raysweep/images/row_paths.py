@@ -220,7 +220,11 @@ def _place_of(folder: str) -> str:
     if "://" not in folder:
         return folder
     scheme, path, query = split_uri(folder)
-    return object_uri(scheme, "/".join(path.split("/")[: 3 if scheme == "hf" else 1]), query)
+    parts = path.split("/")
+    num_parts = 1
+    if scheme == "hf":  # anyone may propose a change to a dataset, which is the revision refs/pr/1
+        num_parts = 5 if len(parts) > 2 and parts[2].endswith("@refs") else 3
+    return object_uri(scheme, "/".join(parts[:num_parts]), query)
 
 
 def _lies_in(path: str, folder: str) -> bool:

@@ -337,6 +337,15 @@ def test_no_row_sends_anything_anywhere(tmp_path, listener, row, suffix):
     assert arrived == []
 
 
+@pytest.mark.parametrize("row", ["../pr/1/x.png", "hf://datasets/a/b@refs/pr/1/x.png", "hf://datasets/a/b@main/x.png"])
+def test_a_row_cannot_name_another_revision_of_a_dataset(row):
+    table = "hf://datasets/a/b@refs/convert/parquet/d/t.csv"
+    paths = row_paths.RowPaths.of(table, DataConfig(source=table))
+    assert paths.path_of("../x.png") == "hf://datasets/a/b@refs/convert/parquet/x.png"
+    with pytest.raises(DataError, match=r"leaves|where data.source does not lie"):
+        paths.path_of(row if row.startswith("hf") else f"../../{row}")
+
+
 @pytest.fixture
 def folder_as_bucket(tmp_path, monkeypatch):
     """A bucket made of a local folder; its connections are recorded."""
