@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ from raysweep.images.decode_process import decode_apart
 from raysweep.images.formats import FORMATS
 from raysweep.images.limits import (
     MAX_MEGAPIXELS,
+    MAX_READS,
     WORK_HERE,
     EncodedImage,
     check_bytes,
@@ -69,9 +71,12 @@ def open_image(data: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> Image.I
         raise DataError("a Git LFS pointer, not the image itself (run 'git lfs pull')")
     check_bytes(len(data))
     try:
-        stream = EncodedImage(data)
-        image = Image.open(stream, formats=FORMATS)
-        stream.is_opened = True
+        if len(data) <= MAX_READS:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        else:
+            stream = EncodedImage(data)
+            image = Image.open(stream, formats=FORMATS)
+            stream.is_opened = True
     except DataError:
         raise
     except Exception as error:
