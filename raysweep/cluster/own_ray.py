@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raysweep.cluster.resources import local_resources
-from raysweep.cluster.signals import before_leaving, fail_command
+from raysweep.cluster.signals import before_leaving, deaf_to_hangups, fail_command
 from raysweep.errors import ResourceError
 
 LOOPBACK = "127.0.0.1"
@@ -57,7 +57,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
 
     with private_folder() as folder:
         try:
-            with _own_settings(), _deaf_to_hangups():
+            with _own_settings(), deaf_to_hangups():
                 # Without "local", Ray would look for a running cluster on this machine and join it.
                 ray.init(
                     address="local",
@@ -178,19 +178,6 @@ def _own_settings() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _deaf_to_hangups() -> Iterator[None]:
-    """Lets processes that start in this block survive a terminal that closes: the sweep needs them to end in order.
-
-    The kernel sends SIGHUP to all processes of the terminal. New processes inherit which signals this thread blocks.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -159,6 +159,19 @@ def keep_signal_handlers() -> Iterator[None]:
         c_library.sigaction(int(REPLACED_BY_RAY), action, None)
 
 
+@contextmanager
+def deaf_to_hangups() -> Iterator[None]:
+    """Lets processes that start in this block survive a terminal that closes: the sweep needs them to end in order.
+
+    The kernel sends SIGHUP to all processes of the terminal. New processes inherit which signals this thread blocks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_at_once(status: int) -> NoReturn:
     """Ends the process, and what it has started, without Python's cleanup.
 
