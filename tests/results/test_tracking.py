@@ -524,8 +524,15 @@ STEPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("has_answered", [True, False], ids=["answer lost", "call lost"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("step", "has_answered"),
+    [
+        *((step, True) for step in STEPS),
+        ("log_batch", False),
+        ("log_model_artifacts", False),
+        ("set_terminated", False),
+    ],
+)
 def test_a_study_that_was_cut_short_anywhere_is_logged_once_and_whole(
     new_tracker, tmp_path, monkeypatch, step, has_answered
 ):
