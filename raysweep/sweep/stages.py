@@ -226,7 +226,8 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
         if name := experiment.tracking.register_model:
             assert best.model_uri is not None
             version = recorder.call(Tracker.register, best.model_uri, name)
-            state.progress.say(f"registered {best.row.study}, the best by validation, as {name} version {version}")
+            if version:  # not where the store is lost
+                state.progress.say(f"registered {best.row.study}, the best by validation, as {name} version {version}")
     recorder.send(Tracker.finish, run_id)
     recorder.wait()
     if recorder.is_lost:
