@@ -5,6 +5,10 @@ encoder and on the data, so the nearest training image is compared with others o
 (Lowe 2004): a copy is far nearer than the tenth nearest. Measured with MobileNetV2, as the ratio of the two distances:
 photos rotated by up to 5 degrees have .04 (median), by up to 12 degrees .08; images without a copy .5 and more on the
 bean leaves and on drawn shapes, .32 and more on the digits.
+
+Features of few effective dimensions, as those of small or random encoders, have small ratios by chance: of k neighbours
+in m dimensions the nearest has a ratio below r with probability (k - 1) r^m. The dimension is estimated from the other
+neighbours (Levina and Bickel 2004), and the limit is lowered until fewer than one image is expected below it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import numpy as np
 
 NEIGHBOURS = 10  # a copy may have several others in train
 FEWEST_NEIGHBOURS = 4  # in a smaller class nothing tells how near its images are to one another
-MAX_RATIO = 0.15
+MAX_RATIO = 0.2
+EXPECTED_BY_CHANCE = 0.5  # images
 MAX_CHECKED = 1_000  # images of each split
 MAX_TRAIN_BYTES = 2**30  # of half floats
 ROWS_AT_ONCE = 256
@@ -54,7 +59,8 @@ def find_near_copies(features: np.ndarray, train: np.ndarray, labels: np.ndarray
     centre = train.mean(axis=0, dtype=np.float32)
     known = _directions(train, centre)
     members = {label: np.flatnonzero(labels == label) for label in np.unique(labels)}
-    found: list[NearCopy] = []
+    candidates: list[NearCopy] = []
+    ratios, dimensions = [np.empty(0)], [np.empty(0)]
     for start in range(0, len(features), ROWS_AT_ONCE):
         cosines = _directions(features[start : start + ROWS_AT_ONCE], centre) @ known.T
         nearest = cosines.argmax(axis=1)
@@ -62,14 +68,41 @@ def find_near_copies(features: np.ndarray, train: np.ndarray, labels: np.ndarray
             if len(members[label]) < FEWEST_NEIGHBOURS:
                 continue
             rows = np.flatnonzero(labels[nearest] == label)
-            place = min(NEIGHBOURS, len(members[label])) - 1
-            distances = np.partition(1 - cosines[np.ix_(rows, members[label])], [0, place], axis=1)
-            is_copy = distances[:, 0] <= MAX_RATIO * distances[:, place]
-            found += [
-                NearCopy(start + int(row), int(nearest[row]), float(cosines[row, nearest[row]]))
-                for row in rows[is_copy]
+            num_known = min(2 * NEIGHBOURS, len(members[label]))
+            distances = 1 - cosines[np.ix_(rows, members[label])]
+            distances = np.sort(np.partition(distances, num_known - 1, axis=1)[:, :num_known], axis=1)
+            distances = np.maximum(distances, 1e-12)
+            ratios.append(distances[:, 0] / distances[:, min(NEIGHBOURS, num_known) - 1])
+            dimensions.append(_dimensions(distances))
+            candidates += [
+                NearCopy(start + int(row), int(nearest[row]), float(cosines[row, nearest[row]])) for row in rows
             ]
+    own = np.concatenate(ratios)
+    limit = _largest_ratio(np.concatenate(dimensions))
+    found = [copy for copy, ratio in zip(candidates, own, strict=True) if ratio <= limit]
     return sorted(found, key=lambda copy: (-copy.similarity, copy.row))
+
+
+def _dimensions(distances: np.ndarray) -> np.ndarray:
+    """Estimates the effective dimension around each image, `(num_images,)`.
+
+    Args:
+        distances: `(num_images, num_neighbours)`, ascending. Only the farther half counts, since the nearer ones may be
+            copies: of k neighbours in m dimensions, log(distance k / distance j) is (1/j + ... + 1/(k - 1)) / m on
+            average.
+    """
+    num = distances.shape[1]
+    expected = np.cumsum(1 / np.arange(num - 1, num // 2, -1))[::-1]
+    logs = np.log(distances[:, -1:] / distances[:, num // 2 : -1])
+    return np.asarray(expected.sum() / np.maximum(logs.sum(axis=1), 1e-6))
+
+
+def _largest_ratio(dimensions: np.ndarray) -> float:
+    """Returns the ratio up to which an image counts as a copy, from the dimension around each image."""
+    if not len(dimensions):
+        return 0.0
+    by_chance = EXPECTED_BY_CHANCE / (len(dimensions) * (NEIGHBOURS - 1))
+    return min(MAX_RATIO, float(by_chance ** (1 / np.median(dimensions))))
 
 
 def _directions(features: np.ndarray, centre: np.ndarray) -> np.ndarray:
