@@ -349,9 +349,7 @@ CASES = {
     ),
     "data str": (
         "data: beans\n" + ENCODERS,
-        [
-            "data (line 1): expected keys and values, found 'beans'; its keys are " + ", ".join(DataConfig.model_fields)
-        ],
+        ["data (line 1): expected keys and values, found 'beans'; its keys are " + ", ".join(DataConfig.model_fields)],
     ),
     "recursive2": (
         DATA + "encoders: [{type: clip, use_pretrained: false, config: &a {x: *a}}]\n",
