@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes; each file of tests runs in one of them, since tests of a file share sweeps and clusters.
 PROCESSES ?= 2
 
-.PHONY: install run test test-all test-fast check bench ui schema lock audit licences clean
+.PHONY: install run test test-all test-fast fuzz check bench ui schema lock audit licences clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ test: install
 # With the tests that kill processes in the middle of a sweep; CI runs these.
 test-all: install
 	$(PYTEST)
+
+# What reads experiment files and tables, with 10,000 random inputs of each kind; a quarter of an hour.
+fuzz: install
+	RAYSWEEP_FUZZ_EXAMPLES=10000 $(PYTEST) tests/experiment/test_fuzz.py tests/images/test_fuzz_tables.py
 
 # What needs neither Ray nor other processes: for every change while one works on the code.
 test-fast: install

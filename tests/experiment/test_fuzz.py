@@ -1,5 +1,6 @@
 """Any file at all is either an experiment or a ConfigError; nothing else is raised."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,19 +92,18 @@ def check(path: Path, content: bytes) -> None:
     assert load_experiment(path) == experiment
 
 
-SIZES = [pytest.param(60, id="60"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
+NUM_EXAMPLES = int(os.environ.get("RAYSWEEP_FUZZ_EXAMPLES", "60"))  # make fuzz takes 10,000
 
 
-@pytest.mark.parametrize("num_examples", SIZES)
 @pytest.mark.parametrize("strategy", ["values", "texts", "bytes"])
-def test_any_file_is_an_experiment_or_a_config_error(tmp_path, strategy, num_examples):
+def test_any_file_is_an_experiment_or_a_config_error(tmp_path, strategy):
     contents = {
         "values": changed_experiments().map(lambda text: text.encode(errors="surrogatepass")),
         "texts": changed_texts().map(lambda text: text.encode(errors="surrogatepass")),
         "bytes": st.binary(max_size=200),
     }[strategy]
 
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(contents)
     def run(content):
         check(tmp_path / "x.yaml", content)
@@ -111,13 +111,12 @@ def test_any_file_is_an_experiment_or_a_config_error(tmp_path, strategy, num_exa
     run()
 
 
-@pytest.mark.parametrize("num_examples", SIZES)
-def test_any_override_is_taken_or_a_config_error(tmp_path, num_examples):
+def test_any_override_is_taken_or_a_config_error(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(TEXTS[0])
     keys = st.lists(st.sampled_from(WORDS) | st.integers(0, 3).map(str) | st.text(max_size=3), min_size=1, max_size=4)
 
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(keys, values.map(str) | st.text(max_size=20) | st.sampled_from(WORDS))
     def run(key, value):
         with suppress(ConfigError):

@@ -119,7 +119,7 @@ CONTENTS = {
     "parquet": parquet(),
     "bytes": st.tuples(suffixes, st.binary(max_size=200)),
 }
-SIZES = [pytest.param(75, id="75"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
+NUM_EXAMPLES = int(os.environ.get("RAYSWEEP_FUZZ_EXAMPLES", "75"))  # make fuzz takes 10,000
 
 
 @pytest.fixture
@@ -131,12 +131,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("num_examples", SIZES)
 @pytest.mark.parametrize("kind", CONTENTS)
-def test_any_table_is_an_index_or_a_data_error(folder, kind, num_examples):
+def test_any_table_is_an_index_or_a_data_error(folder, kind):
     outcomes = {True: 0, False: 0}
 
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(CONTENTS[kind], st.sampled_from([{}, {}, {"image_folder": "folder"}, {"image_suffix": ".jpg, .png"}]))
     def run(content, keys):
         table = folder / f"table{content[0]}"
