@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from raysweep.errors import DataError
 from raysweep.images.splits import count_of
@@ -78,6 +76,9 @@ def join_copies(groups: Sequence[str | None], hashes: Sequence[str]) -> list[str
     """
     if not any(groups):
         return list(hashes)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     named = [f"group:{group}" if group else content for group, content in zip(groups, hashes, strict=True)]
     nodes = {name: number for number, name in enumerate(dict.fromkeys([*hashes, *named]))}
     ends = [nodes[content] for content in hashes], [nodes[name] for name in named]

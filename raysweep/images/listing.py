@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -186,6 +187,8 @@ def _class_folders_like(source: str, tables: Listing, images: list[str], found: 
 def _list_sklearn(source: str) -> Listing:
     if source not in SKLEARN_SOURCES:
         raise DataError(f"data.source: no source '{source}'; {did_you_mean(source, SKLEARN_SOURCES)}")
+    if threading.active_count() > 1:  # scipy, imported while Ray's thread is halfway through importing torch, fails
+        import torch  # noqa: F401
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -7,12 +7,8 @@ from benchmarks.soak import VICTIMS
 
 pytestmark = pytest.mark.slow
 
-# What the driver has said, and the seconds that it goes on: while images are read, while Ray starts, in the pass,
-# while probes train, while it tests and exports, while others train, and at the end.
-MOMENTS = [
-    ("reading", 0), ("reading", 1.5), ("images in", 0), ("Ray is up", 0), ("encoder pass", 0), ("encoder pass", 2),
-    ("linear_probe: test accuracy", 0), ("from_scratch: test accuracy", 0), ("fine_tune: test accuracy", 0),
-]  # fmt: skip
+# What the driver has said, and the seconds that it goes on; benchmarks/soak.py tries random moments.
+MOMENTS = [("reading", 1.5), ("encoder pass", 0), ("linear_probe: test accuracy", 0), ("fine_tune: test accuracy", 0)]
 
 
 @pytest.mark.parametrize(("says", "seconds"), MOMENTS)
@@ -38,6 +34,8 @@ def test_a_driver_killed_again_and_again(sweep, uninterrupted):
 @pytest.mark.parametrize("victim", [name for name, title in VICTIMS.items() if title])
 def test_another_process_killed(sweep, uninterrupted, victim):
     running = sweep.start()
+    if victim in ("raylet", "GCS"):
+        running.wait_until(says="Ray is up")
     running.wait_for(VICTIMS[victim]).kill()
     ended = running.wait(timeout=200)
     assert "Traceback" not in ended.stderr
@@ -53,6 +51,6 @@ def test_nothing_of_a_killed_sweep_runs_on(sweep):
     running.wait_until(says="Ray is up")
     started = running.process.children(recursive=True)
     running.kill()
-    gone, alive = psutil.wait_procs(started, timeout=60)
+    gone, alive = psutil.wait_procs(started, timeout=120)  # Ray's agents wait for its GCS
     assert gone
     assert alive == []
