@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raysweep.cluster.resources import local_resources
-from raysweep.cluster.signals import before_leaving, deaf_to_hangups, fail_command
+from raysweep.cluster.signals import before_leaving, deaf_to_signals, fail_command
 from raysweep.errors import ResourceError
 
 LOOPBACK = "127.0.0.1"
@@ -57,7 +57,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
 
     with private_folder() as folder:
         try:
-            with _own_settings(), deaf_to_hangups():
+            with _own_settings(), deaf_to_signals():
                 # Without "local", Ray would look for a running cluster on this machine and join it.
                 ray.init(
                     address="local",
@@ -70,7 +70,17 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             raise ResourceError(f"Ray cannot start on this machine, with its files in {folder} ({reason})") from error
+        _end_by_sigkill()
         yield
+
+
+def _end_by_sigkill() -> None:
+    """Lets Ray end its processes by SIGKILL. It would send SIGTERM, to which they are deaf, and wait a second for each."""
+    import ray
+
+    for started in ray._private.worker._global_node.all_processes.values():
+        for each in started:
+            each.process.terminate = each.process.kill
 
 
 @contextmanager

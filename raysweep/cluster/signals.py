@@ -160,12 +160,13 @@ def keep_signal_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def deaf_to_hangups() -> Iterator[None]:
-    """Lets processes that start in this block survive a terminal that closes: the sweep needs them to end in order.
+def deaf_to_signals() -> Iterator[None]:
+    """Lets processes that start in this block survive signals that end the sweep: it needs them to end in order.
 
-    The kernel sends SIGHUP to all processes of the terminal. New processes inherit which signals this thread blocks.
+    A terminal that closes sends SIGHUP to all of its processes, and `timeout`, systemd and Slurm send SIGTERM to all of
+    a command's. New processes inherit which signals this thread blocks. They end with SIGKILL, or by themselves.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.resources import Resources, check_resources, local_resources
 from raysweep.cluster.session import RaySession
-from raysweep.cluster.signals import deaf_to_hangups
+from raysweep.cluster.signals import deaf_to_signals
 from raysweep.errors import ConfigError
 from raysweep.experiment.config import Experiment, resolved_yaml
 from raysweep.images.index import ImageIndex, load_index
@@ -60,7 +60,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
             if not paths.has_features and not joins_cluster():
                 ray.prepare(warm_up_pass)
         name = experiment.tracking.experiment or experiment.name
-        with deaf_to_hangups():
+        with deaf_to_signals():
             recorder = start_recorder(experiment.tracking.uri, name, progress.say)
         stack.callback(recorder.close)
         progress.say(f"reading {experiment.data.source}")

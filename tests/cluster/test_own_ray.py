@@ -190,7 +190,9 @@ def test_others_on_the_machine_get_no_work_and_no_files(session, temporary):
     assert len(running) > 5
     assert listening_addresses(running | {process.pid}) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     status = Path(f"/proc/{told['processes']['raylet']}/status").read_text()
-    assert int(re.search(r"^SigBlk:\s+(\w+)", status, re.M)[1], 16) & 1, "a closed terminal does not end it"
+    blocked = int(re.search(r"^SigBlk:\s+(\w+)", status, re.M)[1], 16)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        assert blocked & 1 << number - 1, f"{number.name} to all processes does not end it"
     token = told["worker"]["RAY_AUTH_TOKEN"]
     assert (len(token), told["driver"]["RAY_AUTH_TOKEN"]) == (64, "known-to-others")
     # The token stands in no file and on no command line.
@@ -220,6 +222,22 @@ def test_a_process_of_ray_that_dies_is_named_soon(session, temporary, name):
     assert "Traceback" not in said
     assert_empty_soon(temporary, others=set())
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_sigterm_to_all_processes_ends_only_the_driver(session, temporary):
+    """So send it `timeout`, systemd and Slurm. Ray's C++ code would end the driver if its raylet ended first."""
+    process, _ = session()
+    running = processes_in(temporary)
+    for number in running - {process.pid}:
+        os.kill(number, signal.SIGTERM)
+    time.sleep(1)
+    assert processes_in(temporary) >= running
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert_empty_soon(temporary, others=set())
 
 
 @pytest.mark.ray
