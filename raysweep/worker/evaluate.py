@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.storage.copies import local_path, location
 from raysweep.training.baselines import RUN_BASELINE
@@ -54,7 +56,14 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
 
 
 def _evaluate(job: Job, logits: Sequence[Tensor]) -> TestMetrics:
-    return evaluate_test([one.numpy() for one in logits], job.rows["test"].labels, job.loop.seed)
+    found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels, job.loop.seed)
+    if broken := [name for name, value in found.values.items() if not math.isfinite(value)]:
+        num_bad = sum(int((~one.isfinite()).any(1).sum()) for one in logits)
+        raise TrialError(
+            f"{', '.join(broken)} on the test split are not finite numbers: the classifier's outputs overflow for "
+            f"{num_bad} of its {found.num_rows} images"
+        )
+    return found
 
 
 def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResult:

@@ -147,3 +147,16 @@ def test_a_classifier_is_tested_with_the_weights_of_its_checkpoint(tmp_path):
     assert result.error is None
     assert result.metrics.values == pytest.approx(expected.values, abs=1e-4)
     assert result.metrics.confusion_matrix == expected.confusion_matrix
+
+
+def test_a_head_that_overflows_fails_its_own_test(job, tmp_path):
+    """Its metrics would be NaN, which no leaderboard can hold."""
+    (fine,), (broken,) = make_heads(1), make_heads(1)
+    broken.weight.data.fill_(3e38)
+    chosen = {"probe-all": save(tmp_path / "broken", [broken]), "probe-few": save(tmp_path / "fine", [fine])}
+    found = run_test(job, test_work(checkpoints=chosen))
+    assert found["probe-all"].error == (
+        "TrialError: accuracy, macro_f1, loss on the test split are not finite numbers: the classifier's outputs "
+        "overflow for 12 of its 12 images"
+    )
+    assert found["probe-few"].error is None
