@@ -29,10 +29,10 @@ class Ranking:
             tie_breaker: the metric that breaks ties; lower is better.
 
         Raises:
-            KeyError: one of the two metrics is missing.
+            KeyError: the ranking metric is missing. Without the tie breaker, a tie is lost.
         """
         value = metrics[self.metric] if self.direction == "maximize" else -metrics[self.metric]
-        return _finite(value), _finite(-metrics[tie_breaker])
+        return _finite(value), _finite(-metrics.get(tie_breaker, math.inf))
 
     def is_usable(self, metrics: Mapping[str, float]) -> bool:
         """Whether the ranking metric exists and is finite."""

@@ -65,6 +65,11 @@ def test_a_metric_that_is_missing_is_not_ranked_as_if_it_were_bad():
         Ranking("val/macro_f1").key(FIRST)
 
 
+def test_without_the_tie_breaker_a_tie_is_lost():
+    assert ranked(Ranking(), {"val/accuracy": 0.5}, FIRST) == [1, 0]
+    assert ranked(Ranking(), LOWER, {"val/accuracy": 0.6}) == [1, 0]
+
+
 def test_a_ranking_is_a_value():
     ranking = Ranking("val/loss", "minimize")
     assert pickle.loads(pickle.dumps(ranking)) == ranking == Ranking("val/loss", "minimize") != Ranking()
