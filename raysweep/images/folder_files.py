@@ -86,19 +86,28 @@ def _walk(folder: str, enter_ignored: bool) -> Iterator[tuple[str, bool]]:
         real = os.path.realpath(path)
         with os.scandir(path) as entries:
             for entry in entries:
-                if _is_ignored(entry.name) and entry.is_dir():
+                is_folder = _is_folder(entry)
+                if _is_ignored(entry.name) and is_folder:
                     if enter_ignored:
                         yield from _files_within(entry.path)
-                elif entry.is_dir():
+                elif is_folder:
                     if os.path.realpath(entry.path) not in (*above, real):
                         yield entry.path, True
                         yield from walk(entry.path, (*above, real))
                 # A broken link is listed, and becomes a bad row. A pipe or socket is not: reading it would block.
-                elif entry.is_file() or not os.path.exists(entry.path):
+                elif not os.path.exists(entry.path) or entry.is_file():
                     yield entry.path, False
 
     for path, is_folder in walk(folder, ()):
         yield os.path.relpath(path, folder).replace(os.sep, "/"), is_folder
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _files_within(folder: str) -> Iterator[tuple[str, bool]]:
