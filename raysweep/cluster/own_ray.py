@@ -75,7 +75,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _end_by_sigkill() -> None:
-    """Lets Ray end its processes by SIGKILL. It would send SIGTERM, to which they are deaf, and wait a second for each."""
+    """Lets Ray end its processes by SIGKILL: they are deaf to its SIGTERM, and it would wait a second for each."""
     import ray
 
     for started in ray._private.worker._global_node.all_processes.values():
