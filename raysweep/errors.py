@@ -5,7 +5,9 @@ user can fix. `assert` checks our own invariants.
 """
 
 import difflib
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from urllib.parse import unquote
@@ -86,6 +88,23 @@ def printable(text: str, keep: str = "") -> str:
 def _steers(character: str) -> bool:
     # Cc control, Cf format (without joiners, which scripts and emoji need), Cs lone surrogate, Zl and Zp line breaks.
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
+
+
+def print_output(text: str) -> None:
+    """Prints a result to stdout; characters that its encoding lacks are escaped.
+
+    Raises:
+        RaysweepError: nobody reads it any more, as of `| head`, or the disk is full.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        # What is left in the buffer goes nowhere, or Python would try again when it ends.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        raise RaysweepError(f"the output cannot be written to ({error.strerror})") from error
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.cluster.signals import stop_signals
-from raysweep.errors import DataError, RaysweepError, printable
+from raysweep.errors import DataError, RaysweepError, print_output, printable
 
 if TYPE_CHECKING:
     from raysweep.results.model import Model
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals() as signals:
         try:
             return _run(options)
+        except RaysweepError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return signals.exit_status
@@ -45,20 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from raysweep.results.model import load_model
-    from raysweep.storage.copies import fetch_folder, local_path
+    from raysweep.storage.copies import fetch_folder, is_bucket, local_path
 
-    try:
-        folder = local_path(options.model)
+    folder = local_path(options.model)
+    if is_bucket(options.model):
         fetch_folder(folder)
-        model = load_model(folder)
-    except RaysweepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = load_model(folder)
     failures: list[str] = []
     paths = [path for named in options.images for path in _images_of(named, failures)]
     predictions = list(_predict(model, paths, failures))
     if options.format == "json":
-        print(json.dumps(predictions, indent=2))
+        print_output(json.dumps(predictions, indent=2))
     else:
         _print_table(predictions)
     for failure in failures:
@@ -68,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _images_of(named: Path, failures: list[str]) -> list[Path]:
     """Returns the images of a folder and the folders in it, sorted, or the named file. Says what it passes over."""
-    if not named.is_dir():
+    if not os.path.isdir(named):  # unlike a path's own method, it takes names that are too long
         return [named]
     from raysweep.images.folder_files import kinds_of, list_folder
     from raysweep.images.formats import IMAGE_SUFFIXES
@@ -94,7 +95,7 @@ def _predict(model: Model, paths: Sequence[Path], failures: list[str]) -> Iterat
         readable, pixels = [], []
         for path in paths[start : start + BATCH]:
             try:
-                if path.exists() and not path.is_file():  # a pipe would block
+                if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
                     raise DataError("not a regular file")
                 pixels.append(model.preprocess(path.read_bytes()))
                 readable.append(path)
@@ -113,7 +114,7 @@ def _print_table(predictions: Sequence[dict[str, Any]]) -> None:
     for name, prediction in zip(names, predictions, strict=True):
         ordered = sorted(prediction["probabilities"].items(), key=lambda item: -item[1])[:5]
         others = "  ".join(f"{printable(label)} {probability:.3f}" for label, probability in ordered)
-        print(f"{name:<{width}}  {printable(prediction['label'])}  ({others})")
+        print_output(f"{name:<{width}}  {printable(prediction['label'])}  ({others})")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.cluster.signals import leave_at_once, stop_signals
-from raysweep.errors import RaysweepError, hide_secrets, printable
+from raysweep.errors import RaysweepError, hide_secrets, print_output, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from raysweep.experiment.config import Experiment
     from raysweep.results.leaderboard import Row
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.print_schema:
                 from raysweep.experiment.config import experiment_schema
 
-                print(json.dumps(experiment_schema(), indent=2))
+                print_output(json.dumps(experiment_schema(), indent=2))
                 return 0
             if options.experiment is None:
                 parser.error("an experiment file is needed, e.g. experiments/quickstart.yaml")
@@ -102,7 +104,6 @@ def _run(experiment: Experiment, verbose: bool) -> int:
     from raysweep.results.progress import Progress
 
     with Progress() as progress:
-        from raysweep.results.leaderboard import render_leaderboard
         from raysweep.sweep.sweep import SweepStopped, run_sweep
 
         console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
@@ -110,14 +111,22 @@ def _run(experiment: Experiment, verbose: bool) -> int:
             result = run_sweep(experiment, progress, verbose)
         except SweepStopped as stop:
             if stop.rows:
-                console.print(render_leaderboard(stop.rows))
+                _print_board(console, stop.rows)
             raise
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
-    console.print(render_leaderboard(result.rows))
+    _print_board(console, result.rows)
     _print_lines(_next_steps(experiment, result.rows))
     for failure in result.failures:
         print(f"error: {printable(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
+
+
+def _print_board(console: Console, rows: Sequence[Row]) -> None:
+    from raysweep.results.leaderboard import render_leaderboard
+
+    with console.capture() as board:
+        console.print(render_leaderboard(rows))
+    print_output(board.get().removesuffix("\n"))
 
 
 def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
@@ -137,7 +146,7 @@ def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    print("\n".join(map(printable, lines)), flush=True)
+    print_output("\n".join(map(printable, lines)))
 
 
 def _relative(path: str) -> str:

@@ -1,8 +1,9 @@
+import io
 import pickle
 
 import pytest
 
-from raysweep.errors import ConfigError, DataError, RaysweepError, has_secrets, hide_secrets, printable
+from raysweep.errors import ConfigError, DataError, RaysweepError, has_secrets, hide_secrets, print_output, printable
 
 SECRETS = {
     "s3://KEY:SEC/RET@bucket/x": "s3://...@bucket/x",
@@ -65,3 +66,17 @@ def test_what_can_be_read_stays(text):
 
 def test_an_error_keeps_its_lines():
     assert str(RaysweepError("two problems:\n  one\n  two\x1b")) == "two problems:\n  one\n  two\\x1b"
+
+
+def test_output_is_escaped_where_an_encoding_lacks_its_characters(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    print_output("caf\u00e9 \u65e5")
+    assert written.getvalue() == b"caf\\xe9 \\u65e5\n"
+
+
+def test_output_on_a_full_disk_is_an_error(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(RaysweepError, match=r"the output cannot be written to \(No space left"):
+            print_output("result")

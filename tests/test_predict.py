@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,6 +102,32 @@ def test_names_and_labels_cannot_steer_the_terminal(folder, capsys):
     assert "safe\\u202eexe\\ncat" in out
     assert len(out.splitlines()) == 1
     assert err == "error: c\\x1b.png: No such file or directory\n"
+
+
+def test_names_that_lead_nowhere_are_named(folder, capsys):
+    (folder / "more").mkdir()
+    (folder / "more" / "self.png").symlink_to("self.png")
+    shutil.copy("one.png", "more/one.png")
+    too_long = 300 * "y"
+    assert predict.main(["model", "more", too_long, "one.png/x"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("more/one.png  class 6")
+    assert err.splitlines() == [
+        "error: more/self.png: Too many levels of symbolic links",
+        f"error: {too_long}: File name too long",
+        "error: one.png/x: Not a directory",
+    ]
+    assert predict.main([too_long, "one.png"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {too_long}: the exported model is damaged")
+
+
+def test_nobody_reads_the_output_any_more(folder):
+    command = [sys.executable, "-m", "raysweep.predict", "model", "one.png"]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written to (Broken pipe)\n")
 
 
 def test_nothing_readable_is_still_valid_json(folder, capsys):
