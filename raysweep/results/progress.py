@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -51,11 +52,13 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line with the seconds since the start."""
-        self.console.print(f"[{self.elapsed:6.1f} s] {printable(text)}", markup=False, emoji=False)
+        with suppress(OSError):  # a full disk under a log must not end the sweep
+            self.console.print(f"[{self.elapsed:6.1f} s] {printable(text)}", markup=False, emoji=False)
 
     def warn(self, text: str) -> None:
         """Prints a warning in yellow."""
-        self.console.print(f"warning: {printable(text)}", style="yellow", markup=False, emoji=False)
+        with suppress(OSError):
+            self.console.print(f"warning: {printable(text)}", style="yellow", markup=False, emoji=False)
 
     @property
     def elapsed(self) -> float:
@@ -96,5 +99,5 @@ def _stderr_console() -> Console:
         is_stderr = sys.stderr.fileno() == 2
     except (OSError, ValueError):
         is_stderr = False
-    file = os.fdopen(os.dup(2), "w", buffering=1) if is_stderr else sys.stderr
+    file = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") if is_stderr else sys.stderr
     return Console(file=file, stderr=True, highlight=False, soft_wrap=True)

@@ -1,3 +1,4 @@
+import errno
 import io
 from types import SimpleNamespace
 
@@ -129,3 +130,14 @@ def test_labels_can_neither_steer_the_terminal_nor_be_markup(is_terminal):
         assert steering not in text
     if is_terminal:
         assert "[blue]probe\\x1b[2J[/blue]" in text
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    progress = Progress(Console(file=FullDisk()))
+    progress.say("still here")
+    progress.warn("still here")
