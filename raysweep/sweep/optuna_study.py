@@ -6,7 +6,6 @@ new Tune run for the rest of the budget.
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.errors import TrialError
 from raysweep.experiment.search_blocks import SearchBlock, population_size
-from raysweep.experiment.space import (
-    Choices,
-    Dimension,
-    FloatRange,
-    Scheduler,
-    fit_to_space,
-    grid,
-    num_grid_points,
+from raysweep.experiment.space import Dimension, fit_to_space, grid, num_grid_points
+from raysweep.sweep.optuna_trials import (
+    CONTINUES,
+    ENDED,
+    RESULT,
+    STOPPED,
+    continuation_of,
+    distribution_of,
+    draw_numbers,
+    folder_number_of,
+    read_result,
+    seconds_worked,
+    setting_of,
 )
+from raysweep.sweep.schedulers import pruner_of
 from raysweep.sweep.trial_store import open_store
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import TrialResult, field_values
@@ -31,13 +36,7 @@ from raysweep.worker.job import TrialResult, field_values
 if TYPE_CHECKING:
     import optuna
 
-RUNG_PREFIX = "completed_rung_"  # prefix of the system attributes in which Optuna's ASHA stores compared values
-STOPPED = "stopped"  # user attribute of a trial that its scheduler stops
-MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
-RESULT = "record"  # user attribute of a trial that has ended: its TrialResult, and when it ended
-ENDED = "ended"  # the latter's key: `time.time()`
 HEAD = "head"  # user attribute of a study: signature of the weights of its best head, by number of the trial
-CONTINUES = "continues"  # user attribute: number of the interrupted trial that a trial continues
 
 
 def open_optuna_study(
@@ -69,7 +68,7 @@ def open_optuna_study(
         storage=open_store(store) if isinstance(store, Path | str) else store,
         study_name=name,
         direction=ranking.direction,
-        pruner=_pruner(block.scheduler),
+        pruner=pruner_of(block.scheduler),
         load_if_exists=True,
     )
     study = OptunaStudy(opened, block, space, ranking, seed)
@@ -90,7 +89,7 @@ class OptunaStudy:
         from raysweep.sweep.sampling import SettingSampler
 
         self.study, self.block, self.space, self.ranking = study, block, dict(space), ranking
-        self.distributions = {name: _distribution(dimension) for name, dimension in space.items()}
+        self.distributions = {name: distribution_of(dimension) for name, dimension in space.items()}
         self._sampler = SettingSampler(block.sampler, seed, self.distributions, ranking.direction)
         self._results: dict[int, TrialResult] = {}
         self._read_results()
@@ -110,25 +109,10 @@ class OptunaStudy:
                 self._tell(trial.number, self._results[trial.number])
                 continue
             # In this order a kill in between loses no setting. The next invocation finds the waiting trial.
-            folder_number = self.folder_number(trial.number)
+            folder_number = folder_number_of(trial)
             if not any(other.user_attrs.get(CONTINUES) == folder_number for other in trials[trial.number + 1 :]):
-                self.study.add_trial(self._continuation(trial))
+                self.study.add_trial(continuation_of(trial))
             self.study.tell(trial.number, state=TrialState.FAIL)
-
-    def _continuation(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-        """Returns a waiting trial as from `enqueue_trial`, plus the reported values: no epoch is compared twice."""
-        from optuna.trial import TrialState, create_trial
-
-        rungs = {name: value for name, value in trial.system_attrs.items() if name.startswith(RUNG_PREFIX)}
-        return create_trial(
-            state=TrialState.WAITING,
-            system_attrs={"fixed_params": _setting_of(trial), **rungs},
-            user_attrs={
-                CONTINUES: self.folder_number(trial.number),
-                **{name: True for name in (STOPPED,) if name in trial.user_attrs},
-            },
-            intermediate_values=trial.intermediate_values,
-        )
 
     def enqueue_first(self) -> None:
         """Enqueues the recommended settings, or the grid, without those that need no trial: the budget may grow."""
@@ -136,7 +120,7 @@ class OptunaStudy:
             first = grid(self.space)
         else:
             first = [fit_to_space(setting, self.space) for setting in self.block.mode.recommendations]
-        needless = [_setting_of(t) for t in self.study.get_trials(deepcopy=False) if not self._is_tried_again(t)]
+        needless = [setting_of(t) for t in self.study.get_trials(deepcopy=False) if not self._is_tried_again(t)]
         seen: dict[tuple[str, ...], set[tuple[Any, ...]]] = {}  # values of the keys of a setting, which may be a part
         # Not more than the budget, or one that waits would take the place of one that was interrupted.
         for setting in first[: self.block.num_trials]:
@@ -158,12 +142,11 @@ class OptunaStudy:
     def unfinished_folders(self) -> set[str]:
         """Names of the folders of trials that wait to be continued, or run."""
         trials = self.study.get_trials(deepcopy=False)
-        return {str(self.folder_number(trial.number)) for trial in trials if not trial.state.is_finished()}
+        return {str(folder_number_of(trial)) for trial in trials if not trial.state.is_finished()}
 
     def folder_number(self, number: int) -> int:
         """Returns the number that names a trial's folder: its own, or that of the trial that it continues."""
-        trial = self.study.get_trials(deepcopy=False)[number]
-        return int(trial.user_attrs.get(CONTINUES, number))
+        return folder_number_of(self.study.get_trials(deepcopy=False)[number])
 
     @property
     def results(self) -> list[TrialResult]:
@@ -189,21 +172,8 @@ class OptunaStudy:
 
     @property
     def seconds_spent(self) -> float:
-        """Time that was worked: wall time with a running trial, over all invocations; parallel trials count once.
-
-        Of an interrupted trial, the epochs that its continuation did not train again count.
-        """
-        spans = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if (result := self._results.get(trial.number)) is None or trial.datetime_start is None:
-                continue
-            complete = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
-            end = float(trial.user_attrs[RESULT].get(ENDED, complete))
-            seconds = end - trial.datetime_start.timestamp()
-            if CONTINUES in trial.user_attrs:
-                seconds = max(seconds, result.train_seconds)
-            spans.append((end - seconds, end))
-        return _covered(spans)
+        """Time that was worked, over all invocations."""
+        return seconds_worked(self.study.get_trials(deepcopy=False), self._results)
 
     def ask(self, num_trials: int) -> list[optuna.trial.Trial]:
         """Draws the settings of a Population, or of the rest of one that was interrupted."""
@@ -213,7 +183,7 @@ class OptunaStudy:
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
-        draws = _draw_numbers(trials)
+        draws = draw_numbers(trials)
         num_draws = len(set(draws))
         waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
         if any(CONTINUES in trial.user_attrs for trial in waiting):
@@ -223,7 +193,7 @@ class OptunaStudy:
         asked = []
         for place in range(num_trials):
             given = waiting[place] if place < len(waiting) else None
-            setting = _setting_of(given) if given else {}
+            setting = setting_of(given) if given else {}
             if self.distributions.keys() <= setting.keys():
                 self._sampler.add(setting)
             else:
@@ -259,23 +229,6 @@ class OptunaStudy:
         if stops:
             trial.set_user_attr(STOPPED, True)  # after a kill, the next sweep does not train it further
         return stops
-
-    def stopped_result(
-        self, trial: optuna.trial.Trial, study: str, history: Sequence[Mapping[str, float]]
-    ) -> TrialResult:
-        """Returns the result of a trial that its scheduler stopped, from its epochs so far."""
-        best = max(range(len(history)), key=lambda epoch: self.ranking.key(history[epoch]))
-        return TrialResult(
-            study=study,
-            number=trial.number,
-            setting=dict(trial.params),
-            history=tuple(history),
-            final=history[best],
-            best_epoch=best,
-            train_seconds=sum(epoch["time/epoch_s"] for epoch in history),
-            images_per_second=statistics.median(epoch["train/images_per_second"] for epoch in history),
-            pruned=True,
-        )
 
     def tell(self, trial: optuna.trial.Trial, result: TrialResult) -> None:
         """Records the end of a trial. A trial without a finite value fails, so that none stays RUNNING."""
@@ -318,59 +271,5 @@ class OptunaStudy:
         return result.error or f"{self.ranking.metric} was not a finite number"
 
 
-def read_result(values: Mapping[str, Any]) -> TrialResult:
-    """Reads a result from Optuna's journal. In version 0.1 it has no study, and its costs are under `details`."""
-    found = {"study": "", **values, **values.get("details", {}), "history": tuple(values["history"])}
-    found.pop("details", None)
-    found.pop(ENDED, None)
-    return TrialResult(**found)
-
-
-def _setting_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """Returns what is known of a trial's setting: what was enqueued, and what was drawn."""
-    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-
-
 def _values(setting: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
     return tuple(setting[name] for name in names)
-
-
-def _draw_numbers(trials: Sequence[optuna.trial.FrozenTrial]) -> list[int]:
-    """Returns the number of each trial in a sweep that nobody interrupted: continuations have that of their first."""
-    numbers: list[int] = []
-    num_continuations = 0
-    for trial in trials:
-        first = trial.user_attrs.get(CONTINUES)
-        numbers.append(trial.number - num_continuations if first is None else numbers[first])
-        num_continuations += first is not None
-    return numbers
-
-
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of the union of spans of time."""
-    seconds, until = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        seconds += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return seconds
-
-
-def _pruner(scheduler: Scheduler) -> optuna.pruners.BasePruner:
-    """ASHA: Li et al. 2020; median stopping rule: Golovin et al. 2017."""
-    import optuna
-
-    if scheduler == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    if scheduler == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=1)
-    return optuna.pruners.NopPruner()
-
-
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(dimension, Choices):
-        return CategoricalDistribution(dimension.choices)
-    if isinstance(dimension, FloatRange):
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return IntDistribution(dimension.low, dimension.high, log=dimension.log)

@@ -14,6 +14,8 @@ from raysweep.experiment.search_blocks import FineTuneSearch, LinearProbeSearch,
 from raysweep.sweep import optuna_study as module
 from raysweep.sweep import sampling
 from raysweep.sweep.optuna_study import open_optuna_study
+from raysweep.sweep.optuna_trials import continuation_of
+from raysweep.sweep.schedulers import stopped_result
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import TrialResult
 
@@ -257,7 +259,7 @@ def end(study, trial, accuracies):
     num_epochs, stopped = run_epochs(study, trial, accuracies)
     history = [epoch_of(accuracy) for accuracy in accuracies[:num_epochs]]
     if stopped:
-        study.tell(trial, study.stopped_result(trial, "study", history))
+        study.tell(trial, stopped_result(trial, "study", history, study.ranking))
     else:
         best = max(history, key=lambda epoch: epoch["val/accuracy"])
         study.tell(trial, replace(result_of(trial), final=best, history=tuple(history)))
@@ -308,7 +310,7 @@ def test_a_trial_without_a_finite_value_is_stopped(tmp_path, scheduler, recwarn)
         study.tell(trial, result_of(trial, 0.5, 0.5))
     (bad,) = study.ask(1)
     assert study.should_stop(bad, [epoch_of(0.5, float("nan"))])
-    study.tell(bad, study.stopped_result(bad, "study", [epoch_of(0.5, float("nan"))]))
+    study.tell(bad, stopped_result(bad, "study", [epoch_of(0.5, float("nan"))], study.ranking))
     again = open_study(tmp_path, scheduled(scheduler), metric="val/loss", direction="minimize")
     assert states(again)[-1] == "PRUNED"
     assert again.study.trials[-1].value is None
@@ -345,16 +347,6 @@ def test_a_stopped_trial_is_done_but_neither_chosen_nor_tried_again(tmp_path):
     assert again.study.trials[1].value == 0.4
     assert (again.num_done, again.num_remaining, again.best().number) == (2, 1, 0)
     assert again.ask(1)[0].params not in [one.params, two.params]
-
-
-def test_the_result_of_a_stopped_trial_holds_its_best_epoch(tmp_path):
-    study = open_study(tmp_path, scheduled())
-    (trial,) = study.ask(1)
-    history = [epoch_of(0.4, 1.0), epoch_of(0.6, 1.0), epoch_of(0.6, 0.9), epoch_of(0.5, 0.1), epoch_of(0.6, 0.9)]
-    stopped = study.stopped_result(trial, "study", history)
-    assert (stopped.final, stopped.best_epoch) == (history[2], 2)
-    assert (stopped.study, stopped.number, stopped.setting) == ("study", trial.number, trial.params)
-    assert (stopped.train_seconds, stopped.images_per_second) == (10.0, 50.0)
 
 
 def test_only_stopped_trials_are_no_success(tmp_path):
@@ -466,7 +458,7 @@ def test_a_journal_of_version_0_1_is_read(tmp_path):
     assert open_study(tmp_path).results == [
         replace(whole, study=""),  # nobody asks it of a trial that is over
         replace(failure_of(trials[1], "out of memory"), study=""),
-        study.stopped_result(trials[2], "", [epoch_of(0.4)]),
+        stopped_result(trials[2], "", [epoch_of(0.4)], study.ranking),
     ]
 
 
@@ -561,7 +553,7 @@ def test_a_kill_between_a_continuation_and_the_end_of_what_it_continues_doubles_
     (lost,) = killed.ask(1)
     again = open_study(tmp_path / "other", fine_tune(num_trials=1))
     again.study = killed.study
-    again.study.add_trial(again._continuation(killed.study.trials[lost.number]))  # and is killed
+    again.study.add_trial(continuation_of(killed.study.trials[lost.number]))  # and is killed
     study = open_study(tmp_path, fine_tune(num_trials=1))
     continued = [trial for trial in study.study.trials if "continues" in trial.user_attrs]
     assert [trial.state.name for trial in continued] == ["WAITING"]

@@ -140,7 +140,7 @@ def test_a_resumed_budget_is_what_is_left(open_state):
     first = study_of(open_state(**probe(num_trials=8, population=6)))
     tell_all(first, first.ask())
     again = study_of(open_state(**probe(num_trials=8, population=6)))
-    assert (again.num_left, again.num_done) == (2, 6)
+    assert (again.num_left, again.progress.num_done) == (2, 6)
     assert len(again.ask()) == 2
     assert again.ask() == []
 
@@ -228,7 +228,7 @@ def test_a_trial_missing_from_the_results_fails_alone(open_state):
     study.tell(first.number, None, "the worker process died")
     study.tell(second.number, result_of(second), "the worker process died")
     assert [result.error is None for result in study.optuna_study.results] == [False, True]
-    assert study.num_done == 2
+    assert study.progress.num_done == 2
 
 
 def test_a_trial_without_a_finite_metric_is_logged_as_failed(open_state):
@@ -285,7 +285,7 @@ def test_a_stopped_trial_is_told_logged_and_shown_as_such_and_leaves_no_weights(
     last.parent.mkdir(parents=True)
     last.write_text("")
     shown = []
-    study._show = shown.append
+    study.progress.show = shown.append
     assert report(study, bad, [0.4, 0.4, 0.4]) == 1
     study.tell(bad.number, None, "the worker process died")
     assert not last.parent.exists()
