@@ -33,15 +33,24 @@ def joined_cluster(options: Mapping[str, Any]) -> Iterator[None]:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
-    check_address(address)
     try:
+        check_address(_find_cluster() if address == "auto" else address)
         ray.init(**options)
+    except ResourceError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         if "Version mismatch" in reason:
             reason += "; install the versions of the cluster here, or use raysweep submit"
         raise ResourceError(f"RAY_ADDRESS: the Ray cluster at '{address}' cannot be joined ({reason})") from error
     yield
+
+
+def _find_cluster() -> str:
+    """Returns the address that Ray finds for `auto`; the machine may have left it, and Ray would try for minutes."""
+    from ray._private import services
+
+    return str(services.canonicalize_bootstrap_address("auto") or "auto")
 
 
 def check_address(address: str) -> None:

@@ -114,7 +114,8 @@ class RaySession:
 
     def close(self) -> None:
         """Shuts Ray down, and waits until this is done; or until the process ends, if a signal ends it now."""
-        if is_stopping() and not joins_cluster():
+        has_joined = joins_cluster() and self._resources is not None and self._resources.done()
+        if is_stopping() and not has_joined:
             return  # Ray may be starting, or busy; it ends with this process (`leave_at_once`)
         self.leave()
         self._thread.shutdown()

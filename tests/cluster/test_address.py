@@ -68,6 +68,17 @@ def test_a_word_without_a_cluster_is_refused(monkeypatch):
         ray_session(verbose=False).__enter__()
 
 
+def test_a_cluster_that_is_found_and_does_not_answer_is_named_at_once(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(lambda: {address}))
+        monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
+        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: no Ray cluster answers at '{address}'"):
+            ray_session(verbose=False).__enter__()
+
+
 @pytest.mark.parametrize(("address", "joins"), [("", False), ("local", False), ("auto", True), ("head:6379", True)])
 def test_which_addresses_join_a_cluster(address, joins, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)

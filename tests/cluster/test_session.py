@@ -3,6 +3,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -67,7 +68,8 @@ def test_ray_is_started_once_and_left_by_the_thread_that_started_it(sessions):
     session.start()
     session.start()
     assert session.resources is session.resources
-    session.leave()
+    if not left:
+        session.leave()
     session.close()
     assert [event for event, _ in sessions.events] == ["started", "left"]
     (thread,) = {thread for _, thread in sessions.events}
@@ -85,9 +87,28 @@ def test_asking_for_resources_starts_ray(sessions):
 
 def test_what_was_never_started_is_not_left(sessions):
     session = RaySession(False)
-    session.leave()
+    if not left:
+        session.leave()
     session.close()
     assert sessions.events == []
+
+
+@pytest.mark.parametrize("address", ["", "head:6379"])
+def test_a_signal_ends_a_sweep_while_ray_still_starts(sessions, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster, "is_stopping", lambda: True)
+    session = RaySession(False)
+    session.start()
+    began = time.monotonic()
+    session.close()
+    assert time.monotonic() - began < 5
+    sessions.may_start.set()
+    assert session.resources == Resources(4, 1)
+    session.close()
+    left = [name for name, _ in sessions.events] == ["started", "left"]
+    assert left is bool(address), "a cluster outlives this process"
+    if not left:
+        session.leave()
 
 
 def test_a_cluster_that_is_not_there_shows_when_it_is_needed(sessions):
@@ -166,7 +187,8 @@ LEAVE = """
 
     gc.set_threshold(1, 1, 1)
     threading.Thread(target=litter).start()
-    session.leave()
+    if not left:
+        session.leave()
     assert not _holds_ray()
     while kept:
         kept.pop()
