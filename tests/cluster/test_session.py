@@ -68,8 +68,7 @@ def test_ray_is_started_once_and_left_by_the_thread_that_started_it(sessions):
     session.start()
     session.start()
     assert session.resources is session.resources
-    if not left:
-        session.leave()
+    session.leave()
     session.close()
     assert [event for event, _ in sessions.events] == ["started", "left"]
     (thread,) = {thread for _, thread in sessions.events}
@@ -87,8 +86,7 @@ def test_asking_for_resources_starts_ray(sessions):
 
 def test_what_was_never_started_is_not_left(sessions):
     session = RaySession(False)
-    if not left:
-        session.leave()
+    session.leave()
     session.close()
     assert sessions.events == []
 
@@ -187,8 +185,7 @@ LEAVE = """
 
     gc.set_threshold(1, 1, 1)
     threading.Thread(target=litter).start()
-    if not left:
-        session.leave()
+    session.leave()
     assert not _holds_ray()
     while kept:
         kept.pop()
