@@ -41,7 +41,7 @@ REBUILT = {
     "results, a model's description, the journal's last line": [
         ("runs/digits/studies/dinov2-linear_probe/*/result.json", cut),
         ("runs/digits/studies/dinov2-ridge/*/result.json", empty),
-        ("runs/digits/models/dinov2-knn/model.json", cut),
+        ("runs/digits/models/stacked_cnn-from_scratch/model.json", cut),
         ("runs/digits/optuna.journal", cut_last_line),
     ],
     "the best checkpoint of a probe": [
