@@ -210,7 +210,8 @@ def test_others_on_the_machine_get_no_work_and_no_files(session, temporary):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_a_process_of_ray_that_dies_is_named_soon(session, temporary, name):
     process, told = session()
     os.kill(told["processes"][name], signal.SIGKILL)

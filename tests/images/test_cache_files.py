@@ -242,7 +242,7 @@ def good_rows():
     ("kind", "num_gpus", "damage"),
     [
         ("features", 0, partial(change, offset=700)),
-        ("features", 0, Path.unlink),
+        pytest.param("features", 0, Path.unlink, marks=pytest.mark.slow),
         ("pixels", 0, partial(change, offset=700)),
         pytest.param("features", 1, Path.unlink, marks=pytest.mark.slow),
     ],
@@ -288,7 +288,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", ["features", "pixels"])
+@pytest.mark.parametrize("kind", ["features", pytest.param("pixels", marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_and_leaves_nothing(ray_started, encoder, image_index, small_disk, kind):
     folder, give_room = small_disk
     cache = folder / "cache"

@@ -44,6 +44,7 @@ def test_an_image_that_has_changed_since_it_was_hashed_is_bad(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cache_does_not_keep_what_a_pass_did_not_get(folder, tmp_path):
     index = load_index(DataConfig(source=str(folder)), seed=0)
     before = (folder / "a" / "02.png").read_bytes()
