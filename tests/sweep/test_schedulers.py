@@ -18,7 +18,13 @@ def epoch_of(accuracy, loss=1.0, images_per_second=50.0):
 
 def test_the_result_of_a_stopped_trial_holds_its_best_epoch():
     trial = SimpleNamespace(number=7, params={"learning_rate": 0.1})
-    history = [epoch_of(0.4, 1.0), epoch_of(0.6, 1.0), epoch_of(0.6, 0.9, 10.0), epoch_of(0.5, 0.1), epoch_of(0.6, 0.9)]
+    history = [
+        epoch_of(0.4, 1.0),
+        epoch_of(0.6, 1.0),
+        epoch_of(0.6, 0.9, 10.0),
+        epoch_of(0.5, 0.1),
+        epoch_of(0.6, 0.9, 99.0),
+    ]
     stopped = stopped_result(trial, "study", history, Ranking("val/accuracy", "maximize"))
     assert (stopped.final, stopped.best_epoch) == (history[2], 2)
     assert (stopped.study, stopped.number, stopped.setting) == ("study", 7, {"learning_rate": 0.1})
