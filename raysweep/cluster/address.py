@@ -12,6 +12,7 @@ from raysweep.errors import ResourceError
 
 WORDS = ("auto", "local")  # of Ray: a cluster that runs on this machine; none
 SECONDS_TO_ANSWER = 10
+TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a file that holds it"
 ACCEPTED = "accepted: HOST:PORT of a head node, auto, or no RAY_ADDRESS for a Ray of this sweep"
 
 
@@ -81,17 +82,29 @@ def check_address(address: str) -> None:
 
 
 def _check_is_ray(address: str) -> None:
-    """Asks for the id of the cluster, which Ray's GCS tells also without a token or says that it wants one."""
+    """Asks for the id of the cluster with the token that Ray would send: with a wrong one, it tries for minutes."""
     import grpc  # type: ignore[import-untyped]
     from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=SECONDS_TO_ANSWER)
+            NodeInfoGcsServiceStub(channel).GetClusterId(
+                GetClusterIdRequest(), timeout=SECONDS_TO_ANSWER, metadata=_token()
+            )
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-                found = f"{error.code().name.lower()}: {error.details()}"[:200]
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                known = "and does not take the one that is set" if _token() else "and none is set"
                 raise ResourceError(
-                    f"RAY_ADDRESS: what answers at '{address}' is not Ray ({found}); {ACCEPTED}"
+                    f"RAY_ADDRESS: the Ray cluster at '{address}' wants a token, {known}; {TOKEN}"
                 ) from error
+            found = f"{error.code().name.lower()}: {error.details()}"[:200]
+            raise ResourceError(f"RAY_ADDRESS: what answers at '{address}' is not Ray ({found}); {ACCEPTED}") from error
+
+
+def _token() -> tuple[tuple[str, str], ...]:
+    """Returns the token that Ray sends, as metadata of a call; empty if it sends none."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
+
+    return tuple(_get_authentication_metadata_tuple()) if is_token_auth_enabled() else ()

@@ -1,10 +1,12 @@
 import functools
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
-from raysweep.cluster.address import check_address, joins_cluster
+from raysweep.cluster.address import _token, check_address, joins_cluster
 from raysweep.cluster.session import ray_session
 from raysweep.errors import ResourceError
 
@@ -45,6 +47,43 @@ def test_something_that_never_answers_is_named(monkeypatch):
         check_address(f"127.0.0.1:{server.getsockname()[1]}")
 
 
+@pytest.fixture
+def guarded():
+    """The address of a GCS that wants the token "right"."""
+    from ray.core.generated import gcs_service_pb2_grpc as services
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdReply
+
+    class Guarded(services.NodeInfoGcsServiceServicer):
+        def GetClusterId(self, request, context):
+            if ("authorization", "Bearer right") not in [tuple(one) for one in context.invocation_metadata()]:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return GetClusterIdReply()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    services.add_NodeInfoGcsServiceServicer_to_server(Guarded(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [("", "and none is set"), ("wrong", "and does not take the one"), ("right", "")]
+)
+def test_a_cluster_that_wants_another_token_is_named_at_once(guarded, monkeypatch, token, said):
+    sent = (("authorization", f"Bearer {token}"),) if token else ()
+    monkeypatch.setattr("raysweep.cluster.address._token", lambda: sent)
+    if said:
+        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: .*{guarded}' wants a token, {said}.*; set RAY_AUTH"):
+            check_address(guarded)
+    else:
+        check_address(guarded)
+
+
+def test_no_token_is_sent_where_ray_sends_none():
+    assert _token() == ()
+
+
 @pytest.mark.parametrize(
     "address",
     ["garbage", "head", ":6379", "head:", "head:port", "head:0", "head:65536", "ray://head", "redis://head:1"],
@@ -71,11 +110,12 @@ def test_a_word_without_a_cluster_is_refused(monkeypatch):
 def test_a_cluster_that_is_found_and_does_not_answer_is_named_at_once(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        port = taken.getsockname()[1]
+        address = f"127.0.0.1:{port}"
         monkeypatch.setenv("RAY_ADDRESS", "auto")
         monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(lambda: {address}))
         monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
-        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: no Ray cluster answers at '{address}'"):
+        with pytest.raises(ResourceError, match=f"RAY_ADDRESS: no Ray cluster answers at '[0-9.]+:{port}'"):
             ray_session(verbose=False).__enter__()
 
 
