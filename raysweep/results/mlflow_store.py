@@ -43,6 +43,8 @@ def open_client(uri: str) -> MlflowClient:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # It prints a traceback for an error that it raises, too, as on a full disk.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         _check_postgresql_answers(uri)
         with without_retries(), _schema_lock(uri) as path:
             if path is not None:

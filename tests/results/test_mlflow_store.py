@@ -1,3 +1,5 @@
+import logging
+import logging.handlers
 import os
 import signal
 import sqlite3
@@ -214,3 +216,17 @@ def test_which_errors_say_that_a_store_is_away():
     ]
     assert [is_away(error) for error in (*away, *refused)] == [True] * len(away) + [False] * len(refused)
     assert mlflow.__name__ == "mlflow"
+
+
+def test_an_error_of_a_database_is_raised_and_not_printed_too(tmp_path):
+    tracker = open_tracker(f"sqlite:///{tmp_path}/mlflow.db", "x")
+    run_id, _ = tracker.start_run("key", "name", "sweep")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("DROP TABLE metrics")
+    printed = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("mlflow.store.db.utils")
+    logger.addHandler(printed)
+    with pytest.raises(mlflow.MlflowException, match="no such table"):
+        tracker.log_metrics(run_id, {"val/accuracy": 0.5})
+    logger.removeHandler(printed)
+    assert printed.buffer == []
