@@ -12,7 +12,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import ray.data
 
-MAX_RETRIES = 3  # of a task whose process was killed; Ray Data's own default is without end
+MAX_RETRIES = 3  # of a task or actor whose process was killed; Ray Data's own default is without end
 
 
 def map_blocks(dataset: ray.data.Dataset, function: Callable[..., Any], **options: Any) -> ray.data.Dataset:
@@ -26,12 +26,14 @@ def map_blocks(dataset: ray.data.Dataset, function: Callable[..., Any], **option
     from ray.data import ActorPoolStrategy
 
     in_actors = isinstance(options.get("compute"), ActorPoolStrategy)
-    names = ("max_restarts", "max_task_retries") if in_actors else ("max_retries",)
+    # A call of an actor is repeated until the actor is there again or dead: until Ray notices that a node is lost, each
+    # repetition fails at once.
+    retries = {"max_restarts": MAX_RETRIES, "max_task_retries": -1} if in_actors else {"max_retries": MAX_RETRIES}
     whole_blocks = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     with warnings.catch_warnings():
         # Ray Data calls these options deprecated, and has no others for the number of retries.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        return dataset.map_batches(function, **{**whole_blocks, **dict.fromkeys(names, MAX_RETRIES), **options})
+        return dataset.map_batches(function, **{**whole_blocks, **retries, **options})
 
 
 def list_blocks(num_rows: int, size: int) -> list[dict[str, int]]:
