@@ -19,6 +19,8 @@ from raysweep.storage.filesystems import open_filesystem, split_uri
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
+DERIVED_LABEL = "the label of a row is the name of its column with a 1; name another column with data.label"
+
 # In order of preference, for tables with several of them: the first contain images, the last often only names.
 # fmt: off
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", "image_file_path", "file_name",
@@ -167,13 +169,14 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     if data.label is None and not any(name.lower() in LABEL_COLUMNS for name in names):
         with reading(source):
             names = add_label(names, table.lines, {*IMAGE_COLUMNS, data.image, data.split, _column_of_groups(data)})
+    derived = [DERIVED_LABEL] if len(names) > len(table.columns) else []
     columns = find_columns(names, data, source)
     records = [record for _, record in table.lines if isinstance(record, dict)]
     images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
     with reading(source):
         paths, warnings = settle_paths(source, data, images)
     rows = [_text_row(f"{source} line {line}", record, columns, paths) for line, record in table.lines]
-    return Listing(rows, warnings=[*table.warnings, *warnings])
+    return Listing(rows, warnings=[*table.warnings, *derived, *warnings])
 
 
 def _text_row(where: str, record: dict[str, Any] | str, columns: Columns, paths: RowPaths) -> Row:

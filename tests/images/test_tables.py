@@ -580,3 +580,14 @@ def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
 def test_a_cell_that_is_too_large_is_told(tmp_path):
     with pytest.raises(DataError, match=r"x\.csv: line \d: field larger than field limit"):
         rows_of(tmp_path, "image,label\na.png," + "x" * 200_000 + "\n")
+
+
+def test_a_label_made_of_columns_is_told(tmp_path):
+    lines = ["filename,male,female,dx"]
+    for number in range(12):
+        Image.new("RGB", (4, 4), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{number % 2},{1 - number % 2},mel")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    index = load_index(DataConfig(source=str(tmp_path / "t.csv")), 0)
+    assert index.classes == ("female", "male")
+    assert [warning for warning in index.warnings if "name another column with data.label" in warning]
