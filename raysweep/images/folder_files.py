@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from raysweep.images.formats import IMAGE_SUFFIXES
 from raysweep.images.splits import count_of
-from raysweep.storage.filesystems import open_filesystem
+from raysweep.storage.filesystems import is_folder, open_filesystem
 
 # Files and folders of operating systems, of network storage (Synology, QNAP) and of notebooks, in lower case.
 _JUNK = {
@@ -86,28 +86,18 @@ def _walk(folder: str, enter_ignored: bool) -> Iterator[tuple[str, bool]]:
         real = os.path.realpath(path)
         with os.scandir(path) as entries:
             for entry in entries:
-                is_folder = _is_folder(entry)
-                if _is_ignored(entry.name) and is_folder:
-                    if enter_ignored:
-                        yield from _files_within(entry.path)
-                elif is_folder:
-                    if os.path.realpath(entry.path) not in (*above, real):
-                        yield entry.path, True
-                        yield from walk(entry.path, (*above, real))
-                # A broken link is listed, and becomes a bad row. A pipe or socket is not: reading it would block.
-                elif not os.path.exists(entry.path) or entry.is_file():
-                    yield entry.path, False
+                if not is_folder(entry):
+                    # A broken link is listed, and becomes a bad row. A pipe or socket is not: reading it would block.
+                    if not os.path.exists(entry.path) or entry.is_file():
+                        yield entry.path, False
+                elif _is_ignored(entry.name):
+                    yield from _files_within(entry.path) if enter_ignored else ()
+                elif os.path.realpath(entry.path) not in (*above, real):
+                    yield entry.path, True
+                    yield from walk(entry.path, (*above, real))
 
-    for path, is_folder in walk(folder, ()):
-        yield os.path.relpath(path, folder).replace(os.sep, "/"), is_folder
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link to itself is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+    for path, is_a_folder in walk(folder, ()):
+        yield os.path.relpath(path, folder).replace(os.sep, "/"), is_a_folder
 
 
 def _files_within(folder: str) -> Iterator[tuple[str, bool]]:

@@ -97,12 +97,13 @@ def list_names(folder: str) -> list[tuple[str, bool]]:
         return sorted(named)
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry.name, _is_folder(entry)) for entry in entries if _is_utf8(entry.name))
+            return sorted((entry.name, is_folder(entry)) for entry in entries if _is_utf8(entry.name))
     except FileNotFoundError:
         return []
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a folder, or a link to one; a link to itself is none."""
     # `entry.is_dir()` raises an error for a link to itself.
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
