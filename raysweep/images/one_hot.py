@@ -4,11 +4,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from raysweep.errors import DataError
+from raysweep.images.text_tables import Record
 
 _VALUES = {"0": False, "0.0": False, "-1": False, "false": False, "1": True, "1.0": True, "true": True}
 LABEL = "label"
-
-Record = dict[str, Any] | str  # the cells of a line by column, or the reason why there are none
 
 
 def add_label(

@@ -13,7 +13,7 @@ from raysweep.images.limits import MAX_ENCODED_BYTES
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import add_label
 from raysweep.images.row_paths import RowPaths, cell_name
-from raysweep.images.text_tables import DELIMITERS, parse_text_table
+from raysweep.images.text_tables import DELIMITERS, Record, parse_text_table
 from raysweep.storage.filesystems import open_filesystem, split_uri
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     return Listing(rows, warnings=[*table.warnings, *derived, *warnings])
 
 
-def _text_row(where: str, record: dict[str, Any] | str, columns: Columns, paths: RowPaths) -> Row:
+def _text_row(where: str, record: Record, columns: Columns, paths: RowPaths) -> Row:
     if isinstance(record, str):
         return Row(where, None, problem=record)
     row = row_of(where, record.get(columns.image), paths)

@@ -13,6 +13,8 @@ from raysweep.images.splits import count_of
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 NAMES_OF_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
+Record = dict[str, Any] | str  # the cells of a line by column, or the reason why there are none
+
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
@@ -25,7 +27,7 @@ class TextTable:
     """
 
     columns: list[str]
-    lines: list[tuple[int, dict[str, Any] | str]]
+    lines: list[tuple[int, Record]]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -95,7 +97,7 @@ def _read_records(reader: Any, table: TextTable) -> None:
 
 
 def _json_lines(text: str) -> TextTable:
-    lines: list[tuple[int, dict[str, Any] | str]] = []
+    lines: list[tuple[int, Record]] = []
     columns: dict[str, None] = {}
     # Not splitlines(), which would split at U+2028, a character that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -108,7 +110,7 @@ def _json_lines(text: str) -> TextTable:
     return TextTable(list(columns), lines)
 
 
-def _json_record(line: str) -> dict[str, Any] | str:
+def _json_record(line: str) -> Record:
     """Returns the record of a line, or the reason why it has none."""
     try:
         record = json.loads(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raysweep.experiment.space import Choices, Dimension, FloatRange
+from raysweep.experiment.space import Choices, Dimension, FloatRange, Setting
 from raysweep.worker.job import TrialResult
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_result(values: Mapping[str, Any]) -> TrialResult:
     return TrialResult(**found)
 
 
-def setting_of(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+def setting_of(trial: optuna.trial.FrozenTrial) -> Setting:
     """Returns what is known of a trial's setting: what was enqueued, and what was drawn."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 

@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from raysweep.experiment.metrics import Direction
+from raysweep.experiment.space import Setting
 
 # TPE compares a new setting with at most so many trials, or each of thousands would take longer than the one before.
 MAX_COMPARED = 250
@@ -44,7 +45,7 @@ class SettingSampler:
         if self._kind == "tpe":
             self._study.add_trials([self._without_details(trial) for trial in self._compared(trials)])
 
-    def draw(self, number: int) -> dict[str, Any]:
+    def draw(self, number: int) -> Setting:
         """Returns the setting of a draw. Until the next `start` it counts as running."""
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{number}".encode()).digest()[:4], "big")
         if self._kind == "tpe":

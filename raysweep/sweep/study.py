@@ -20,6 +20,7 @@ from raysweep.storage.paths import signature
 from raysweep.sweep.best_heads import first_head, gives_a_head, head_signature, keep_best_head
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
 from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
+from raysweep.sweep.optuna_trials import CONTINUES
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome
 from raysweep.sweep.schedulers import stopped_result
 from raysweep.sweep.state import SweepState
@@ -144,7 +145,7 @@ class Study(LeaderboardEntry):
                 study=self.name,
                 number=trial.number,
                 setting=dict(trial.params),
-                continues=trial.user_attrs.get("continues"),
+                continues=trial.user_attrs.get(CONTINUES),
                 stop_file=location(self.files.stop_file(trial.number)),
             )
             for trial in trials
