@@ -12,6 +12,9 @@ import unicodedata
 from collections.abc import Iterable
 from urllib.parse import unquote
 
+# The end of messages about what stops a sweep from outside.
+KEPT = "what is finished is kept, and the same command goes on from here"
+
 # What stands before the host of a URI; a user name alone is no secret in a database's URI.
 _USER_OF_URI = re.compile(r"(?<=://)(?!anonymous@)([^\s/'\"@:]*:(?!\d+/)[^\s'\"]*|[^\s/'\"]*)@")
 _DATABASE_USER = re.compile(r"\b(?:postgresql|postgres|mysql|mssql|oracle)[\w+]*://[^\s/:'\"@]*@")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.cluster.signals import leave_at_once, stop_signals
-from raysweep.errors import RaysweepError, hide_secrets, print_output, printable
+from raysweep.errors import KEPT, RaysweepError, hide_secrets, print_output, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if signals.failure is not None:
                 print(f"error: {signals.failure}", file=sys.stderr)
                 return 1
-            print("interrupted; what is finished is kept, and the same command goes on from here", file=sys.stderr)
+            print(f"interrupted; {KEPT}", file=sys.stderr)
             return signals.exit_status
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from raysweep.cluster.resources import local_resources
 from raysweep.cluster.signals import before_leaving, deaf_to_signals, fail_command
-from raysweep.errors import ResourceError
+from raysweep.errors import KEPT, ResourceError
 
 LOOPBACK = "127.0.0.1"
 # The pass over the images and the worker of a training run each need one.
@@ -206,7 +206,7 @@ def watched() -> Iterator[None]:
                 fail_command(
                     ResourceError(
                         f"Ray's process {', '.join(dead)} has died: it was killed, or this machine ran out of memory; "
-                        "what is finished is kept, and the same command goes on from here"
+                        f"{KEPT}"
                     )
                 )
                 return

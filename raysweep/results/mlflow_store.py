@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from raysweep.errors import RaysweepError
+from raysweep.errors import KEPT, RaysweepError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -171,7 +171,6 @@ def convert_mlflow_errors(uri: str) -> Iterator[None]:
     """
     from mlflow import MlflowException
 
-    lost = "what is finished is kept, and the same command goes on from here"
     try:
         yield
     except RaysweepError:
@@ -182,7 +181,7 @@ def convert_mlflow_errors(uri: str) -> Iterator[None]:
         if not isinstance(error, MlflowException) and not _is_of_transport(error):
             raise
         reason = " ".join(str(error).split())[:500]
-        raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {lost}") from error
+        raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {KEPT}") from error
 
 
 def is_away(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from raysweep.errors import RaysweepError, hide_secrets
+from raysweep.errors import KEPT, RaysweepError, hide_secrets
 from raysweep.results.mlflow_store import convert_mlflow_errors, is_away, without_retries
 from raysweep.results.tracking import Tracker, open_tracker
 
@@ -163,8 +163,7 @@ class Recorder:
         try:
             yield
         except BrokenProcessPool as error:
-            lost = "what is finished is kept, and the same command goes on from here"
-            raise RaysweepError(f"tracking.uri: the process that writes to '{self.uri}' has died; {lost}") from error
+            raise RaysweepError(f"tracking.uri: the process that writes to '{self.uri}' has died; {KEPT}") from error
 
     def close(self) -> None:
         """Ends open runs as FAILED, and then the process; called at the end of every sweep, failed or not."""
