@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from raysweep.encoders.families import NORMALIZATIONS
 from raysweep.encoders.head import Head
-from raysweep.experiment.space import Setting
 from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.population import FeatureSet, Subsets
 from raysweep.training.ranking import Ranking
@@ -47,7 +46,7 @@ class BaselineResult:
         num_settings: number of compared settings.
     """
 
-    setting: Setting
+    setting: dict[str, Any]
     validation: dict[str, float]
     test_logits: list[Tensor]
     heads: tuple[Head, ...]
@@ -128,7 +127,7 @@ def run_ridge(
     """
     started = time.perf_counter()
     train_rows, validation_rows = _rows(train, validation, subsets)
-    best: tuple[tuple[float, float], Setting, list[RidgePath]] | None = None
+    best: tuple[tuple[float, float], dict[str, Any], list[RidgePath]] | None = None
     combinations = [(source, normalize) for source in sources for normalize in NORMALIZATIONS]
     for source, normalize in combinations:
         paths = [fit_ridge_path(train, rows, sources[source], normalize, num_classes) for rows in train_rows]
