@@ -8,11 +8,12 @@ from raysweep.images.text_tables import Record
 
 _VALUES = {"0": False, "0.0": False, "-1": False, "false": False, "1": True, "1.0": True, "true": True}
 LABEL = "label"
+DERIVED_LABEL = "the label of a row is the name of its column with a 1; name another column with data.label"
 
 
 def add_label(
     columns: Sequence[str], lines: Sequence[tuple[int, Record]], not_classes: Collection[str | None]
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Adds a column `label` to a table without one, if it has a column for each class with a single 1 in each row.
 
     A row without any 1 gets the label None.
@@ -23,7 +24,7 @@ def add_label(
         not_classes: Columns that are no classes whatever they contain.
 
     Returns:
-        The names of the columns, with `label` if there is one now.
+        The names of the columns, with `label` if there is one now; and a warning that says so.
 
     Raises:
         DataError: rows have several labels.
@@ -36,7 +37,7 @@ def add_label(
         and all(_flag(record.get(name)) is not None for record in records)
     ]
     if not records or len(classes) < 2:
-        return list(columns)
+        return list(columns), []
     chosen = [[name for name in classes if _flag(record[name])] for record in records]
     several = sum(len(names) > 1 for names in chosen)
     if several:
@@ -46,7 +47,7 @@ def add_label(
         )
     for record, names in zip(records, chosen, strict=True):
         record[LABEL] = names[0] if names else None
-    return [*columns, LABEL]
+    return [*columns, LABEL], [DERIVED_LABEL]
 
 
 def _flag(value: Any) -> bool | None:

@@ -18,13 +18,13 @@ from raysweep.images.one_hot import LABEL, add_label
 from raysweep.images.plain_columns import MAX_TEXT_BYTES, find_field, is_text, is_value, names_images, read_values
 from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     Listing,
     Row,
     check_regular,
     check_size,
+    columns_of_no_class,
     find_columns,
+    lacks_label,
     reading,
     row_of,
     with_problem,
@@ -60,7 +60,7 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
     """Appends the rows of a file; returns its image column, or None if that contains only paths."""
     with _opened(source) as (opened, file):
         schema = file.schema_arrow
-        one_hot = _one_hot_labels(opened, file, data)
+        one_hot, derived = _one_hot_labels(opened, file, data)
         columns = find_columns([*schema.names, LABEL] if one_hot else schema.names, data, source)
         holds_paths = names_images(find_field(schema, columns.image))
         read = [name for name in (None if one_hot else columns.label, columns.split, columns.group) if name]
@@ -74,7 +74,7 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
     named = [name for name in map(cell_name, cells) if name]
     # Without names there is nothing to look for, not even a folder: all images lie in the file.
     paths, warnings = settle_paths(source, data, named) if named or holds_paths else (None, [])
-    listing.warnings += warnings
+    listing.warnings += [*derived, *warnings]
     names = _class_names(metadata, columns.label)
     if names is not None:
         numbered = dict(enumerate(names))
@@ -86,16 +86,16 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
     return None if holds_paths else columns.image
 
 
-def _one_hot_labels(opened: pa.NativeFile, file: pq.ParquetFile, data: "DataConfig") -> list[Any]:
-    """Returns the labels of a file with one column a class, or an empty list for other files."""
+def _one_hot_labels(opened: pa.NativeFile, file: pq.ParquetFile, data: "DataConfig") -> tuple[list[Any], list[str]]:
+    """Returns the labels of a file with one column a class, and a warning that says so; nothing for other files."""
     schema = file.schema_arrow
-    if data.label is not None or any(name.lower() in LABEL_COLUMNS for name in schema.names):
-        return []
+    if not lacks_label(schema.names, data):
+        return [], []
     names = [field.name for field in schema if is_value(field.type) and not is_text(field.type)]
     columns = read_values(opened, file, names)
     records = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    found = add_label(names, list(enumerate(records)), {*IMAGE_COLUMNS, data.split})
-    return [record[LABEL] for record in records] if LABEL in found else []
+    found, derived = add_label(names, list(enumerate(records)), columns_of_no_class(data))
+    return [record[LABEL] for record in records] if LABEL in found else [], derived
 
 
 def _row(source: str, position: int, cell: Any, paths: RowPaths | None, holds_paths: bool) -> Row:

@@ -19,8 +19,6 @@ from raysweep.storage.filesystems import open_filesystem, split_uri
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
-DERIVED_LABEL = "the label of a row is the name of its column with a 1; name another column with data.label"
-
 # In order of preference, for tables with several of them: the first contain images, the last often only names.
 # fmt: off
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file_path", "filepath", "image_file_path", "file_name",
@@ -166,10 +164,10 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     if not table.columns:
         raise DataError(f"{source}: the table is empty")
     names = table.columns
-    if data.label is None and not any(name.lower() in LABEL_COLUMNS for name in names):
+    derived: list[str] = []
+    if lacks_label(names, data):
         with reading(source):
-            names = add_label(names, table.lines, {*IMAGE_COLUMNS, data.image, data.split, _column_of_groups(data)})
-    derived = [DERIVED_LABEL] if len(names) > len(table.columns) else []
+            names, derived = add_label(names, table.lines, columns_of_no_class(data))
     columns = find_columns(names, data, source)
     records = [record for _, record in table.lines if isinstance(record, dict)]
     images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
@@ -232,6 +230,16 @@ def find_columns(columns: Sequence[str], data: "DataConfig", source: str) -> Col
     if data.split not in (None, "split"):
         _find_column(columns, data.split, (), "split", source)
     return Columns(image, label, data.split if data.split in columns else None, group)
+
+
+def lacks_label(columns: Sequence[str], data: "DataConfig") -> bool:
+    """Returns whether no column is the label by its name, so that columns of classes may make one."""
+    return data.label is None and not any(name.lower() in LABEL_COLUMNS for name in columns)
+
+
+def columns_of_no_class(data: "DataConfig") -> set[str | None]:
+    """Returns names of columns that are no classes, whatever they contain."""
+    return {*IMAGE_COLUMNS, data.image, data.split, _column_of_groups(data)}
 
 
 def _column_of_groups(data: "DataConfig") -> str | None:

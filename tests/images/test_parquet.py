@@ -336,3 +336,15 @@ def test_an_image_of_many_rows_is_kept_once(tmp_path, column):
     assert images[0] == image
     assert len({id(each) for each in images}) == 1
     assert str(lacking) == "no image in this row"
+
+
+def test_a_label_made_of_columns_is_told_and_a_column_of_groups_is_no_class(tmp_path):
+    """As in text tables."""
+    for number in range(12):
+        Image.new("RGB", (4, 4), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    flags = [number % 2 for number in range(12)]
+    columns = {"path": [f"{n}.png" for n in range(12)], "odd": flags, "even": [1 - flag for flag in flags]}
+    pq.write_table(pa.table({**columns, "group": [1 - flag for flag in flags]}), tmp_path / "t.parquet")
+    listing = list_source(DataConfig(source=str(tmp_path / "t.parquet"), group="group"))
+    assert [row.label for row in listing.rows] == ["even", "odd"] * 6
+    assert [warning for warning in listing.warnings if "name another column with data.label" in warning]
