@@ -277,7 +277,12 @@ def _is_as_written(copy: Path, checksum: int | None) -> bool:
 def is_whole(folder: Path, *, streamed: bool = False) -> bool:
     """Tells whether a pass has finished in `folder`, got all images, and all its files are as they were written."""
     cache = open_cache(folder) if has_cache(folder, streamed=streamed) else None
-    return cache is not None and not damaged_files(cache) and not any(row.is_unread for row in cache.bad_rows)
+    return cache is not None and not any(what_is_lacking(cache))
+
+
+def what_is_lacking(cache: Cache) -> tuple[list[str], int]:
+    """Returns the names of damaged files, and the number of images that the pass could not read."""
+    return damaged_files(cache), sum(row.is_unread for row in cache.bad_rows)
 
 
 def add_checksums(folder: Path) -> str:

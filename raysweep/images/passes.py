@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,15 @@ Request = FeatureRequest | PixelRequest
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Processors:
+    """What a pass runs on; see `build_caches`."""
+
+    num_gpus: int
+    num_threads: int
+    num_nodes: int
+
+
 def build_caches(
     requests: Sequence[Request],
     index: ImageIndex,
@@ -85,6 +94,7 @@ def build_caches(
         DataError: the pass did not see every image.
         ResourceError: a disk is full, or a process of the pass was ended too often.
     """
+    processors = _Processors(num_gpus, num_threads, num_nodes)
     missing = {request.folder: request for request in requests if not _is_whole(request)}
     with ExitStack() as locks:
         for folder in sorted(missing):  # every sweep uses the same order, so that no two wait for each other
@@ -93,9 +103,9 @@ def build_caches(
         damaged = [request for request in missing.values() if _exists(request)]
         absent = [request for request in missing.values() if not _exists(request)]
         if absent:
-            _make_pass(absent, index, num_gpus, num_threads, num_nodes, on_progress)
+            _make_pass(absent, index, processors, on_progress)
         for request in damaged:
-            _mend(request, index, num_gpus, num_threads, num_nodes, on_progress)
+            _mend(request, index, processors, on_progress)
     caches = []
     for request in requests:
         cache = open_cache(request.folder)
@@ -142,20 +152,13 @@ def put_index(index: ImageIndex) -> IndexReference:
     return IndexReference(ray.put(rows), index.image_column, index.decode_options)
 
 
-def _make_pass(
-    requests: Sequence[Request],
-    index: ImageIndex,
-    num_gpus: int,
-    num_threads: int,
-    num_nodes: int,
-    on_progress: Progress,
-) -> None:
+def _make_pass(requests: Sequence[Request], index: ImageIndex, processors: _Processors, on_progress: Progress) -> None:
     """Makes caches of all images. The caller holds their locks."""
     started = time.perf_counter()
     for request in requests:
         remove_leftovers(request.folder)
     key = uuid.uuid4().hex
-    dataset = _dataset(requests, key, index, num_gpus, num_threads, num_nodes)
+    dataset = _dataset(requests, key, index, processors)
     try:
         tally = _run_pass(dataset, len(requests), len(index.table), on_progress)
         _finish_caches(requests, key, index, tally, time.perf_counter() - started)
@@ -167,14 +170,7 @@ def _make_pass(
         raise
 
 
-def _mend(
-    request: Request,
-    index: ImageIndex,
-    num_gpus: int,
-    num_threads: int,
-    num_nodes: int,
-    on_progress: Progress,
-) -> None:
+def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progress: Progress) -> None:
     """Makes again the rows of a cache that its whole files do not hold. The caller holds its lock.
 
     The manifest is written last: until then it names the damaged files, and an interrupted repair begins anew.
@@ -193,7 +189,7 @@ def _mend(
     missing = replace(index, table=index.table.filter(pa.array(is_missing)))
     num_missing = len(missing.table)
     if num_missing:
-        dataset = _dataset([request], folder.name, missing, num_gpus, num_threads, num_nodes)
+        dataset = _dataset([request], folder.name, missing, processors)
         num_done = len(row_ids) - num_missing
         tally = _run_pass(dataset, 1, num_missing, lambda done, _total: on_progress(num_done + done, len(row_ids)))
         new_bad_rows = _bad_rows(missing, tally)
@@ -255,12 +251,11 @@ def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tal
         remove_older_passes(request.folder / key)
 
 
-def _dataset(
-    requests: Sequence[Request], key: str, index: ImageIndex, num_gpus: int, num_threads: int, num_nodes: int
-) -> ray.data.Dataset:
+def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processors: _Processors) -> ray.data.Dataset:
     """Returns a Ray Dataset that yields a report for every row; nothing runs yet."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+    num_gpus, num_threads, num_nodes = processors.num_gpus, processors.num_threads, processors.num_nodes
     job = PassJob(key, put_index(index), tuple(_target(request, key) for request in requests), num_threads)
     num_rows = len(index.table)
     block_size = _block_size(num_rows)

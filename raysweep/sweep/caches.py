@@ -15,7 +15,7 @@ from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, num_leftover_bytes, open_cache
-from raysweep.images.cache_files import add_checksums, damaged_files
+from raysweep.images.cache_files import add_checksums, what_is_lacking
 from raysweep.images.features import FeatureRequest, feature_bytes, feature_signature
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
@@ -113,11 +113,11 @@ def _is_whole(state: SweepState, folder: Path, config: StudyConfig, streamed: bo
     if not has_cache(folder, streamed=streamed):
         return False
     cache = open_cache(folder)
-    damaged = damaged_files(cache) if cache else []
-    if cache and damaged:
+    assert cache is not None
+    damaged, num_unread = what_is_lacking(cache)
+    if damaged:
         files = f"{len(damaged)} of {len(cache.files or ())} files are damaged or missing (first: {damaged[0]})"
         state.progress.say(f"{config.encoder_name}: {cache.rows}: {files}; only these are made again")
-    num_unread = sum(row.is_unread for row in cache.bad_rows) if cache else 0
     if num_unread:
         say = state.progress.say
         say(f"{config.encoder_name}: {num_unread} images that an earlier pass did not get are read again")
