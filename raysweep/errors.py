@@ -55,6 +55,11 @@ class TrialError(RaysweepError):
     """Training failed, and the study has no result."""
 
 
+def one_line(error: object, max_length: int | None = None) -> str:
+    """Returns the message of an error of another library, without its line breaks, for use in our messages."""
+    return " ".join(str(error).split())[:max_length]
+
+
 def hide_secrets(text: str) -> str:
     """Returns a text in which the credentials of each URI, and bearer tokens, are replaced by `...`."""
     kept = [match.span() for match in _DATABASE_USER.finditer(text)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from raysweep.errors import ResourceError
+from raysweep.errors import ResourceError, one_line
 
 WORDS = ("auto", "local")  # of Ray: a cluster that runs on this machine; none
 SECONDS_TO_ANSWER = 10
@@ -40,7 +40,7 @@ def joined_cluster(options: Mapping[str, Any]) -> Iterator[None]:
     except ResourceError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         if "Version mismatch" in reason:
             reason += "; install the versions of the cluster here, or use raysweep submit"
         raise ResourceError(f"RAY_ADDRESS: the Ray cluster at '{address}' cannot be joined ({reason})") from error

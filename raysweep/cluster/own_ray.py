@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from raysweep.cluster.resources import local_resources
 from raysweep.cluster.signals import before_leaving, deaf_to_signals, fail_command
-from raysweep.errors import KEPT, ResourceError
+from raysweep.errors import KEPT, ResourceError, one_line
 
 LOOPBACK = "127.0.0.1"
 # The pass over the images and the worker of a training run each need one.
@@ -68,7 +68,7 @@ def own_ray(options: Mapping[str, Any]) -> Iterator[None]:
                     **options,
                 )
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            reason = one_line(f"{type(error).__name__}: {error}", 500)
             raise ResourceError(f"Ray cannot start on this machine, with its files in {folder} ({reason})") from error
         _end_by_sigkill()
         yield

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from raysweep.encoders.model_config import checked_config
 from raysweep.encoders.preprocess import Preprocessing, from_processor_config
-from raysweep.errors import EncoderError
+from raysweep.errors import EncoderError, one_line
 from raysweep.storage.copies import fetch_folder, is_bucket, local_path
 
 PROCESSOR = "preprocessor_config.json"
@@ -167,7 +167,7 @@ def _check_weights(folder: Path, name: str) -> None:
 
 def describe_error(error: BaseException) -> str:
     """Returns the type and the message of another library's error, in one line, for use in our messages."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]} ... ({len(message):,} characters)"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

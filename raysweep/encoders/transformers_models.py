@@ -13,7 +13,7 @@ from raysweep.encoders.families import FAMILIES
 from raysweep.encoders.model_config import check_num_parameters, checked_config
 from raysweep.encoders.preprocess import Preprocessing
 from raysweep.encoders.pretrained import PROCESSOR, PretrainedFiles, describe_error
-from raysweep.errors import EncoderError
+from raysweep.errors import EncoderError, one_line
 
 # Keys of a config that name files, labels or stages of a backbone. Rebuilding an encoder does not need them.
 _NOT_ARCHITECTURE = (
@@ -107,7 +107,7 @@ def make_config(values: Mapping[str, Any]) -> Any:
         with quiet():
             config = CONFIG_MAPPING[model_type].from_dict(checked)
     except Exception as error:
-        raise EncoderError(f"config: {model_type} refuses it: {' '.join(str(error).split())}") from error
+        raise EncoderError(f"config: {model_type} refuses it: {one_line(error)}") from error
     width, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(width, int) and isinstance(num_heads, int) and width % max(num_heads, 1):
         raise EncoderError(f"config.hidden_size: {width} is not a multiple of num_attention_heads ({num_heads})")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from raysweep.errors import ConfigError, did_you_mean
+from raysweep.errors import ConfigError, did_you_mean, one_line
 
 KeyPath = tuple[str | int, ...]
 
@@ -218,7 +218,7 @@ def _parsed(name: str, text: str) -> tuple[yaml.Node | None, Any, list[Problem]]
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{name}: {where}not valid YAML: {_syntax_problem(error)}") from None
     except Exception as error:  # a tag such as !!int before text that is none raises almost any error
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{name}: not valid YAML: {one_line(error, 300)}") from None
 
 
 def _syntax_problem(error: yaml.MarkedYAMLError) -> str:

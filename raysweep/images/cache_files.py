@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysweep.errors import DataError
+from raysweep.errors import DataError, one_line
 from raysweep.images.cache import MANIFEST, Cache, has_cache, only_writer, open_cache, write_manifest
 from raysweep.storage.checksums import checksum_of, checksum_of_bytes
 from raysweep.storage.copies import (
@@ -217,7 +217,7 @@ def reading_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"{path}: damaged ({reason}); run the same command again {MADE_AGAIN}") from error
 
 

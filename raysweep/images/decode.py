@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from raysweep.errors import DataError
+from raysweep.errors import DataError, one_line
 from raysweep.images.decode_process import decode_apart
 from raysweep.images.formats import FORMATS
 from raysweep.images.limits import (
@@ -222,5 +222,5 @@ def _reason(error: Exception) -> str:
         return f"too many pixels: {error}"
     if isinstance(error, MemoryError):
         return "takes more memory to decode than an image gets"
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return f"cannot be decoded: {text or type(error).__name__}"[:200]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from raysweep.errors import DataError
+from raysweep.errors import DataError, one_line
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
 from raysweep.images.groups import describe_groups, find_groups, join_copies
 from raysweep.images.labels import label_names, sort_classes
@@ -214,7 +214,7 @@ def _stream_images(
                 for row in waiting.pop(position):
                     yield row, content
         except Exception as error:  # rows of other row groups may have been read already
-            reason = f"the Parquet file cannot be read: {' '.join(str(error).split())}"[:200]
+            reason = f"the Parquet file cannot be read: {one_line(error)}"[:200]
         for rows in waiting.values():
             for row in rows:
                 yield row, DataError(reason)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from raysweep.errors import RaysweepError, ResourceError
+from raysweep.errors import RaysweepError, ResourceError, one_line
 from raysweep.images.blocks import MAX_RETRIES
 
 RAY_DATA_SUFFIX = "\nFailed to apply UDF transform"  # Ray Data appends this, and advice, to the message of any error
@@ -54,7 +54,7 @@ def raising_own_errors() -> Iterator[None]:
         ray.exceptions.NodeDiedError,
         ray.exceptions.LocalRayletDiedError,
     ) as error:
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise ResourceError(
             "the pass over the images: a process was ended from outside, or crashed, in each of "
             f"{1 + MAX_RETRIES} tries ({reason}); if memory was short: {LESS_MEMORY}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raysweep.errors import DataError, did_you_mean
+from raysweep.errors import DataError, did_you_mean, one_line
 from raysweep.images.limits import MAX_ENCODED_BYTES
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import add_label
@@ -93,7 +93,7 @@ def reading(source: str) -> Iterator[None]:
             raise
         raise DataError(f"{source}: {error}") from error
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error, 300)
         raise DataError(f"{source}: cannot be read ({type(error).__name__}: {text})") from error
 
 

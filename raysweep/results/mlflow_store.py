@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from raysweep.errors import KEPT, RaysweepError
+from raysweep.errors import KEPT, RaysweepError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -133,7 +133,7 @@ def _complete_sqlite_store(uri: str, path: Path) -> None:
         _remove_database(unfinished)
         if not tables:
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RaysweepError(
             f"tracking.uri: '{uri}' cannot be used as an MLflow store: its tables are incomplete, as when MLflow is "
             f"killed while it makes them ({reason}); it holds {_num_runs(path, tables)} runs. Move {path} away: a new "
@@ -180,7 +180,7 @@ def convert_mlflow_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, MlflowException) and not _is_of_transport(error):
             raise
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise RaysweepError(f"tracking.uri: the MLflow store '{uri}' refused: {reason}; {KEPT}") from error
 
 

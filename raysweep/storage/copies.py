@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.errors import RaysweepError, ResourceError
+from raysweep.errors import RaysweepError, ResourceError, one_line
 from raysweep.storage.filesystems import BUCKETS, open_filesystem
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def upload(files: Mapping[str, Path]) -> None:
                 local = fs.LocalFileSystem()
                 fs.copy_files(str(files[uri]), inner, source_filesystem=local, destination_filesystem=filesystem)
         except OSError as error:
-            raise RaysweepError(f"{uri}: cannot be written to ({' '.join(str(error).split())[:300]})") from error
+            raise RaysweepError(f"{uri}: cannot be written to ({one_line(error, 300)})") from error
 
     with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
         list(pool.map(copy, files))
@@ -299,7 +299,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # the only errors that Arrow's file systems raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise RaysweepError(f"{location(path)}: the storage cannot be used ({reason})") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from raysweep.encoders.head import Classifier
-from raysweep.errors import DataError
+from raysweep.errors import DataError, one_line
 from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
@@ -74,7 +74,7 @@ def read_outcome(path: Path) -> Outcome | None:
         values["row"] = {"test_largest_class": shares[-1], "test_smallest_class": shares[0], **values["row"]}
         return _reader().validate_python(values)
     except (KeyError, TypeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise DataError(
             f"{path}: not a result that this version can read ({reason}); delete it to have the study tested again"
         ) from error

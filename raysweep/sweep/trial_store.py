@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.errors import ConfigError
+from raysweep.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import optuna
@@ -47,6 +47,6 @@ def open_store(store: Path | str, warn: Callable[[str], None] = warnings.warn) -
             connect_args = {"connect_timeout": SECONDS_TO_CONNECT}
             return RDBStorage(uri, engine_kwargs={"pool_pre_ping": True, "connect_args": connect_args})
     except Exception as error:  # the driver's many types, from a wrong host to a missing privilege
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         hint = "it needs a database of its own, since MLflow's has a table of the same name"
         raise ConfigError(f"tracking.optuna_uri: '{store}' cannot be used by Optuna ({reason}); {hint}") from error

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from raysweep.errors import RaysweepError
+from raysweep.errors import RaysweepError, one_line
 from raysweep.storage.copies import local_path
 from raysweep.storage.paths import write_atomically
 from raysweep.worker.job import Job, TestWork, TrainLoopConfig, TrainWork, TrialResult, Work, WorkReport, to_tune
@@ -40,7 +40,7 @@ def run_work(config: Mapping[str, Work], jobs: Mapping[str, Job]) -> None:
             write_atomically(folder / "trials" / work.error_folder / "error.txt", traceback.format_exc())
         if lost_a_worker(error):
             raise  # the setting is not the cause: Tune runs the work again on other nodes
-        reason = " ".join(str(error).split()) or "no message"
+        reason = one_line(error) or "no message"
         tune.report(to_tune(WorkReport(error=f"{type(error).__name__}: {reason[:500]}")))
 
 
