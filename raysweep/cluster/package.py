@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import raysweep
-from raysweep.cluster.contents import Files, choose_files
+from raysweep.cluster.contents import Contents, Files, choose_files
 from raysweep.cluster.packing_rules import reason_in_named_folder
 from raysweep.cluster.working_files import working_files
 from raysweep.errors import ConfigError
@@ -119,29 +119,42 @@ def build_package(
         files |= {f"raysweep/{name}": folder / name for name in modules}
     settings = []
     for local in data_and_weights:
-        if not (local.is_relative or upload_data):  # it may be a shared folder
-            continue
-        if not local.path.exists():
-            raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
-        paths, left_out = _files_of(local, experiment.data)
-        contents.left_out.update({name: reason for name, reason in left_out.items() if name not in files})
-        paths += [Path.cwd() / name for name in left_out if name in files]  # --include
-        _check_tables(local, contents.left_out, left_out)
-        if local.is_relative and all(_relative_name(path) in files for path in paths):
-            continue
-        if not upload_data:
-            raise ConfigError(_local_only_message(local))
-        if local.key == "data.source" and Path(experiment.data.image_folder or "").expanduser().is_absolute():
-            raise ConfigError(
-                f"data.image_folder: {experiment.data.image_folder} lies on this machine alone; accepted with "
-                "--upload-data: a folder below the table's, relative to it"
-            )
-        place, added = _upload_or_pack(local, paths, experiment.storage, say)
-        files |= added
-        settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
+        paths = _files_to_send(local, experiment.data, contents, upload_data)
+        if paths is not None:
+            place, added = _upload_or_pack(local, paths, experiment.storage, say)
+            files |= added
+            settings.append(f"{local.key}={json.dumps(place, ensure_ascii=False)}")
     say(contents.described())
     _write(target, files)
     return inside, settings
+
+
+def _files_to_send(local: LocalPath, data: DataConfig, contents: Contents, upload_data: bool) -> list[Path] | None:
+    """Returns the files of a local path that are sent beside the working directory; None if the nodes find them there.
+
+    What rules keep out is added to what `contents` leaves out.
+
+    Raises:
+        ConfigError: The nodes could not read the path.
+    """
+    if not (local.is_relative or upload_data):  # it may be a shared folder
+        return None
+    if not local.path.exists():
+        raise ConfigError(f"{local.key}: {local.path}: no such file or folder")
+    paths, left_out = _files_of(local, data)
+    contents.left_out.update({name: reason for name, reason in left_out.items() if name not in contents.files})
+    paths += [Path.cwd() / name for name in left_out if name in contents.files]  # --include
+    _check_tables(local, contents.left_out, left_out)
+    if local.is_relative and all(_relative_name(path) in contents.files for path in paths):
+        return None
+    if not upload_data:
+        raise ConfigError(_local_only_message(local))
+    if local.key == "data.source" and Path(data.image_folder or "").expanduser().is_absolute():
+        raise ConfigError(
+            f"data.image_folder: {data.image_folder} lies on this machine alone; accepted with --upload-data: a folder "
+            "below the table's, relative to it"
+        )
+    return paths
 
 
 def _relative_name(path: Path) -> str | None:
