@@ -1,7 +1,30 @@
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 from pyarrow import fs
 
+from raysweep.cluster.session import ray_session
+from raysweep.images import passes
 from raysweep.storage import filesystems
+
+
+@pytest.fixture(scope="session")
+def ray_with_a_gpu():
+    """Starts Ray with a GPU in its books, so that the way through GPU actors is taken on any machine."""
+
+    @contextmanager
+    def start(**constants_of_passes):
+        import ray
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
+            for name, value in constants_of_passes.items():
+                patch.setattr(passes, name, value)
+            with ray_session(verbose=False):
+                yield
+
+    return start
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raysweep.cluster.session import ray_session
 from raysweep.encoders.build import build_encoder
 from raysweep.errors import DataError, EncoderError, ResourceError
-from raysweep.images import passes
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, open_cache, write_manifest
 from raysweep.images.cache_files import (
     add_checksums,
@@ -205,17 +203,9 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_object_is_deleted(bucket,
 
 
 @pytest.fixture(scope="module")
-def ray_started():
-    """Ray with a GPU in its books, so that the way through GPU actors is taken on any machine."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
-        patch.setattr(passes, "ROWS_PER_BLOCK", FILE_ROWS)
-        patch.setattr(passes, "MIN_BLOCKS", 1)
-        patch.setattr(passes, "GPU_BLOCK", 10)
-        with ray_session(verbose=False):
-            yield
+def ray_started(ray_with_a_gpu):
+    with ray_with_a_gpu(ROWS_PER_BLOCK=FILE_ROWS, MIN_BLOCKS=1, GPU_BLOCK=10):
+        yield
 
 
 @pytest.fixture(scope="module")

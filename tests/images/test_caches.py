@@ -6,7 +6,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from raysweep.cluster.session import ray_session
 from raysweep.encoders.base import weights_signature
 from raysweep.encoders.build import build_encoder
 from raysweep.errors import DataError, RaysweepError
@@ -48,17 +46,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    """Ray with a GPU in its books, so that the way through GPU actors is taken on any machine."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
-        patch.setattr(passes, "ROWS_PER_BLOCK", ROWS_PER_BLOCK)
-        patch.setattr(passes, "GPU_BLOCK", 10)
-        with ray_session(verbose=False):
-            passes.warm_up()
-            yield
+def ray_cluster(ray_with_a_gpu):
+    with ray_with_a_gpu(ROWS_PER_BLOCK=ROWS_PER_BLOCK, GPU_BLOCK=10):
+        passes.warm_up()
+        yield
 
 
 def tiny_encoder(image_size, seed):
