@@ -59,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RaysweepError as error:
             if options.verbose:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            if signals.failure is None:
+                print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             if signals.failure is not None:
-                print(f"error: {signals.failure}", file=sys.stderr)
                 return 1
             print(f"interrupted; {KEPT}", file=sys.stderr)
             return signals.exit_status

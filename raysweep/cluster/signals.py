@@ -31,7 +31,7 @@ class StopSignals:
     Attributes:
         word: what the terminal shows as soon as a signal comes.
         number: the first signal that came; None before.
-        failure: the error that ends the command instead of a signal, from `fail`; None if there is none.
+        failure: the error that ends the command instead of a signal, from `fail`, which has said it; None if there is none.
     """
 
     def __init__(self, word: str) -> None:
@@ -47,15 +47,15 @@ class StopSignals:
         return 128 + (self.number or signal.SIGINT)
 
     def fail(self, error: Exception) -> None:
-        """Ends the command with an error, from any thread. Does nothing once a signal has come."""
+        """Says an error at once and ends the command, from any thread. Does nothing once a signal has come."""
         if self.number is not None or self.failure is not None:
             return
         self.failure = error
+        self._say(f"error: {error}")  # Ray's C++ code may end this process before the main thread can say it
         ident = threading.main_thread().ident
         assert ident is not None
         signal.pthread_kill(ident, FAILURE)
         if not self._has_raised.wait(SECONDS_TO_RAISE):  # it waits in C++ code for what will never come
-            self._say(f"error: {error}")
             leave_at_once(1)
 
     def raise_failure(self, _number: int, _frame: FrameType | None) -> None:
