@@ -2,6 +2,7 @@ import io
 import json
 import sys
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from benchmarks import __main__ as command
 from benchmarks import fine_tune, gpu, population
 from benchmarks.bare_loop import decoded_batches
+from benchmarks.busy import busy_cores
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
@@ -169,3 +171,11 @@ def test_a_setting_is_found_when_a_trial_that_reached_it_has_ended():
     assert seconds_until(trials, 0.9) == 5.0
     assert seconds_until(trials, 0.4) == 1.0
     assert seconds_until(trials, 0.95) == 9.0
+
+
+def test_busy_loops_run_beside_a_block_and_end_with_it():
+    with busy_cores(2):
+        children = psutil.Process().children()
+        assert len(children) >= 2
+        assert all(child.is_running() for child in children)
+    assert not any(child.is_running() for child in children)
