@@ -1,4 +1,4 @@
-"""Other work beside a benchmark: one busy loop per core, as child processes of the benchmark, so anyone can repeat it."""
+"""Other work beside a benchmark: one busy loop per core, as children of the benchmark, so that anyone can repeat it."""
 
 from __future__ import annotations
 
