@@ -25,6 +25,7 @@ from benchmarks.sweeps import run_command
 from raysweep.encoders.build import build_encoder
 from raysweep.images.features import FeatureRequest
 from raysweep.images.index import ImageIndex
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches
 
 NODES = (1, 2, 4)
@@ -99,8 +100,7 @@ def measure(num_nodes: int, per_node: int, on_gpus: bool, folder: Path) -> dict[
             [request],
             index,
             num_gpus=num_nodes if on_gpus else 0,
-            num_threads=1,
-            num_nodes=num_nodes,
+            processes=PassProcesses(num_nodes, on_cluster=True),
             on_progress=lambda done, _total: progress.append((time.perf_counter() - started, done)),
         )
         seconds = time.perf_counter() - started

@@ -212,6 +212,14 @@ def present_resources() -> Resources:
     return Resources(sum(num_cpus for num_cpus, _ in nodes), sum(num_gpus for _, num_gpus in nodes), nodes)
 
 
+def cpus_and_memory_by_node() -> list[tuple[int, float]]:
+    """Returns the CPUs of each node that is alive, and the free bytes of memory when the node started."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), float(node.get("memory", 0))) for node in alive]
+
+
 def give_tune_no_variables() -> None:
     """Lets Tune's actors use the worker processes that Ray has already started, without variables of the driver.
 

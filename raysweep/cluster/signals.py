@@ -31,7 +31,8 @@ class StopSignals:
     Attributes:
         word: what the terminal shows as soon as a signal comes.
         number: the first signal that came; None before.
-        failure: the error that ends the command instead of a signal, from `fail`, which has said it; None if there is none.
+        failure: the error that ends the command instead of a signal, from `fail`, which has said it; None if there
+            is none.
     """
 
     def __init__(self, word: str) -> None:

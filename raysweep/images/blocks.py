@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import ray.data
 
+SMALLEST_BLOCK = 8  # rows: a batch of an encoder on a CPU
 MAX_RETRIES = 3  # of a task or actor whose process was killed; Ray Data's own default is without end
 
 
@@ -36,21 +37,32 @@ def map_blocks(dataset: ray.data.Dataset, function: Callable[..., Any], **option
         return dataset.map_batches(function, **{**whole_blocks, **retries, **options})
 
 
-def list_blocks(num_rows: int, size: int) -> list[dict[str, int]]:
-    """Splits rows into blocks of `size` rows, the last of which may have fewer."""
-    return [{"start": start, "size": size} for start in range(0, num_rows, size)]
+def list_blocks(num_rows: int, size: int, num_takers: int = 1) -> list[dict[str, int]]:
+    """Splits rows into blocks of `size` rows; the last ones are smaller, so that all processes end at the same time.
+
+    Args:
+        num_rows: Number of rows.
+        size: Rows of a block.
+        num_takers: Processes that take blocks one after another. Each block has at most a share of the rows that are
+            left when it begins (guided self-scheduling, Polychronopoulos & Kuck 1987).
+    """
+    blocks, start = [], 0
+    while start < num_rows:
+        share = -(-(num_rows - start) // (2 * num_takers)) if num_takers > 1 else size
+        blocks.append({"start": start, "size": min(size, max(SMALLEST_BLOCK, share), num_rows - start)})
+        start += blocks[-1]["size"]
+    return blocks
 
 
-def dataset_of_blocks(num_rows: int, size: int) -> ray.data.Dataset:
-    """Returns a Ray Dataset with one item for each block; nothing runs yet.
+def dataset_of_blocks(blocks: Sequence[Mapping[str, int]]) -> ray.data.Dataset:
+    """Returns a Ray Dataset with one item for each block of `list_blocks`; nothing runs yet.
 
     An item only says where its rows are in a table, which all processes of a node share. If the items were tables, Ray
     would start a task for each of them to learn its schema.
     """
     import ray.data
 
-    blocks = list_blocks(num_rows, size)
-    return ray.data.from_items(blocks, override_num_blocks=len(blocks))
+    return ray.data.from_items(list(blocks), override_num_blocks=len(blocks))
 
 
 def rows_of(block: pa.Table) -> slice:

@@ -22,9 +22,9 @@ from raysweep.images.index import ImageIndex
 from raysweep.storage.checksums import checksum_of
 from raysweep.storage.paths import signature
 
-# Images per forward pass. A GPU needs many. On a CPU few are faster, because their activations fit into its cache.
-# Measured on two cores, in images/s: dinov2-small in fp32 17.6 with batches of 4, 11.6 with 32; MobileNetV2 in fp32
-# 104 with batches of 4, 48 with 32, and in bf16 118 with 8.
+# Images per forward pass. A GPU needs many. On a CPU few are faster, because their activations fit into its cache. One
+# thread, in images/s with batches of 1, 4, 8, 16, 32: dinov2-small fp32 6.9, 7.2, 7.1, 7.3, 7.0, bf16 16.7, 21.0, 21.5,
+# 21.1, 16.5; MobileNetV2 fp32 82, 92, 79, 55, 39, bf16 115, 192, 207, 109, 120.
 ENCODER_BATCH = {("cuda", "fp32"): 128, ("cuda", "bf16"): 128, ("cpu", "fp32"): 4, ("cpu", "bf16"): 8}
 STORED_DTYPE, HALF_BYTES, ROW_ID_BYTES = "float16", 2, 8
 LARGEST = float(np.finfo(STORED_DTYPE).max)  # a larger outlier would become infinite, and make every logit NaN
@@ -126,9 +126,15 @@ def feature_table(row_ids: np.ndarray, parts: Mapping[str, np.ndarray]) -> pa.Ta
     return pa.table(columns)
 
 
-def load_arrays(encoder: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
-    """Loads a state dict of numpy arrays. They may be read-only views of Ray's object store."""
-    encoder.load_state_dict({name: _as_tensor(np.asarray(array)) for name, array in arrays.items()})
+def load_arrays(encoder: torch.nn.Module, arrays: dict[str, np.ndarray], *, shared: bool = False) -> None:
+    """Loads a state dict of numpy arrays. They may be read-only views of Ray's object store.
+
+    Args:
+        encoder: Receives the weights.
+        arrays: The state dict.
+        shared: Whether the encoder uses the arrays themselves, without a copy. It must not be trained then.
+    """
+    encoder.load_state_dict({name: _as_tensor(np.asarray(array)) for name, array in arrays.items()}, assign=shared)
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:

@@ -66,7 +66,7 @@ class PassJob:
         key: A unique name of the pass.
         index: The images.
         targets: The caches that the pass makes.
-        num_threads: CPU threads that decode and encode where one process has a node to itself.
+        num_threads: CPU threads that decode and encode in a process that does both.
     """
 
     key: str
@@ -123,8 +123,9 @@ class EncoderActor:
         for number, target in enumerate(job.targets):
             if target.encoder is not None:
                 encoder = encoder_from_spec(target.encoder)
-                load_arrays(encoder, ray.get(target.weights))
-                self.encoders[number] = encoder.to(self.device).requires_grad_(False)
+                encoder.requires_grad_(False)
+                load_arrays(encoder, ray.get(target.weights), shared=True)
+                self.encoders[number] = encoder.to(self.device)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Takes what `decode_block` returned, writes one file for each feature cache, and returns the reports."""
@@ -144,7 +145,7 @@ class EncoderActor:
 
 
 class DecoderEncoderActor(EncoderActor):
-    """Decodes and encodes in one process, with all CPUs of a node. A call turns blocks of the index into features."""
+    """Decodes and encodes in one process. A call turns blocks of the index into features."""
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Takes a block of the index, writes one file for each cache, and returns the reports."""

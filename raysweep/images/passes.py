@@ -1,14 +1,12 @@
 """One Ray Data pass over the images makes all missing caches: it decodes each image once, then encodes it.
 
-Without GPUs, one process of each node decodes and encodes with all CPUs of the node: a task on a Ray of our own, an
-actor on a cluster. Decoding in other processes would take CPUs from the encoder's threads, which wait for the slowest
-of them (half the speed, measured on two cores with MobileNetV2). With GPUs, tasks decode on all CPUs, and one actor on
-each GPU encodes. The code of tasks and actors is in `pass_tasks`.
+Without GPUs, each process decodes and encodes with one thread, on each CPU: tasks on a Ray of our own, actors on a
+cluster (see `pass_processes`). With GPUs, tasks decode on all CPUs, and one actor on each GPU encodes. The code of
+tasks and actors is in `pass_tasks`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysweep.errors import DataError, RaysweepError
-from raysweep.images.blocks import dataset_of_blocks, map_blocks
+from raysweep.images.blocks import dataset_of_blocks, list_blocks, map_blocks
 from raysweep.images.cache import (
     Cache,
     has_cache,
@@ -35,6 +33,7 @@ from raysweep.images.cache_files import damaged_files, fetch_files, is_whole, re
 from raysweep.images.features import FeatureRequest
 from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.pass_errors import raising_own_errors
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.pass_tasks import (
     DecoderEncoderActor,
     EncoderActor,
@@ -64,8 +63,7 @@ class _Processors:
     """What a pass runs on; see `build_caches`."""
 
     num_gpus: int
-    num_threads: int
-    num_nodes: int
+    processes: PassProcesses
 
 
 def build_caches(
@@ -73,8 +71,7 @@ def build_caches(
     index: ImageIndex,
     *,
     num_gpus: int,
-    num_threads: int,
-    num_nodes: int = 0,
+    processes: PassProcesses,
     on_progress: Progress = lambda _done, _total: None,
 ) -> list[Cache]:
     """Returns the requested caches, in order. One pass makes those that do not exist yet.
@@ -85,16 +82,14 @@ def build_caches(
         requests: Feature caches and pixel caches of this index. Requests with the same folder are one cache.
         index: The images.
         num_gpus: GPUs to spread the encoders over; 0 encodes on CPUs.
-        num_threads: CPUs of the smallest node that has any; on a Ray of our own, CPUs of this machine.
-        num_nodes: Nodes of a cluster that have CPUs; 0 on a Ray of our own. Nodes of a cluster work at the same time,
-            and nodes that join during the pass work too.
+        processes: The processes that encode on CPUs.
         on_progress: Called with (images done, all images).
 
     Raises:
         DataError: the pass did not see every image.
         ResourceError: a disk is full, or a process of the pass was ended too often.
     """
-    processors = _Processors(num_gpus, num_threads, num_nodes)
+    processors = _Processors(num_gpus, processes)
     missing = {request.folder: request for request in requests if not _is_whole(request)}
     with ExitStack() as locks:
         for folder in sorted(missing):  # every sweep uses the same order, so that no two wait for each other
@@ -255,27 +250,28 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
     """Returns a Ray Dataset that yields a report for every row; nothing runs yet."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    num_gpus, num_threads, num_nodes = processors.num_gpus, processors.num_threads, processors.num_nodes
-    job = PassJob(key, put_index(index), tuple(_target(request, key) for request in requests), num_threads)
+    num_gpus, processes = processors.num_gpus, processors.processes
+    targets = tuple(_target(request, key) for request in requests)
+    job = PassJob(uuid.uuid4().hex, put_index(index), targets, processes.num_threads)
     num_rows = len(index.table)
-    block_size = _block_size(num_rows)
-    blocks, num_blocks = dataset_of_blocks(num_rows, block_size), math.ceil(num_rows / block_size)
+    num_takers = num_gpus or processes.num_processes
+    ranges = list_blocks(num_rows, _block_size(num_rows), num_takers)
+    blocks, num_blocks = dataset_of_blocks(ranges), len(ranges)
     if not any(isinstance(request, FeatureRequest) for request in requests):
         return map_blocks(blocks, partial(decode_block, job=job))
-    if not num_gpus and not num_nodes:
-        # A task, not an actor: Ray starts a new process for each actor, but keeps idle processes for tasks. Each task
-        # asks for one CPU only, because it might never start beside training runs otherwise. One process works on all
-        # blocks, and ends after the last one, which frees the memory of the encoders.
-        one_process: dict[str, Any] = {"compute": TaskPoolStrategy(size=1), "max_calls": num_blocks}
-        return map_blocks(blocks, partial(decode_and_encode_block, job=job), **one_process)
-    size = {"size": num_gpus}
-    if num_nodes:  # nodes that join a cluster during the pass get actors too
-        size = {"min_size": num_gpus or num_nodes, "max_size": max(num_gpus, num_blocks)}
+    if not num_gpus and not processes.on_cluster:
+        # Tasks, not actors: Ray starts a new process for each actor, but keeps idle processes for tasks. Each task asks
+        # for one CPU only, because it might never start beside training runs otherwise.
+        pool: dict[str, Any] = {"compute": TaskPoolStrategy(size=num_takers)}
+        return map_blocks(blocks, partial(decode_and_encode_block, job=job), **pool)
+    size = {"size": num_takers}
+    if processes.on_cluster:  # nodes that join a cluster during the pass get actors too
+        size = {"min_size": num_takers, "max_size": max(num_takers, num_blocks)}
     if not num_gpus:
-        # One actor on each node, with its next block already waiting. If these were tasks, Ray would notice a tenth of
-        # a second late, after every block, that another node is free.
-        one_per_node: dict[str, Any] = {"compute": ActorPoolStrategy(**size), "num_cpus": num_threads}
-        return map_blocks(blocks, DecoderEncoderActor, fn_constructor_args=(job,), **one_per_node)
+        # Actors, with their next blocks already waiting. If these were tasks, Ray would notice a tenth of a second
+        # late, after every block, that another node is free.
+        actors: dict[str, Any] = {"compute": ActorPoolStrategy(**size), "num_cpus": processes.num_threads}
+        return map_blocks(blocks, DecoderEncoderActor, fn_constructor_args=(job,), **actors)
     return map_blocks(
         map_blocks(blocks, partial(decode_block, job=job)),
         EncoderActor,
@@ -289,7 +285,7 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
 
 
 def _block_size(num_rows: int) -> int:
-    """Returns how many rows of the index one file of each cache holds."""
+    """Returns how many rows of the index one file of each cache holds, except the last ones."""
     size = max(ROWS_PER_BLOCK, -(-num_rows // MAX_BLOCKS))
     return min(size, MAX_ROWS_PER_BLOCK, max(1, num_rows // MIN_BLOCKS))
 

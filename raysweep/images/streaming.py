@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from raysweep.errors import DataError
-from raysweep.images.blocks import dataset_of_blocks, map_blocks, rows_of, tensor_column, tensors
+from raysweep.images.blocks import dataset_of_blocks, list_blocks, map_blocks, rows_of, tensor_column, tensors
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.pixels import Geometry, decode_rows
 
@@ -75,7 +75,7 @@ class StreamedPixels:
         size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // math.prod(self.geometry.shape)))
         # A task returns only one block. If it returned two, it would keep its CPU until the second was taken, and
         # another worker of the same training step may need that CPU.
-        dataset = map_blocks(dataset_of_blocks(len(order), size), partial(_decode_block, job=job))
+        dataset = map_blocks(dataset_of_blocks(list_blocks(len(order), size)), partial(_decode_block, job=job))
         dataset.context.enable_progress_bars = False
         dataset.context.execution_options.preserve_order = True
         dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=READ_AHEAD_BYTES)

@@ -11,12 +11,14 @@ import torch
 
 from raysweep.cluster.address import joins_cluster
 from raysweep.cluster.resources import check_resources, local_resources, uses_gpu
+from raysweep.cluster.session import cpus_and_memory_by_node
 from raysweep.encoders.precision import faster_precision, supports_bf16
 from raysweep.errors import DataError, ResourceError
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache, num_leftover_bytes, open_cache
 from raysweep.images.cache_files import add_checksums, what_is_lacking
 from raysweep.images.features import FeatureRequest, feature_bytes, feature_signature
+from raysweep.images.pass_processes import PassProcesses, bytes_of_process, choose_processes
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.streaming import DECODING_CPUS
@@ -174,15 +176,17 @@ def _make_caches(
         else:
             requests.append(PixelRequest(folder, encoder.spec.preprocessing, folder in streamed))
     _check_space(state, requests)
-    encoded = [config.encoder_name for config in missing.values() if config.reads_features]
-    label = f"encoder pass ({', '.join(encoded)})" if encoded else "decoding"
+    encoded = [config for config in missing.values() if config.reads_features]
+    names = ", ".join(config.encoder_name for config in encoded)
+    label = f"encoder pass ({names})" if encoded else "decoding"
     stage = state.progress.stage(label, len(state.index.table))
+    num_gpus = present.num_gpus if uses_gpu(state.experiment.resources, present) else 0
+    processes = PassProcesses() if num_gpus else _processes(state, encoded)
     caches = build_caches(
         requests,
         state.index,
-        num_gpus=present.num_gpus if uses_gpu(state.experiment.resources, present) else 0,
-        num_threads=min(present.cpus_by_node) if joins_cluster() else local_resources().num_cpus,
-        num_nodes=len(present.cpus_by_node) if joins_cluster() else 0,
+        num_gpus=num_gpus,
+        processes=processes,
         on_progress=lambda done, _total: stage.update(done),
     )
     stage.finish()
@@ -190,12 +194,24 @@ def _make_caches(
     if seconds:  # 0 if another sweep made all of them in the meantime
         num_images = len(state.index.table)
         speed = f"{seconds:.1f} s ({num_images / seconds:.0f} images/s)"
-        state.progress.say(f"{label}: {num_images:,} images in {speed}")
+        # Of the processes that encode on CPUs: what a user may want to change if memory is short.
+        on_cpus = f"; {processes} of {max(cache.peak_memory_bytes for cache in caches) / 1e9:.1f} GB"
+        state.progress.say(f"{label}: {num_images:,} images in {speed}{on_cpus if encoded and not num_gpus else ''}")
     made = dict(zip(missing, caches, strict=True))
     state.num_encoder_passes += sum(
         made[folder].made_now for folder, config in missing.items() if config.reads_features
     )
     return made
+
+
+def _processes(state: SweepState, encoded: Sequence[StudyConfig]) -> PassProcesses:
+    """Returns the processes that encode on CPUs."""
+    nodes = [(num_cpus, memory) for num_cpus, memory in cpus_and_memory_by_node() if num_cpus]
+    cpus, memory = [num_cpus for num_cpus, _ in nodes], [free for _, free in nodes]
+    if not joins_cluster():
+        cpus = [local_resources().num_cpus]  # Ray has more than there are on a machine with one
+    num_bytes = bytes_of_process([state.encoder(config).model for config in encoded])
+    return choose_processes(cpus, memory, num_bytes, joins_cluster())
 
 
 def precision_of(state: SweepState, config: RowConfig) -> str:

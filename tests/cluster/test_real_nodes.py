@@ -23,6 +23,7 @@ PASS = """
     from raysweep.cluster.session import present_resources
     from raysweep.encoders.build import build_encoder
     from raysweep.images.features import FeatureRequest, load_features
+    from raysweep.images.pass_processes import PassProcesses
     from raysweep.images.passes import build_caches
     from raysweep.images.index import ImageIndex
 
@@ -59,7 +60,7 @@ PASS = """
     print("begins", flush=True)
     (cache,) = build_caches(
         [FeatureRequest(folder, encoder.spec, weights, "fp32")], index, num_gpus=0,
-        num_threads=min(present.cpus_by_node), num_nodes=len(present.cpus_by_node),
+        processes=PassProcesses(sum(present.cpus_by_node), on_cluster=True),
         on_progress=lambda done, _: print("done", done),
     )
     features = load_features(cache.rows, ids, ["cls"])["cls"]

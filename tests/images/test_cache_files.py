@@ -27,6 +27,7 @@ from raysweep.images.cache_files import (
     write_rows,
 )
 from raysweep.images.features import feature_table, load_features
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, is_blank, open_pixels, write_pixels
 from raysweep.storage.copies import local_path, publish
@@ -242,7 +243,7 @@ def test_a_damaged_file_alone_is_made_again(ray_started, tmp_path, encoder, imag
         request, read = feature_request(tmp_path, encoder), read_features
     else:
         request, read = PixelRequest(tmp_path, encoder.preprocessing), read_pixels
-    build = partial(build_caches, [request], image_index, num_gpus=num_gpus, num_threads=1)
+    build = partial(build_caches, [request], image_index, num_gpus=num_gpus, processes=PassProcesses())
     (cache,) = build()
     assert cache.made_now
     assert [row.row_id for row in cache.bad_rows] == [5]
@@ -285,7 +286,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(ray_started, encoder, image_inde
     request = feature_request(cache, encoder) if kind == "features" else PixelRequest(cache, encoder.preprocessing)
     filler = folder / "filler"
     filler.write_bytes(bytes(56_000))
-    build = partial(build_caches, [request], image_index, num_gpus=0, num_threads=1)
+    build = partial(build_caches, [request], image_index, num_gpus=0, processes=PassProcesses())
     with pytest.raises(ResourceError, match=rf"it cannot be written: the disk of {cache}.* is full.*GB are free"):
         build()
     assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]

@@ -20,13 +20,14 @@ from raysweep.errors import DataError, RaysweepError
 from raysweep.images import decode, passes
 from raysweep.images import features as features_module
 from raysweep.images import pixels as pixels_module
-from raysweep.images.blocks import list_blocks
+from raysweep.images.blocks import SMALLEST_BLOCK, list_blocks
 from raysweep.images.cache import only_writer, open_cache
 from raysweep.images.cache_files import write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
 from raysweep.images.index import ImageIndex, content_hash
 from raysweep.images.pass_errors import raising_own_errors
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import (
     Geometry,
@@ -124,7 +125,7 @@ def shared_pass(ray_cluster, tmp_path_factory, index, encoder, other_encoder):
         feature_request(folder / "others", other_encoder),
     ]
     return build_caches(
-        requests, index, num_gpus=0, num_threads=2, on_progress=lambda *numbers: told.append(numbers)
+        requests, index, num_gpus=0, processes=PassProcesses(2), on_progress=lambda *numbers: told.append(numbers)
     ), told
 
 
@@ -345,7 +346,7 @@ def test_one_pass_makes_all_caches_and_tells_of_each_image_once(shared_pass):
 def test_a_shared_pass_gives_the_bits_of_separate_ones(shared_pass, tmp_path, index, good_ids, encoder, other_encoder):
     for cache, encoder_alone in zip(shared_pass[0][::2], (encoder, other_encoder), strict=True):
         request = feature_request(tmp_path / str(encoder_alone.preprocessing.crop_size), encoder_alone)
-        (alone,) = build_caches([request], index, num_gpus=0, num_threads=2)
+        (alone,) = build_caches([request], index, num_gpus=0, processes=PassProcesses(2))
         expected, found = (load_features(folder, good_ids, ["cls", "mean"]) for folder in (alone.rows, cache.rows))
         for part, values in expected.items():
             assert torch.equal(found[part], values)
@@ -361,7 +362,9 @@ def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
         feature_request(tmp_path / "features", encoder),
     ]
     told = []
-    caches = build_caches(requests, index, num_gpus=1, num_threads=2, on_progress=lambda *numbers: told.append(numbers))
+    caches = build_caches(
+        requests, index, num_gpus=1, processes=PassProcesses(2), on_progress=lambda *numbers: told.append(numbers)
+    )
     assert told[-1] == (NUM_ROWS, NUM_ROWS)
     assert all(cache.bad_rows == pixels.bad_rows and cache.seconds > 0 for cache in caches)
     for cache, expected in zip(caches[1:], (shared_pass[0][2], shared_pass[0][0]), strict=True):
@@ -381,10 +384,10 @@ def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
         FeatureRequest(Path(caches[0].folder), encoder.spec, None, "fp32"),
         PixelRequest(Path(caches[1].folder), encoder.preprocessing),
     ]
-    again = build_caches(requests, index, num_gpus=0, num_threads=2, on_progress=never)
+    again = build_caches(requests, index, num_gpus=0, processes=PassProcesses(2), on_progress=never)
     assert again == [replace(cache, made_now=False) for cache in caches[:2]]
     requests.insert(1, PixelRequest(tmp_path, encoder.preprocessing))
-    assert [cache.made_now for cache in build_caches(requests, index, num_gpus=0, num_threads=2)] == [
+    assert [cache.made_now for cache in build_caches(requests, index, num_gpus=0, processes=PassProcesses(2))] == [
         False,
         True,
         False,
@@ -400,7 +403,9 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
     for name in ("rows-000000000007.parquet", "another-pass/rows-1.f16", "another-pass/.rows-000000001002.arrow.abc"):
         (tmp_path / name).touch()
     assert open_cache(tmp_path) is None
-    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, num_threads=2)
+    (cache,) = build_caches(
+        [PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, processes=PassProcesses(2)
+    )
     assert cache.made_now
     found = load_pixels(cache.rows, np.array([1002]), encoder.preprocessing.training_size)
     assert np.array_equal(found[0], encoder.preprocessing.resize_for_training(decode_image(images[1])))
@@ -431,7 +436,12 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 
     monkeypatch.setattr(passes, "_dataset", lambda *_arguments: Lossy())
     with pytest.raises(DataError, match="saw 2 of 3 images"):
-        build_caches([PixelRequest(tmp_path, encoder.preprocessing)], make_index([b""] * 3), num_gpus=0, num_threads=2)
+        build_caches(
+            [PixelRequest(tmp_path, encoder.preprocessing)],
+            make_index([b""] * 3),
+            num_gpus=0,
+            processes=PassProcesses(2),
+        )
     assert open_cache(tmp_path) is None
 
 
@@ -441,7 +451,9 @@ def test_a_pass_that_loses_rows_leaves_no_manifest(tmp_path, monkeypatch, encode
 @pytest.mark.ray
 def test_a_missing_and_a_damaged_file_are_named(ray_cluster, tmp_path, encoder, images):
     index = make_index(images[:3])
-    (cache,) = build_caches([PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, num_threads=2)
+    (cache,) = build_caches(
+        [PixelRequest(tmp_path, encoder.preprocessing)], index, num_gpus=0, processes=PassProcesses(2)
+    )
     ids, file = index.table["row_id"].to_numpy(), min(Path(cache.rows).glob("rows-*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"rows-0+1000\.arrow: damaged .*; run the same command again"):
@@ -481,7 +493,7 @@ def test_a_second_sweep_waits_for_the_pass_of_the_first(tmp_path, monkeypatch, e
     found = []
     requests = [PixelRequest(tmp_path, encoder.preprocessing)]
     second = threading.Thread(
-        target=lambda: found.extend(build_caches(requests, make_index([]), num_gpus=0, num_threads=2))
+        target=lambda: found.extend(build_caches(requests, make_index([]), num_gpus=0, processes=PassProcesses(2)))
     )
     with only_writer(tmp_path):
         second.start()
@@ -506,7 +518,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
 
     def sweep(order):
         requests = [PixelRequest(folder, encoder.preprocessing) for folder in order]
-        caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0, num_threads=2)
+        caches = build_caches([*requests, requests[0]], make_index([]), num_gpus=0, processes=PassProcesses(2))
         assert [cache.rows for cache in caches] == [str(folder / "a-pass") for folder in (*order, order[0])]
 
     threads = [threading.Thread(target=sweep, args=(order,)) for order in (folders, folders[::-1])]
@@ -527,7 +539,20 @@ def test_blocks_hold_every_row_once_and_are_neither_few_nor_huge(monkeypatch):
         blocks = list_blocks(num_rows, passes._block_size(num_rows))
         assert len(blocks) == num_blocks
         assert [block["start"] for block in blocks] == list(range(0, num_rows, blocks[0]["size"]))
-        assert len({block["size"] for block in blocks}) == 1
+        assert len({block["size"] for block in blocks[:-1]}) <= 1
+        assert sum(block["size"] for block in blocks) == num_rows
+
+
+@pytest.mark.parametrize("num_takers", [2, 3, 64])
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 100, 1_300, 10**5])
+def test_the_last_blocks_are_small_if_several_processes_take_them(num_rows, num_takers):
+    blocks = list_blocks(num_rows, passes._block_size(num_rows), num_takers)
+    sizes = [block["size"] for block in blocks]
+    assert [block["start"] for block in blocks] == [sum(sizes[:number]) for number in range(len(sizes))]
+    assert sum(sizes) == num_rows
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= SMALLEST_BLOCK
+    assert all(size >= min(SMALLEST_BLOCK, passes._block_size(num_rows)) for size in sizes[:-1])
 
 
 def eval_geometry(encoder):

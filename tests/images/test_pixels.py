@@ -10,6 +10,7 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.experiment.config import DataConfig
 from raysweep.images.cache_files import is_whole
 from raysweep.images.index import load_index
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import Geometry, PixelRequest, decode_rows, open_pixels
 
@@ -51,14 +52,18 @@ def test_a_cache_does_not_keep_what_a_pass_did_not_get(folder, tmp_path):
     save(folder / "a" / "02.png", 255)
     request = PixelRequest(tmp_path / "cache", PREPROCESSING)
     with ray_session(verbose=False):
-        (cache,) = build_caches([request], index, num_gpus=0, num_threads=2)
+        (cache,) = build_caches([request], index, num_gpus=0, processes=PassProcesses(2))
         assert [row.reason for row in cache.bad_rows] == [CHANGED]
         assert cache.num_rows == 19
         assert not is_whole(request.folder)
         seen = []
         (folder / "a" / "02.png").write_bytes(before)
         (cache,) = build_caches(
-            [request], index, num_gpus=0, num_threads=2, on_progress=lambda done, total: seen.append((done, total))
+            [request],
+            index,
+            num_gpus=0,
+            processes=PassProcesses(2),
+            on_progress=lambda done, total: seen.append((done, total)),
         )
     assert seen == [(20, 20)]  # only the one image was decoded
     assert (cache.num_rows, cache.bad_rows, is_whole(request.folder)) == (20, (), True)

@@ -16,6 +16,7 @@ from raysweep.errors import DataError
 from raysweep.images import streaming
 from raysweep.images.cache import has_cache, open_cache
 from raysweep.images.index import ImageIndex, content_hash
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import Geometry, PixelRequest, open_pixels
 from raysweep.images.streaming import StreamedPixels, rebatch
@@ -72,7 +73,7 @@ def row_ids(index):
 def files(ray_cluster, tmp_path_factory, index, row_ids):
     """The same rows from a cache."""
     (cache,) = build_caches(
-        [PixelRequest(tmp_path_factory.mktemp("cache"), PREPROCESSING)], index, num_gpus=0, num_threads=2
+        [PixelRequest(tmp_path_factory.mktemp("cache"), PREPROCESSING)], index, num_gpus=0, processes=PassProcesses(2)
     )
     return open_pixels(cache.rows, row_ids, GEOMETRY.shape)
 
@@ -149,7 +150,9 @@ def test_an_image_that_was_lost_meanwhile_is_named(ray_cluster, index):
 @pytest.mark.ray
 def test_without_room_a_pass_looks_for_bad_rows_and_with_room_again_it_makes_the_cache(files, tmp_path, index, row_ids):
     for streamed, made_now in ((True, True), (True, False), (False, True), (True, False)):
-        (cache,) = build_caches([PixelRequest(tmp_path, PREPROCESSING, streamed)], index, num_gpus=0, num_threads=2)
+        (cache,) = build_caches(
+            [PixelRequest(tmp_path, PREPROCESSING, streamed)], index, num_gpus=0, processes=PassProcesses(2)
+        )
         assert cache.made_now is made_now
         assert [row.row_id for row in cache.bad_rows] == [121]
         assert cache.num_rows == NUM_ROWS - 1

@@ -23,6 +23,7 @@ from raysweep.errors import DataError, RaysweepError, ResourceError
 from raysweep.images import passes
 from raysweep.images.cache import has_cache, num_leftover_bytes, remove_leftovers, remove_older_passes
 from raysweep.images.cache_files import fetched
+from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.pixels import PixelRequest, open_pixels, write_pixels
 from raysweep.images.task_reports import build_reports
 from raysweep.storage import copies as storage
@@ -299,7 +300,7 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
 
         monkeypatch.setattr(passes, "_dataset", dataset)
         request = PixelRequest(local_path(uri), Preprocessing("exact", (2, 2), None, 3, (0,) * 3, (1,) * 3))
-        (cache,) = passes.build_caches([request], index, num_gpus=0, num_threads=1, on_progress=progress)
+        (cache,) = passes.build_caches([request], index, num_gpus=0, processes=PassProcesses(), on_progress=progress)
         return cache.rows, *(folder for folder, *_ in steps)
 
     last = 1 - first_to_end
