@@ -1,15 +1,16 @@
 import io
 import json
+import multiprocessing
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import fine_tune, gpu, population
-from benchmarks.bare_loop import decoded_batches
+from benchmarks import bare_loop, fine_tune, gpu, population
 from benchmarks.busy import busy_cores
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
@@ -89,13 +90,17 @@ def test_repeated_images_are_distinct_balanced_and_in_every_split(images, tmp_pa
     assert not any("duplicate" in warning for warning in index.warnings)
 
 
-def test_both_ways_of_decoding_yield_every_image_in_order(images, tmp_path):
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_bare_loop_takes_every_image_once(images, tmp_path, monkeypatch, forward_only):
     paths = repeat_images(images, tmp_path / "repeated", 27)
-    encoder = build_encoder(TINY_DINOV2, 0)
-    plain, threaded = (list(decoded_batches(encoder, paths, 2, threads)) for threads in (0, 2))
-    assert [len(batch) for batch in plain] == [len(batch) for batch in threaded] == [2] * 13 + [1]
-    for one, other in zip(plain, threaded, strict=True):
-        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+    seen = []
+    monkeypatch.setattr(bare_loop, "forward", lambda _encoder, pixels, *_others: seen.append(np.stack(pixels)))
+    counter, shape = multiprocessing.get_context("spawn").Value("q", 0), bare_loop.Shape("fp32", 4)
+    loop = bare_loop.Loop(TINY_DINOV2, 0, paths, torch.get_num_threads(), forward_only, counter)
+    loop.run(len(paths), shape)
+    assert [len(batch) for batch in seen] == [4] * 6 + [3]
+    expected = [bare_loop.decode(loop.encoder, path) for path in paths]
+    assert (np.concatenate(seen) == np.stack(expected)).all()
 
 
 def test_experiments_are_valid():
