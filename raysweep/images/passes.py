@@ -121,14 +121,12 @@ def _is_streamed(request: Request) -> bool:
     return isinstance(request, PixelRequest) and request.streamed
 
 
-def warm_up() -> None:
-    """Starts in advance what a pass would wait for: Ray Data's own actors, and a process that has imported torch.
+def warm_up(num_processes: int) -> None:
+    """Starts in advance what a pass would wait for: Ray Data's own actors, and processes that have imported torch.
 
     It saves time when it runs in a thread, between the start of Ray and `build_caches`.
     """
-    import ray.data
-
-    map_blocks(ray.data.from_items([{"start": 0}]), _import_encoders).materialize()
+    map_blocks(dataset_of_blocks(list_blocks(num_processes, 1)), _import_encoders).materialize()
 
 
 def _import_encoders(block: pa.Table) -> pa.Table:

@@ -116,7 +116,7 @@ def warm_up_pass() -> None:
     """Imports in Ray's workers what an encoder pass needs."""
     from raysweep.images.passes import warm_up
 
-    warm_up()
+    warm_up(local_resources().num_cpus)
 
 
 @contextmanager
