@@ -219,9 +219,12 @@ def time_study(job: SampleJob) -> Speeds:
     if not reads_features:
         return replace(speeds, train=_time_training(encoder, images, job, device) / count)
     precision = "bf16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as in a pass: each of num_threads processes decodes and encodes with one thread
     encoding = _timed(lambda: encode(encoder, images, device, precision))[0] / count
-    if device.type == "cpu":  # one task decodes and encodes, on all cores
-        encoding += speeds.decode / job.num_threads
+    if device.type == "cpu":
+        encoding = (encoding + speeds.decode) / job.num_threads
+        torch.set_num_threads(job.num_threads)
     return replace(speeds, encode=encoding, head_epoch=_time_heads(encoder, job, device) / job.num_heads)
 
 
