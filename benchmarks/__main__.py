@@ -29,6 +29,7 @@ NAMES = (
     "encoders",
     "bound",
     "weak_scaling",
+    "index",
 )
 
 

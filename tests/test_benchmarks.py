@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import bare_loop, fine_tune, gpu, population
+from benchmarks import bare_loop, fine_tune, gpu, index, population
 from benchmarks.busy import busy_cores
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
@@ -184,3 +184,10 @@ def test_busy_loops_run_beside_a_block_and_end_with_it():
         assert len(children) >= 2
         assert all(child.is_running() for child in children)
     assert not any(child.is_running() for child in children)
+
+
+def test_an_index_is_measured_on_disk_and_of_made_up_rows(tmp_path):
+    found = {figure.name: figure for figure in index.run(quick(tmp_path))}
+    assert found["speed, on disk"].value > 0
+    assert found["kept, made up"].value < found["peak, made up"].value
+    assert found["kept, made up"].details["num_rows"] == 1_000
