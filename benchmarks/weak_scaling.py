@@ -51,7 +51,7 @@ def make_index(count: int) -> ImageIndex:
         "image": pa.array([images[number % DISTINCT_IMAGES] for number in ids], pa.large_binary()),
         "label": pa.array(ids % 2, pa.int32()),
         "split": ["train"] * count,
-        "content_hash": [str(number) for number in ids],
+        "content_hash": [b"%d" % number for number in ids],
     }
     return ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "fingerprint")
 

@@ -17,6 +17,7 @@ from PIL import Image
 from raysweep.errors import DataError, one_line
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
 from raysweep.images.groups import describe_groups, find_groups, join_copies
+from raysweep.images.index_table import make_table
 from raysweep.images.labels import label_names, sort_classes
 from raysweep.images.listing import list_source
 from raysweep.images.parquet import parquet_images
@@ -59,10 +60,11 @@ class ImageIndex:
 
     Attributes:
         table: One line per good row: `row_id` int64 (position in the source's sorted listing, which includes bad rows),
-            `path` string (absolute path or URI of the image, or of the Parquet file that contains it), `position` int64
-            (row in that file, -1 where the path is the image), `image` large_binary (encoded bytes for sources that are
-            generated in memory, else null), `label` int32 (index into `classes`), `split` string, `content_hash` string
-            (SHA-256 of the encoded bytes, hex).
+            `path` string (absolute path or URI of the image, or of the Parquet file that contains it, then as a
+            dictionary), `position` int32 (row in that file, -1 where the path is the image), `image` large_binary
+            (encoded bytes for sources that are generated in memory; a column of nulls for others), `label` int32
+            (index into `classes`), `split` dictionary of strings, `content_hash` 32 bytes (SHA-256 of the encoded
+            bytes).
         classes: Class names, sorted; by value if all are whole numbers.
         bad_rows: Rows that were left out, with the reasons.
         warnings: What a user should know before trusting a score on this data.
@@ -90,7 +92,7 @@ class ImageIndex:
         row_ids, contents = hashlib.sha256(), hashlib.sha256()
         for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=2**16):
             row_ids.update(batch["row_id"].to_numpy().tobytes())
-            contents.update("".join(f"{content}\n" for content in batch["content_hash"].to_pylist()).encode())
+            contents.update("".join(f"{content.hex()}\n" for content in batch["content_hash"].to_pylist()).encode())
         kept = [row_ids.hexdigest(), contents.hexdigest()]
         whites = self.decode_options.whites
         return signature(kept if whites == USUAL_WHITES else [*kept, asdict(whites)])
@@ -130,17 +132,8 @@ def load_index(data: "DataConfig", seed: int) -> ImageIndex:
     warnings += [*group_warnings, *describe_groups(groups, splits)]
     warnings += describe_copies([row.source for row in rows], names, splits, hashes)
     warnings += describe_few_images(labels, splits, classes, shots)
-    columns = {
-        "row_id": pa.array(good, pa.int64()),
-        "path": pa.array([row.path for row in rows], pa.string()),
-        "position": pa.array([row.position for row in rows], pa.int64()),
-        "image": pa.array([row.inline for row in rows], pa.large_binary()),
-        "label": pa.array(labels),
-        "split": pa.array(splits, pa.string()),
-        "content_hash": pa.array(hashes, pa.string()),
-    }
     return ImageIndex(
-        table=pa.table(columns),
+        table=make_table(rows, good, labels, splits),
         classes=classes,
         bad_rows=bad_rows,
         warnings=tuple(warnings),
@@ -170,7 +163,7 @@ def _decode_options(data: "DataConfig", listing: Listing, deep: dict[int, str]) 
     whites, num_judged = judge_whites(
         (open_image(image, options), image)
         for place, image in _stream_images(*columns, listing.image_column)
-        if isinstance(image, bytes) and content_hash(image) == deep[sample[place]]
+        if isinstance(image, bytes) and content_hash(image).hex() == deep[sample[place]]
     )
     warning = describe_whites(whites, len(deep), num_judged)
     return DecodeOptions(data.max_megapixels, whites), [warning] if warning else []
@@ -246,7 +239,7 @@ def _hash_images(listing: Listing, options: DecodeOptions) -> tuple[list[str | D
                     deep.add(number)
         except DataError as error:
             return error
-        return content_hash(image)
+        return content_hash(image).hex()
 
     def hash_rows(numbers: list[int]) -> None:
         rows = [listing.rows[number] for number in numbers]
@@ -261,9 +254,9 @@ def _hash_images(listing: Listing, options: DecodeOptions) -> tuple[list[str | D
     return outcomes, deep
 
 
-def content_hash(image: bytes) -> str:
-    """Returns the SHA-256 of an encoded image, in hex."""
-    return hashlib.sha256(image).hexdigest()
+def content_hash(image: bytes) -> bytes:
+    """Returns the SHA-256 of an encoded image, as `ImageIndex.table` has it."""
+    return hashlib.sha256(image).digest()
 
 
 def _separate(

@@ -53,7 +53,7 @@ PASS = """
     ids = np.arange(count)
     columns = {"row_id": ids, "path": [f"{n}.png" for n in ids], "position": np.full(count, -1),
                "image": pa.array([image(n) for n in ids], pa.large_binary()), "label": pa.array(ids % 2, pa.int32()),
-               "split": ["train"] * count, "content_hash": [str(n) for n in ids]}
+               "split": ["train"] * count, "content_hash": [b"%d" % n for n in ids]}
     index = ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "fingerprint")
     weights = ray.put({name: tensor.numpy() for name, tensor in encoder.state_dict().items()})
     present = present_resources()

@@ -332,6 +332,6 @@ def image_index():
         "image": pa.array(images, pa.large_binary()),
         "label": pa.array([0, 1] * (NUM_ROWS // 2), pa.int32()),
         "split": ["train"] * NUM_ROWS,
-        "content_hash": [str(number) for number in range(NUM_ROWS)],
+        "content_hash": [b"%d" % number for number in range(NUM_ROWS)],
     }
     return ImageIndex(pa.table(columns), ("a", "b"), (), (), NUM_ROWS, "fingerprint")

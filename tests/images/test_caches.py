@@ -86,7 +86,7 @@ def make_index(images, first_id=FIRST_ID, hashes=None):
         "image": pa.array(images, pa.large_binary()),
         "label": pa.array([number % 2 for number in range(count)], pa.int32()),
         "split": pa.array(["train"] * count, pa.string()),
-        "content_hash": pa.array(hashes or [f"{number:x}" for number in range(count)], pa.string()),
+        "content_hash": pa.array(hashes or [b"%x" % number for number in range(count)], pa.binary()),
     }
     return ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "fingerprint")
 
@@ -573,7 +573,7 @@ def test_a_block_is_decoded_row_by_row(encoder):
 
 def test_rows_are_read_from_files(tmp_path, encoder):
     (tmp_path / "0.png").write_bytes(image_bytes(0))
-    table = make_index([None, None], hashes=[content_hash(image_bytes(0)), "gone"]).table
+    table = make_index([None, None], hashes=[content_hash(image_bytes(0)), b"gone"]).table
     paths = pa.array([str(tmp_path / "0.png"), str(tmp_path / "missing.png")])
     errors, pixels = decode_rows(table.set_column(1, "path", paths), None, [eval_geometry(encoder)], 2)
     assert errors[0] is None

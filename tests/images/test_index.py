@@ -66,7 +66,7 @@ def read_all(index):
 def assert_readable(index):
     """What the index points at is what was hashed."""
     images = read_all(index)
-    assert [hashlib.sha256(image).hexdigest() for image in images] == column(index, "content_hash")
+    assert [hashlib.sha256(image).digest() for image in images] == column(index, "content_hash")
 
 
 # Folders of images
@@ -85,8 +85,9 @@ def test_class_folders_and_the_table_they_become(tmp_path, monkeypatch):
         "validation": {"cat": 1, "dog": 1},
         "test": {"cat": 2, "dog": 2},
     }
+    split = pa.dictionary(pa.int8(), pa.string())
     assert index.table.schema.types == [
-        *(pa.int64(), pa.string(), pa.int64(), pa.large_binary(), pa.int32(), pa.string(), pa.string())
+        *(pa.int64(), pa.string(), pa.int32(), pa.null(), pa.int32(), split, pa.binary(32))
     ]
     assert column(index, "path")[0] == str(tmp_path / "images" / "cat" / "0.png")
     assert column(index, "row_id") == list(range(20))
@@ -435,7 +436,7 @@ def test_parquet_structs_with_bytes_or_a_path_or_neither(tmp_path):
     cells += [{"bytes": None, "path": "sub/outside.png"}, {"bytes": None, "path": None}, None]
     path = write_parquet(tmp_path / "x.parquet", cells, list("ab" * 10 + "a"))
     index = load_index(config(path, max_bad_fraction=0.2), seed=0)
-    assert column(index, "content_hash")[18] == hashlib.sha256(png(400)).hexdigest()
+    assert column(index, "content_hash")[18] == hashlib.sha256(png(400)).digest()
     assert [(bad.source, bad.reason) for bad in index.bad_rows] == [
         (f"{path} row 19", "no image in this row"),
         (f"{path} row 20", "no image in this row"),
@@ -629,3 +630,18 @@ def test_beans_as_published():
     assert index.classes == ("angular_leaf_spot", "bean_rust", "healthy")
     assert index.bad_rows == ()
     assert index.warnings == ("1 file left out: 1 LICENSE",)
+
+
+def test_a_row_needs_little_memory_beside_its_path(tmp_path):
+    index = load_index(config(class_folders(tmp_path, each=50)), seed=0)
+    assert index.table.nbytes - sum(map(len, column(index, "path"))) < 60 * len(index.table)
+
+
+def test_a_row_of_a_parquet_file_does_not_repeat_its_path(tmp_path):
+    cells = [{"bytes": png(number), "path": None} for number in range(100)]
+    folder = tmp_path / ("long" * 50)
+    folder.mkdir()
+    index = load_index(config(write_parquet(folder / "x.parquet", cells, list("ab" * 50))), seed=0)
+    assert set(column(index, "path")) == {str(folder / "x.parquet")}
+    assert index.table.nbytes < 70 * len(index.table)
+    assert_readable(index)

@@ -184,7 +184,7 @@ def test_caches_of_8_bit_data_keep_their_signature(tmp_path):
         path.write_bytes(encode(Image.new("L", (2, 2), number)))
     index = load_index(DataConfig(source=str(tmp_path)), seed=0)
     assert index.decode_options == DecodeOptions()
-    hashes = "".join(f"{content}\n" for content in index.table["content_hash"].to_pylist())
+    hashes = "".join(f"{content.hex()}\n" for content in index.table["content_hash"].to_pylist())
     parts = np.arange(20).tobytes(), hashes.encode()
     assert index.row_signature == signature([hashlib.sha256(part).hexdigest() for part in parts])
 

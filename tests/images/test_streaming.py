@@ -58,7 +58,7 @@ def index(folder):
         "path": pa.array(paths, pa.string()),
         "position": pa.array([-1] * NUM_ROWS, pa.int64()),
         "image": pa.array([None] * NUM_ROWS, pa.large_binary()),
-        "content_hash": pa.array([content_hash(Path(path).read_bytes()) for path in paths], pa.string()),
+        "content_hash": pa.array([content_hash(Path(path).read_bytes()) for path in paths], pa.binary()),
     }
     return ImageIndex(pa.table(columns), ("a", "b"), (), (), NUM_ROWS, "fingerprint")
 
