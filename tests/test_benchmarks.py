@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import bare_loop, fine_tune, gpu, index, population
-from benchmarks.busy import busy_cores
+from benchmarks import bare_loop, busy, fine_tune, gpu, index, population
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
@@ -179,11 +178,10 @@ def test_a_setting_is_found_when_a_trial_that_reached_it_has_ended():
 
 
 def test_busy_loops_run_beside_a_block_and_end_with_it():
-    with busy_cores(2):
-        children = psutil.Process().children()
-        assert len(children) >= 2
-        assert all(child.is_running() for child in children)
-    assert not any(child.is_running() for child in children)
+    with busy.busy_cores(2):
+        loops = [child for child in psutil.Process().children() if busy.LOOP in child.cmdline()]
+        assert len(loops) == 2
+    assert not any(loop.is_running() for loop in loops)
 
 
 def test_an_index_is_measured_on_disk_and_of_made_up_rows(tmp_path):

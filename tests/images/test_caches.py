@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def ray_cluster(ray_with_a_gpu):
     with ray_with_a_gpu(ROWS_PER_BLOCK=ROWS_PER_BLOCK, GPU_BLOCK=10):
-        passes.warm_up()
+        passes.warm_up(2)
         yield
 
 
