@@ -1,6 +1,7 @@
 import logging
 import logging.handlers
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -124,8 +125,16 @@ def test_what_mlflow_itself_leaves_when_it_is_killed_is_named_or_mended(tmp_path
         IN_PLACE, f"sqlite:///{path}", 60, until=lambda: path.exists() and path.stat().st_size > 60_000
     )
     assert cut
-    with pytest.raises(RaysweepError, match=r"its tables are incomplete.*holds 0 runs\. Move .* away"):
+    problem = None
+    try:
         open_client(f"sqlite:///{path}")
+    except RaysweepError as error:
+        problem = str(error)
+    if problem is not None:  # it was killed within a step of MLflow's migration
+        assert re.search(r"its tables are incomplete.*holds 0 runs\. Move .* away", problem)
+    else:  # it was killed between two steps
+        assert has_all_tables(path)
+        assert open_tracker(f"sqlite:///{path}", "x").start_run("key", "name", "sweep")[1]
 
 
 def test_a_store_of_an_older_mlflow_is_migrated_beside_its_place(store, tmp_path, monkeypatch):

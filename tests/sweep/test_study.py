@@ -1,6 +1,4 @@
 import json
-import statistics
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -760,21 +758,15 @@ def test_what_a_failed_or_killed_trial_left_of_its_training_is_removed(open_stat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_trials", [1000, 5000])
-def test_a_late_trial_takes_hardly_more_time_and_memory_than_an_early_one(open_state, num_trials):
+def test_many_trials_need_little_memory_and_disk(open_state, num_trials):
     study = study_of(open_state(**probe(num_trials=num_trials)))
-    process, seconds, before = psutil.Process(), [], psutil.Process().memory_info().rss
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
     while study.num_left:
-        started = time.process_time()
-        trials = study.ask()
-        for trial in trials:
+        for trial in study.ask():
             result = make_result(trial, 1 - trial.setting["learning_rate"], num_epochs=20)
             study.tell(trial.number, result, "unused")
-        seconds.append((time.process_time() - started) / len(trials))
     assert study.optuna_study.num_done == num_trials
     growth = (process.memory_info().rss - before) / num_trials
     size = study.state.paths.optuna_journal.stat().st_size / num_trials
-    early, late = statistics.median(seconds[2:8]), statistics.median(seconds[-6:])
-    print(f"{num_trials} trials: {1e3 * early:.1f} ms, later {1e3 * late:.1f} ms; {growth:,.0f} and {size:,.0f} bytes")
     assert growth < 200_000
     assert size < 5_000
-    assert late <= 1.5 * early + 0.002
