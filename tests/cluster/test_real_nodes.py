@@ -111,7 +111,10 @@ GROUPS = """
     tune_run.run_work = run_work
     session, group = RaySession(verbose=False), Group(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     print("up", session.resources.num_cpus)
-    tune_run.run_groups([group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus)
+    tune_run.run_groups(
+        [group], Path(sys.argv[1]), num_groups=1, num_runs=lambda: session.resources_now.num_cpus,
+        max_failures=ResourcesConfig().max_failures,
+    )
     session.close()
     print("result", json.dumps(group.taken))
 """
