@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raysweep.encoders.base import Encoder, EncoderSpec
+from raysweep.encoders.base import EncoderSpec
+from raysweep.encoders.compiled import PassEncoder, encode_batch
 from raysweep.errors import EncoderError
 from raysweep.images.cache import only_writer
 from raysweep.images.cache_files import list_sizes, read_blocks
@@ -68,7 +69,7 @@ def feature_bytes(index: ImageIndex, spec: EncoderSpec) -> int:
 
 
 @torch.inference_mode()
-def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
+def encode(encoder: PassEncoder, pixels: np.ndarray, device: torch.device, precision: str) -> dict[str, np.ndarray]:
     """Runs the encoder over uint8 pixels `(n, height, width, 3)`; returns each part, float32 `(n, num_features)`.
 
     While a GPU works on one batch, the next batch is copied to pinned memory, so that its upload is asynchronous. The
@@ -90,17 +91,13 @@ def encode(encoder: Encoder, pixels: np.ndarray, device: torch.device, precision
 
 
 def _forward(
-    encoder: Encoder, images: torch.Tensor, device: torch.device, precision: str
+    encoder: PassEncoder, images: torch.Tensor, device: torch.device, precision: str
 ) -> dict[str, torch.Tensor] | None:
     """Returns the features of one batch, or None if a batch of several images does not fit into the device's memory."""
     if device.type == "cuda":
         images = images.pin_memory()
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            outputs: dict[str, torch.Tensor] = encoder(
-                encoder.preprocessing.normalize(images.to(device, non_blocking=True))
-            )
-            return outputs
+        return encode_batch(encoder, images.to(device, non_blocking=True), precision)
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise

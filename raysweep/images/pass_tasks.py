@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from raysweep.encoders.base import Encoder, EncoderSpec
+from raysweep.encoders.base import EncoderSpec
 from raysweep.encoders.build import encoder_from_spec
+from raysweep.encoders.compiled import PassEncoder, compile_for_pass
 from raysweep.images.blocks import rows_of, tensor_column, tensors
 from raysweep.images.cache_files import Checksums, write_rows
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions
-from raysweep.images.features import encode, feature_table, load_arrays
+from raysweep.images.features import ENCODER_BATCH, encode, feature_table, load_arrays
 from raysweep.images.pixels import Geometry, decode_rows, is_blank, write_pixels
 from raysweep.images.task_reports import build_reports, files_of, seconds_of
 from raysweep.storage.copies import local_path
@@ -67,12 +71,14 @@ class PassJob:
         index: The images.
         targets: The caches that the pass makes.
         num_threads: CPU threads that decode and encode in a process that does both.
+        num_images: Images that each process will encode, about.
     """
 
     key: str
     index: IndexReference
     targets: tuple[PassTarget, ...]
     num_threads: int
+    num_images: int
 
     @property
     def encoded_geometries(self) -> list[Geometry]:
@@ -109,6 +115,38 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
     return decoded
 
 
+class WaitingTime:
+    """Tells the time in which no call was running from the time in which one or more were. It starts with a call."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_calls, self._last = Lock(), 0, 0.0
+        self._seconds = np.zeros(2)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Runs the block as a call; several threads may do so at a time."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def take(self) -> np.ndarray:
+        """Returns, within a call, the seconds since it was last taken: float64 `(2,)`, without and with a call."""
+        self._count(0)
+        with self._lock:
+            seconds, self._seconds = self._seconds, np.zeros(2)
+        return seconds
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._last:
+                self._seconds[int(self._num_calls > 0)] += now - self._last
+            self._last = now
+            self._num_calls += change
+
+
 class EncoderActor:
     """All encoders of a pass on one device. A call turns decoded blocks into files of features."""
 
@@ -119,16 +157,29 @@ class EncoderActor:
         self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(job.num_threads)
-        self.encoders: dict[int, Encoder] = {}  # by the number of the target
+        self.waiting = WaitingTime()
+        self.warnings: list[str] = []  # for the next reports
+        self.encoders: dict[int, PassEncoder] = {}  # by the number of the target
         for number, target in enumerate(job.targets):
             if target.encoder is not None:
                 encoder = encoder_from_spec(target.encoder)
                 encoder.requires_grad_(False)
                 load_arrays(encoder, ray.get(target.weights), shared=True)
-                self.encoders[number] = encoder.to(self.device)
+                self.encoders[number] = compile_for_pass(
+                    encoder.to(self.device),
+                    self.device,
+                    target.precision,
+                    batch_size=ENCODER_BATCH[self.device.type, target.precision],
+                    num_images=job.num_images,
+                    warn=self.warnings.append,
+                )
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Takes what `decode_block` returned, writes one file for each feature cache, and returns the reports."""
+        with self.waiting.call():
+            return self._encode(decoded, self.waiting)
+
+    def _encode(self, decoded: pa.Table, waiting: WaitingTime | None) -> pa.Table:
         good = decoded["error"].is_null().to_numpy()
         row_ids, geometries = decoded["row_id"].to_numpy(), self.job.encoded_geometries
         seconds, files = seconds_of(decoded), files_of(decoded, len(self.job.targets))
@@ -141,7 +192,11 @@ class EncoderActor:
         gpu_memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         memory = pc.max(decoded["memory"]).as_py()
         blank = decoded["blank"].to_numpy()
-        return build_reports(row_ids, decoded["error"], seconds, memory, gpu_memory, files, blank)
+        warnings, self.warnings = self.warnings, []
+        encoder_seconds = waiting.take() if waiting else None
+        return build_reports(
+            row_ids, decoded["error"], seconds, memory, gpu_memory, files, blank, encoder_seconds, warnings
+        )
 
 
 class DecoderEncoderActor(EncoderActor):
@@ -149,7 +204,7 @@ class DecoderEncoderActor(EncoderActor):
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Takes a block of the index, writes one file for each cache, and returns the reports."""
-        return super().__call__(decode_block(block, self.job, self.job.num_threads))
+        return self._encode(decode_block(block, self.job, self.job.num_threads), None)
 
 
 # The encoders of the pass that this process works for, by the key of the pass: tasks leave them to the next task.

@@ -56,6 +56,7 @@ GPU_BLOCK = 256  # rows that a GPU actor gets at once: several batches, so that 
 
 Request = FeatureRequest | PixelRequest
 Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def build_caches(
     num_gpus: int,
     processes: PassProcesses,
     on_progress: Progress = lambda _done, _total: None,
+    say: Say = lambda _line: None,
 ) -> list[Cache]:
     """Returns the requested caches, in order. One pass makes those that do not exist yet.
 
@@ -84,6 +86,7 @@ def build_caches(
         num_gpus: GPUs to spread the encoders over; 0 encodes on CPUs.
         processes: The processes that encode on CPUs.
         on_progress: Called with (images done, all images).
+        say: Called with each line that the user is to read.
 
     Raises:
         DataError: the pass did not see every image.
@@ -98,9 +101,9 @@ def build_caches(
         damaged = [request for request in missing.values() if _exists(request)]
         absent = [request for request in missing.values() if not _exists(request)]
         if absent:
-            _make_pass(absent, index, processors, on_progress)
+            _make_pass(absent, index, processors, on_progress, say)
         for request in damaged:
-            _mend(request, index, processors, on_progress)
+            _mend(request, index, processors, on_progress, say)
     caches = []
     for request in requests:
         cache = open_cache(request.folder)
@@ -145,7 +148,9 @@ def put_index(index: ImageIndex) -> IndexReference:
     return IndexReference(ray.put(rows), index.image_column, index.decode_options)
 
 
-def _make_pass(requests: Sequence[Request], index: ImageIndex, processors: _Processors, on_progress: Progress) -> None:
+def _make_pass(
+    requests: Sequence[Request], index: ImageIndex, processors: _Processors, on_progress: Progress, say: Say
+) -> None:
     """Makes caches of all images. The caller holds their locks."""
     started = time.perf_counter()
     for request in requests:
@@ -153,7 +158,7 @@ def _make_pass(requests: Sequence[Request], index: ImageIndex, processors: _Proc
     key = uuid.uuid4().hex
     dataset = _dataset(requests, key, index, processors)
     try:
-        tally = _run_pass(dataset, len(requests), len(index.table), on_progress)
+        tally = _run_pass(dataset, len(requests), len(index.table), on_progress, say)
         _finish_caches(requests, key, index, tally, time.perf_counter() - started)
     except BaseException:
         for request in requests:
@@ -163,7 +168,7 @@ def _make_pass(requests: Sequence[Request], index: ImageIndex, processors: _Proc
         raise
 
 
-def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progress: Progress) -> None:
+def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progress: Progress, say: Say) -> None:
     """Makes again the rows of a cache that its whole files do not hold. The caller holds its lock.
 
     The manifest is written last: until then it names the damaged files, and an interrupted repair begins anew.
@@ -184,7 +189,11 @@ def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progr
     if num_missing:
         dataset = _dataset([request], folder.name, missing, processors)
         num_done = len(row_ids) - num_missing
-        tally = _run_pass(dataset, 1, num_missing, lambda done, _total: on_progress(num_done + done, len(row_ids)))
+
+        def on_done(done: int, _total: int) -> None:
+            on_progress(num_done + done, len(row_ids))
+
+        tally = _run_pass(dataset, 1, num_missing, on_done, say)
         new_bad_rows = _bad_rows(missing, tally)
         cache = replace(
             cache,
@@ -198,7 +207,7 @@ def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progr
     write_manifest(request.folder, replace(cache, files=files))
 
 
-def _run_pass(dataset: ray.data.Dataset, num_caches: int, num_rows: int, on_progress: Progress) -> Tally:
+def _run_pass(dataset: ray.data.Dataset, num_caches: int, num_rows: int, on_progress: Progress, say: Say) -> Tally:
     """Runs a pass to its end, and returns what its tasks reported.
 
     Raises:
@@ -212,6 +221,8 @@ def _run_pass(dataset: ray.data.Dataset, num_caches: int, num_rows: int, on_prog
             on_progress(tally.num_rows, num_rows)
     if tally.num_rows != num_rows:
         raise DataError(f"the pass saw {tally.num_rows} of {num_rows} images; run the same command again")
+    for line in tally.lines():
+        say(line)
     return tally
 
 
@@ -250,9 +261,8 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
 
     num_gpus, processes = processors.num_gpus, processors.processes
     targets = tuple(_target(request, key) for request in requests)
-    job = PassJob(uuid.uuid4().hex, put_index(index), targets, processes.num_threads)
-    num_rows = len(index.table)
-    num_takers = num_gpus or processes.num_processes
+    num_rows, num_takers = len(index.table), num_gpus or processes.num_processes
+    job = PassJob(uuid.uuid4().hex, put_index(index), targets, processes.num_threads, num_rows // num_takers)
     ranges = list_blocks(num_rows, _block_size(num_rows), num_takers)
     blocks, num_blocks = dataset_of_blocks(ranges), len(ranges)
     if not any(isinstance(request, FeatureRequest) for request in requests):
@@ -283,8 +293,10 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
 
 
 def _block_size(num_rows: int) -> int:
-    """Returns how many rows of the index one file of each cache holds, except the last ones."""
-    size = max(ROWS_PER_BLOCK, -(-num_rows // MAX_BLOCKS))
+    """Returns how many rows of the index one block has, except the last ones."""
+    size = ROWS_PER_BLOCK
+    while size < MAX_ROWS_PER_BLOCK and size * MAX_BLOCKS < num_rows:
+        size *= 2  # so that blocks add up to full batches of a GPU
     return min(size, MAX_ROWS_PER_BLOCK, max(1, num_rows // MIN_BLOCKS))
 
 

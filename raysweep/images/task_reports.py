@@ -23,6 +23,8 @@ def build_reports(
     gpu_memory: int = 0,
     files: Sequence[Mapping[str, int]] = (),
     blank: np.ndarray | None = None,
+    encoder_seconds: np.ndarray | None = None,
+    warnings: Sequence[str] = (),
 ) -> pa.Table:
     """Returns the reports of the rows of one block.
 
@@ -35,6 +37,9 @@ def build_reports(
         gpu_memory: Most GPU memory that this process had allocated, in bytes.
         files: For each cache, the names and checksums of the files that were written. The first row carries them all.
         blank: bool `(n,)`, which images have one colour only; None if none has.
+        encoder_seconds: float64 `(2,)`, since the last reports of this encoder: the time in which it waited for images,
+            and the time in which it did not. Each row gets an equal part; None is no time.
+        warnings: What the user is told. The first row carries them all.
     """
     num_rows = len(row_ids)
     written = [
@@ -51,6 +56,10 @@ def build_reports(
             "gpu_memory": np.full(num_rows, gpu_memory),
             "blank": np.zeros(num_rows, bool) if blank is None else blank,
             "files": pa.array([written, *[None] * (num_rows - 1)], FILES),
+            "encoder_seconds": tensor_column(
+                np.tile((np.zeros(2) if encoder_seconds is None else encoder_seconds) / num_rows, (num_rows, 1))
+            ),
+            "warnings": pa.array([list(warnings), *[None] * (num_rows - 1)], pa.list_(pa.string())),
         }
     )
 
@@ -83,6 +92,9 @@ class Tally:
         blank_rows: Ids of rows whose image has one colour only.
         seconds: float64 `(1 + num_caches,)`, for decoding, then for each cache.
         files: For each cache, the names and checksums of its files.
+        encoder_seconds: float64 `(2,)`, the time in which encoders waited for images that other processes decode, and
+            in which they did not.
+        warnings: What the user is told, each once.
     """
 
     num_caches: int
@@ -93,10 +105,13 @@ class Tally:
     blank_rows: list[int] = field(default_factory=list)
     seconds: np.ndarray = field(init=False)
     files: list[dict[str, int]] = field(init=False)
+    encoder_seconds: np.ndarray = field(init=False)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seconds = np.zeros(1 + self.num_caches)
         self.files = [{} for _ in range(self.num_caches)]
+        self.encoder_seconds = np.zeros(2)
 
     def add(self, reports: pa.Table) -> None:
         """Adds the reports of one block."""
@@ -106,6 +121,9 @@ class Tally:
         self.seconds += seconds_of(reports)
         for number, written in enumerate(files_of(reports, self.num_caches)):
             self.files[number] |= written
+        self.encoder_seconds += tensors(reports, "encoder_seconds").sum(axis=0)
+        new = [text for texts in reports["warnings"].drop_null().to_pylist() for text in texts]
+        self.warnings += [text for text in dict.fromkeys(new) if text not in self.warnings]
         self.blank_rows += reports.filter(reports["blank"])["row_id"].to_pylist()
         bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
@@ -114,3 +132,9 @@ class Tally:
         """Splits the wall time of the pass among its caches; each cache takes an equal part of the decoding."""
         cost = self.seconds[1:] + self.seconds[0] / self.num_caches
         return [float(share) for share in wall_seconds * cost / cost.sum()]
+
+    def lines(self) -> list[str]:
+        """Returns what the user is told: the warnings, and whether more CPUs would make a pass on GPUs faster."""
+        waiting, total = float(self.encoder_seconds[0]), float(self.encoder_seconds.sum())
+        share = [f"the GPUs waited {waiting / total:.0%} of the time for decoded images"] if total else []
+        return [*self.warnings, *share]

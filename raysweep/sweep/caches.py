@@ -188,6 +188,7 @@ def _make_caches(
         num_gpus=num_gpus,
         processes=processes,
         on_progress=lambda done, _total: stage.update(done),
+        say=state.progress.say,
     )
     stage.finish()
     seconds = sum(cache.seconds for cache in caches if cache.made_now)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -361,11 +362,18 @@ def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
         feature_request(tmp_path / "others", other_encoder),
         feature_request(tmp_path / "features", encoder),
     ]
-    told = []
+    told, lines = [], []
     caches = build_caches(
-        requests, index, num_gpus=1, processes=PassProcesses(2), on_progress=lambda *numbers: told.append(numbers)
+        requests,
+        index,
+        num_gpus=1,
+        processes=PassProcesses(2),
+        on_progress=lambda *numbers: told.append(numbers),
+        say=lines.append,
     )
     assert told[-1] == (NUM_ROWS, NUM_ROWS)
+    assert len(lines) == 1
+    assert re.fullmatch(r"the GPUs waited \d+% of the time for decoded images", lines[0])
     assert all(cache.bad_rows == pixels.bad_rows and cache.seconds > 0 for cache in caches)
     for cache, expected in zip(caches[1:], (shared_pass[0][2], shared_pass[0][0]), strict=True):
         found, wanted = (load_features(folder, good_ids, ["mean"])["mean"] for folder in (cache.rows, expected.rows))
@@ -418,6 +426,15 @@ def test_a_cache_without_manifest_is_rebuilt_without_what_was_left(ray_cluster, 
 def reports(row_ids, seconds, errors=None, memory=1):
     errors = pa.array(errors or [None] * len(row_ids), pa.string())
     return build_reports(np.array(row_ids), errors, np.array(seconds), memory)
+
+
+def test_a_tally_tells_each_warning_once_and_how_long_encoders_waited():
+    tally = Tally(num_caches=1)
+    assert tally.lines() == []
+    for waiting, working in ((3.0, 1.0), (0.0, 4.0)):
+        times, rows = np.array([waiting, working]), np.arange(5)
+        tally.add(build_reports(rows, pa.nulls(5, pa.string()), np.ones(2), encoder_seconds=times, warnings=["slow"]))
+    assert tally.lines() == ["slow", "the GPUs waited 38% of the time for decoded images"]
 
 
 def test_the_shares_of_all_caches_add_up_to_the_wall_time():
@@ -535,7 +552,7 @@ def test_two_sweeps_that_want_caches_in_opposite_order_share_the_work(tmp_path, 
 
 def test_blocks_hold_every_row_once_and_are_neither_few_nor_huge(monkeypatch):
     monkeypatch.setattr(passes, "ROWS_PER_BLOCK", 64)
-    for num_rows, num_blocks in {1: 1, 5: 5, 100: 9, 1000: 16, 10**6: 2000}.items():
+    for num_rows, num_blocks in {1: 1, 5: 5, 100: 9, 1000: 16, 200_000: 1563, 10**6: 1954}.items():
         blocks = list_blocks(num_rows, passes._block_size(num_rows))
         assert len(blocks) == num_blocks
         assert [block["start"] for block in blocks] == list(range(0, num_rows, blocks[0]["size"]))
