@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from raysweep.cluster.address import joined_cluster, joins_cluster
 from raysweep.cluster.own_ray import own_ray, watched
-from raysweep.cluster.resources import Resources
+from raysweep.cluster.resources import Resources, local_resources
 from raysweep.cluster.signals import is_stopping, keep_signal_handlers
 
 SECONDS_BETWEEN_LOOKS = 2  # between two queries for the nodes of a cluster
@@ -162,6 +162,8 @@ def _set_environment(verbose: bool) -> None:
     defaults = dict(DEFAULT_SETTINGS)
     if not joins_cluster():
         defaults |= DEFAULTS_OF_OWN_RAY
+        # A process that starts keeps a CPU busy for seconds, and the driver and MLflow's process start at that time.
+        defaults["RAY_worker_maximum_startup_concurrency"] = str(max(1, local_resources().num_cpus // 2))
     if not verbose:
         # Ray's C++ code writes to the terminal without Python's loggers. Errors still arrive as exceptions.
         defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
