@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-METRICS_PER_BATCH = 1_000  # the server's limit
+METRICS_PER_BATCH = 800  # the server allows 1,000 of all, and of these 100 parameters and 100 tags
 MAX_TAG_LENGTH = 5_000  # the server's limit
 OUTCOME = "raysweep.outcome"  # of a study's run: signature of the outcome that is logged completely
 # Without this tag, the UI shows its pages for language models first.
@@ -154,8 +154,7 @@ class Tracker:
         if not is_new and (run_id not in self._open or run.info.run_name != name):
             self.client.update_run(run_id, status="RUNNING", name=name)
         self._open.add(run_id)
-        missing = {name: value for name, value in (params or {}).items() if name not in run.data.params}
-        if missing:
+        if missing := _missing(params or {}, run):
             self.log_once(run_id, missing)
             run.data.params.update({name: str(value) for name, value in missing.items()})
         return run_id, is_new
@@ -175,13 +174,21 @@ class Tracker:
                     break
         return self._children[parent_key]
 
-    def log_once(self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> None:
-        """Logs parameters and tags in one call. A parameter that is already logged must have the same value."""
+    def log_once(
+        self,
+        run_id: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+        metrics: Sequence[Metric] = (),
+    ) -> None:
+        """Logs parameters, tags and metrics, in one call if it can. A parameter that is logged must have the same value."""
         from mlflow.entities import Param, RunTag
 
         entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
         run_tags = [RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in (tags or {}).items()]
-        self.client.log_batch(run_id, params=entries, tags=run_tags, synchronous=True)
+        first, rest = metrics[:METRICS_PER_BATCH], metrics[METRICS_PER_BATCH:]
+        self.client.log_batch(run_id, metrics=first, params=entries, tags=run_tags, synchronous=True)
+        self._log_metrics(run_id, rest)
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], first_epoch: int = 0) -> None:
         """Logs one dict of metrics per epoch, without what the run has; the step is the number of finished epochs."""
@@ -208,15 +215,14 @@ class Tracker:
 
     def log_trial(self, parent: str, key: str, name: str, trial: LoggedTrial) -> None:
         """Logs a trial that ended, and ends its run; in few calls, because there can be hundreds of trials."""
-        run_id, _ = self.start_run(key, name, "trial", parent, params=trial.setting)
+        run_id, _ = self.start_run(key, name, "trial", parent)
         best = {f"best/{name}": value for name, value in trial.final.items() if name.startswith("val/")}
         metrics = [*_to_metrics(trial.history, trial.first_epoch), *_to_metrics([best], -1)]
         tags = {"raysweep.error": trial.error} if trial.error else {}
         if trial.status == "KILLED":
             tags["raysweep.pruned"] = "true"
-        if tags:
-            self.log_once(run_id, {}, tags)
-        self._log_metrics(run_id, self._without_logged(run_id, metrics))
+        params = _missing(trial.setting, self._runs_under(parent)[key])
+        self.log_once(run_id, params, tags, self._without_logged(run_id, metrics))
         self.finish(run_id, trial.status)
 
     def log_missing_trials(self, parent: str, trials: Sequence[tuple[str, str, LoggedTrial]]) -> None:
@@ -318,6 +324,11 @@ class Tracker:
         with without_retries(), suppress(MlflowException):  # an error of a lost store must not hide why the sweep ends
             for run_id in list(self._open):
                 self.finish(run_id, "FAILED")
+
+
+def _missing(params: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Returns the parameters that a run does not have."""
+    return {name: value for name, value in params.items() if name not in run.data.params}
 
 
 def _to_metrics(history: Sequence[Mapping[str, float]], first_epoch: int) -> list[Metric]:
