@@ -181,7 +181,7 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         metrics: Sequence[Metric] = (),
     ) -> None:
-        """Logs parameters, tags and metrics, in one call if it can. A parameter that is logged must have the same value."""
+        """Logs parameters, tags and metrics, in one call if possible. Logged parameters must have the same value."""
         from mlflow.entities import Param, RunTag
 
         entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
