@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes; each file of tests runs in one of them, since tests of a file share sweeps and clusters.
 PROCESSES ?= 2
 
-.PHONY: install run test test-all test-fast fuzz check bench ui schema lock audit licences clean
+.PHONY: install run test test-all test-fast fuzz check bench record ui schema lock audit licences clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,10 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# From images to leaderboard, one table: make record RECORD="--images 1300 10000 --encoder dinov2-small --price 0.5"
+record: install
+	$(BIN)/python -m benchmarks.record $(RECORD)
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
