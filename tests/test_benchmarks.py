@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import multiprocessing
 import sys
 
@@ -10,11 +11,12 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import bare_loop, busy, fine_tune, gpu, index, population
+from benchmarks import bare_loop, busy, fine_tune, gpu, index, population, record
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
-from benchmarks.sweeps import TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
+from benchmarks.sweeps import DINOV2_SMALL, TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
+from raysweep.encoders import compiled
 from raysweep.encoders.build import build_encoder
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.sections import DataConfig
@@ -151,10 +153,21 @@ def test_flops_are_counted_as_two_for_a_multiplication_and_an_addition():
     assert gpu.flops_per_image(encoder) == patches + blocks * products
 
 
-def test_the_gpu_benchmark_is_skipped_without_one(tmp_path, monkeypatch):
+@pytest.mark.ray
+def test_without_a_gpu_a_stand_in_runs_the_same_code_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Skipped, match="CUDA"):
-        list(gpu.run(quick(tmp_path)))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # there may be no C++ compiler
+    found = list(gpu.run(quick(tmp_path)))
+    assert all(figure.name.startswith("stand-in on a CPU, no GPU: ") and figure.target is None for figure in found)
+    values = {figure.name.rpartition(": ")[2]: figure.value for figure in found}
+    assert 0 <= values["pass, stall (the encoder waits for batches)"] <= 100
+    rate, flops = values["bf16 matrix products"] * 1e12, gpu.flops_per_image(build_encoder(TINY_DINOV2, 0))
+    for name in ("plain", "compiled"):
+        share = 100 * values[name] * flops / rate
+        assert values[f"{name}, share of the matrix rate"] == pytest.approx(share)
+    gain = 1 / values["plain"] - 1 / values["compiled"]
+    expected = values["compilation with its check"] / gain if gain > 0 else math.inf
+    assert values["images that repay it"] == pytest.approx(expected)
 
 
 def test_both_fine_tuning_loops_train(tmp_path, monkeypatch):
@@ -184,8 +197,66 @@ def test_busy_loops_run_beside_a_block_and_end_with_it():
     assert not any(loop.is_running() for loop in loops)
 
 
+@pytest.mark.end_to_end
+def test_a_record_is_one_row_of_a_whole_command(tmp_path, capsys):
+    generate_images(tmp_path / "generated", num_per_class=20, side=40)
+    names = ["tiny-dinov2", "tiny-clip"]
+    encoders = [part for name in names for part in ("--encoder", name)]
+    sizes = ["--images", "60", "--trials", "2", "--price", "3.6"]
+    record.main([*sizes, *encoders, "--folder", str(tmp_path / "generated")])
+    heads, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    cells = dict(zip(heads, row, strict=True))
+    assert (cells["images"], cells["encoders"], cells["trials"]) == ("60", "2: tiny-dinov2, tiny-clip", "4")
+    seconds = float(cells["whole command"].removesuffix(" s"))
+    assert float(cells["images/s of the pass"]) > 60 / seconds
+    assert float(cells["trials/hour"].replace(",", "")) == pytest.approx(4 * 3600 / seconds, rel=0.01)
+    assert f"torch {torch.__version__}" in cells["versions"]
+
+
+@pytest.mark.parametrize(
+    ("uses_gpus", "price", "cost"),
+    [
+        (False, None, "0.200 CPU-hours"),
+        (True, None, "0.200 GPU-hours"),
+        (False, 0.5, "0.200 CPU-hours, 0.0500 at 0.5 an hour"),
+    ],
+)
+def test_the_cost_of_a_record_is_that_of_all_its_devices(uses_gpus, price, cost):
+    versions = dict.fromkeys(record.VERSIONS, "1.0")
+    one = record.Record(10_000, ("a", "b"), 128, 360, 100, "chip", 2, uses_gpus, price, versions)
+    assert one.columns() == {
+        "images": "10,000",
+        "encoders": "2: a, b",
+        "trials": "128",
+        "whole command": "360.0 s",
+        "images/s of the pass": "100.0",
+        "trials/hour": "1,280",
+        "cost": cost,
+        "device": "2 x chip",
+        "versions": "raysweep 1.0, torch 1.0, ray 1.0",
+    }
+    assert record.markdown([one, one]).splitlines()[1:2] == ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    assert len(record.markdown([one, one]).splitlines()) == 4
+
+
+def test_a_folder_is_an_encoder_too(tmp_path):
+    assert record.encoder_block("dinov2-small") is DINOV2_SMALL
+    for name, place in ((str(tmp_path), str(tmp_path)), ("owner/model", "owner/model")):
+        assert record.encoder_block(name) == {"type": "auto", "pretrained_model_name_or_path": place}
+
+
 def test_an_index_is_measured_on_disk_and_of_made_up_rows(tmp_path):
     found = {figure.name: figure for figure in index.run(quick(tmp_path))}
     assert found["speed, on disk"].value > 0
     assert found["kept, made up"].value < found["peak, made up"].value
     assert found["kept, made up"].details["num_rows"] == 1_000
+
+
+def test_statistics_are_simulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "TEST_ROWS", (10, 20))
+    monkeypatch.setattr(statistics, "EQUAL_ROWS", {"two": statistics.EqualRows(0.9, num_classifiers=2)})
+    found = {figure.name: figure for figure in statistics.run(quick(tmp_path))}
+    assert found["one model, least coverage, n 10"].met
+    assert found["two: any left out, n 20"].value <= 0.1
+    assert any(name.startswith("5 draws, 25 shots, accuracy 0.96") for name in found)
+    assert found["validation accuracy of the best of 16 trials: too high by, n 20"].value > 3
