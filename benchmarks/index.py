@@ -22,8 +22,8 @@ from benchmarks.figures import Figure, Options, make_figure
 from benchmarks.streaming import resident_bytes
 from benchmarks.sweeps import peak_memory_bytes, run_command
 from raysweep.experiment.sections import DataConfig
-from raysweep.images import index
-from raysweep.images.tables import Listing, Row
+from raysweep.images import image_bytes, index
+from raysweep.images.listed_rows import Listing, Row, Rows
 
 NUM_CLASSES = 200
 MADE_UP = "/data/images/class_{label:03}/{number:08}.png"
@@ -49,7 +49,7 @@ def made_up_listing(num_rows: int) -> Listing:
     """Returns the rows of files that do not exist."""
     labels = [str(number) for number in range(NUM_CLASSES)]
     places = ((number, number % NUM_CLASSES) for number in range(num_rows))
-    return Listing([Row(MADE_UP.format(label=label, number=number), labels[label]) for number, label in places])
+    return Listing(Rows(Row(MADE_UP.format(label=label, number=number), labels[label]) for number, label in places))
 
 
 def measure(source: str, num_rows: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measure(source: str, num_rows: int) -> dict[str, Any]:
     if source == "made-up":
         with (
             patch.object(index, "list_source", lambda _: made_up_listing(num_rows)),
-            patch.object(index, "read_file", lambda path: png + hashlib.sha256(path.encode()).digest()),
+            patch.object(image_bytes, "read_file", lambda path: png + hashlib.sha256(path.encode()).digest()),
         ):
             made = index.load_index(DataConfig(source=source), seed=0)
     else:

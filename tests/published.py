@@ -9,8 +9,8 @@ from PIL import Image
 
 from raysweep.experiment.config import DataConfig
 from raysweep.images.index import ImageIndex, load_index
+from raysweep.images.listed_rows import Listing
 from raysweep.images.listing import list_source
-from raysweep.images.tables import Listing
 
 
 def png(number: int) -> bytes:

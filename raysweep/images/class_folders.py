@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from raysweep.errors import DataError
 from raysweep.images.folder_files import FolderFiles, kinds_of
 from raysweep.images.formats import IMAGE_SUFFIXES
+from raysweep.images.listed_rows import Listing, Row, Rows
 from raysweep.images.row_splits import split_of_folder, split_words
-from raysweep.images.splits import SPLIT_NAMES, count_of
-from raysweep.images.tables import Listing, Row
+from raysweep.images.splits import SPLIT_NAMES, Split, count_of
+from raysweep.images.texts import Lookup, Texts
 from raysweep.storage.filesystems import join_source
 
 # So many images outside the class folders are taken for a banner or a logo, if the dataset has enough others.
@@ -65,26 +66,35 @@ def list_class_folders(source: str, images: Sequence[str], found: FolderFiles, h
             f"{source}: no images found; looked for {' '.join(IMAGE_SUFFIXES)} and .parquet; found {contents}{hint}"
         )
     layout = _find_layout(images)
-    below = [layout.names_below(image) for image in images]
-    outside = [image for image, names in zip(images, below, strict=True) if names is None]
+    outside = Texts(image for image in images if layout.names_below(image) is None)
     has_few_outside = len(outside) <= min(MAX_STRAY, len(images) // 4)
     if not has_few_outside:
         _check_outside(source, images, outside, layout, hint)
-    in_classes = [names for names in below if names is not None]
-    _check_names(source, {names[layout.split_levels] for names in in_classes}, hint)
-    rows = []
-    for image, names in zip(images, below, strict=True):
-        path = join_source(source, image)
+    classes = {names[layout.split_levels] for image in images if (names := layout.names_below(image))}
+    _check_names(source, classes, hint)
+    listing = Listing()
+    for image in images:
+        names = layout.names_below(image)
         if names is not None:
-            rows.append(
-                Row(path, names[layout.split_levels], split_of_folder(names[0]) if layout.split_levels else None)
-            )
+            split = split_of_folder(names[0]) if layout.split_levels else None
+            listing.rows.append(_row(source, image, names[layout.split_levels], split))
         elif not has_few_outside:
-            rows.append(Row(path, None, problem="lies outside every class folder"))
-    warnings = _nested_folders(source, in_classes, layout) + _empty_folders(found.folders, images, layout)
+            listing.rows.append(_row(source, image, None, None, "lies outside every class folder"))
+    listing.warnings += _nested_folders(source, images, classes, len(images) - len(outside), layout)
+    listing.warnings += _empty_folders(found.folders, images, layout)
     if outside and has_few_outside:
-        warnings.append(f"{count_of(outside, 'image')} outside the class folders passed over: {', '.join(outside)}")
-    return Listing(_printable(rows), warnings=warnings)
+        counted = count_of(outside, "image")
+        listing.warnings.append(f"{counted} outside the class folders passed over: {', '.join(outside)}")
+    return listing
+
+
+def _row(source: str, image: str, label: str | None, split: Split | None, problem: str | None = None) -> Row:
+    """Returns the row of an image. A name that is not UTF-8 is a problem, because Arrow tables cannot contain it."""
+    path = join_source(source, image)
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    if shown != path:
+        return Row(shown, None, problem="file name is not UTF-8")
+    return Row(path, label, split, problem=problem)
 
 
 def _check_outside(source: str, images: Sequence[str], outside: Sequence[str], layout: _Layout, hint: str) -> None:
@@ -107,26 +117,27 @@ def _check_outside(source: str, images: Sequence[str], outside: Sequence[str], l
         )
 
 
-def compare_labels(source: str, rows: Sequence[Row], images: Sequence[str]) -> list[str]:
+def compare_labels(source: str, rows: Rows, images: Sequence[str]) -> list[str]:
     """Returns a warning about rows of tables whose image lies in the folder of another class, if there are any."""
     layout = _find_layout(images)
-    folders: dict[str, str] = {}
-    for image in images:
-        names = layout.names_below(image)
-        if names is not None:
-            folders[join_source(source, image)] = names[layout.split_levels]
-    labels = {str(row.label) for row in rows}
-    other = [row for row in rows if folders.get(row.path) in labels - {str(row.label)}]
-    if not other:
+    by_path = Lookup(images, key=lambda image: join_source(source, image))
+    labels = {str(label) for label in rows.labels.distinct}
+    num_others, first = 0, None
+    for row in rows:
+        place = by_path.find(row.path)
+        names = layout.names_below(images[place]) if place >= 0 else None
+        if names is not None and names[layout.split_levels] in labels and names[layout.split_levels] != str(row.label):
+            num_others, first = num_others + 1, first or row
+    if first is None:
         return []
     return [
-        f"{count_of(other, 'image')} in the folder of another class than their table says, which is followed: "
-        f"{other[0].path} ({other[0].label})"
+        f"{count_of(range(num_others), 'image')} in the folder of another class than their table says, which is "
+        f"followed: {first.path} ({first.label})"
     ]
 
 
 def _find_layout(images: Iterable[str]) -> _Layout:
-    folders = {tuple(image.split("/")[:-1]) for image in images}
+    folders = {tuple(folder.split("/")) if folder else () for folder in _folders_of(images)}
     above = _folders_above_splits(folders)
     below = {folder[len(above) :] for folder in folders if folder[: len(above)] == above}
     top = {folder[0] for folder in below if folder}
@@ -137,6 +148,10 @@ def _find_layout(images: Iterable[str]) -> _Layout:
     if not is_nested and (splits != top or not (is_exact or len(set(map(split_of_folder, top))) > 1)):
         splits = set()  # classes may be called train and bus, or test 1 and test 2
     return _Layout(above, int(bool(splits)), frozenset(splits), frozenset(top - splits))
+
+
+def _folders_of(images: Iterable[str]) -> set[str]:
+    return {image.rpartition("/")[0] for image in images}
 
 
 def _folders_above_splits(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
@@ -165,38 +180,48 @@ def _check_names(source: str, classes: set[str], hint: str) -> None:
         )
 
 
-def _nested_folders(source: str, in_classes: list[list[str]], layout: _Layout) -> list[str]:
+def _nested_folders(
+    source: str, images: Iterable[str], classes: set[str], num_in_classes: int, layout: _Layout
+) -> list[str]:
     """Returns a warning about images that lie deeper than their class folder.
 
     Raises:
         DataError: all of them do.
     """
-    nested = [names for names in in_classes if len(names) > layout.split_levels + 2]
-    if not nested:
+    num_nested, first, twice = 0, None, None
+    for image in images:
+        names = layout.names_below(image)
+        if names is not None and len(names) > layout.split_levels + 2:
+            num_nested, first = num_nested + 1, first or names
+            outer, inner = names[layout.split_levels : layout.split_levels + 2]
+            if inner != outer and inner in classes:
+                twice = twice or names
+    if first is None:
         return []
-    example = "/".join((*layout.above, *nested[0]))
-    if len(nested) == len(in_classes):
+    example = "/".join((*layout.above, *first))
+    if num_nested == num_in_classes:
         only = list(layout.others) if len(layout.others) == 1 and not layout.split_levels else []
         hint = f" Did you mean data.source: {join_source(source, only[0])}?" if only else ""
         raise DataError(
             f"{source}: every image lies in a folder within a class folder ({example}), so what is the class cannot be "
             f"told; accepted: split/class/*.jpg or class/*.jpg.{hint}"
         )
-    classes = {names[layout.split_levels] for names in in_classes}
-    twice = next((n for n in nested if n[layout.split_levels + 1] in classes - {n[layout.split_levels]}), None)
     if twice is not None:
         raise DataError(
             f"{source}: {'/'.join((*layout.above, *twice))} lies in the folders of two classes, "
             f"{twice[layout.split_levels]} and {twice[layout.split_levels + 1]}; accepted: split/class/*.jpg or "
             "class/*.jpg"
         )
-    return [f"{count_of(nested, 'image')} in folders within class folders, counted for the outer class: {example}"]
+    counted = count_of(range(num_nested), "image")
+    return [f"{counted} in folders within class folders, counted for the outer class: {example}"]
 
 
 def _empty_folders(folders: Sequence[str], images: Sequence[str], layout: _Layout) -> list[str]:
     """Returns a warning about class folders and split folders in which there is no image."""
     used = {
-        "/".join(names[:depth]) for names in (image.split("/") for image in images) for depth in range(1, len(names))
+        "/".join(names[:depth])
+        for names in (folder.split("/") for folder in _folders_of(images))
+        for depth in range(1, len(names) + 1)
     }
     start = len(layout.above)
     empty = []
@@ -211,12 +236,3 @@ def _empty_folders(folders: Sequence[str], images: Sequence[str], layout: _Layou
         return []
     more = f" and {len(empty) - FOLDERS_SHOWN} more" if len(empty) > FOLDERS_SHOWN else ""
     return [f"{count_of(empty, 'folder')} without images: {', '.join(empty[:FOLDERS_SHOWN])}{more}"]
-
-
-def _printable(rows: list[Row]) -> list[Row]:
-    """Turns files whose names are not UTF-8 into bad rows, because Arrow tables cannot contain such names."""
-    shown = [row.path.encode("utf-8", "backslashreplace").decode() for row in rows]
-    return [
-        row if row.path == path else Row(path, None, problem="file name is not UTF-8")
-        for row, path in zip(rows, shown, strict=True)
-    ]

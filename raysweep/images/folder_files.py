@@ -9,6 +9,7 @@ from pyarrow import fs
 
 from raysweep.images.formats import IMAGE_SUFFIXES
 from raysweep.images.splits import count_of
+from raysweep.images.texts import Texts
 from raysweep.storage.filesystems import is_folder, open_filesystem
 
 # Files and folders of operating systems, of network storage (Synology, QNAP) and of notebooks, in lower case.
@@ -32,9 +33,9 @@ class FolderFiles:
         ignored: Hidden images, and every file that is known to be of another program.
     """
 
-    files: list[str]
+    files: Texts
     folders: list[str]
-    ignored: list[str]
+    ignored: Texts
 
     def describe_ignored(self) -> list[str]:
         """Returns a warning that counts the ignored files, if there are any."""
@@ -47,14 +48,16 @@ class FolderFiles:
 
 def list_folder(source: str) -> FolderFiles:
     """Lists a local folder (absolute path) or a prefix of a bucket (URI), with all folders in it."""
-    entries = list(_walk(source, enter_ignored=True) if "://" not in source else _remote_entries(source))
-    shown = [entry for entry in entries if not _is_ignored(entry[0])]
-    ignored = [path for path, is_folder in entries if _is_ignored(path) and not is_folder]
-    return FolderFiles(
-        files=sorted(path for path, is_folder in shown if not is_folder),
-        folders=sorted(path for path, is_folder in shown if is_folder),
-        ignored=sorted(path for path in ignored if _junk_part(path) or path.lower().endswith(IMAGE_SUFFIXES)),
-    )
+    found = FolderFiles(Texts(), [], Texts())
+    for path, is_a_folder in _walk(source, enter_ignored=True) if "://" not in source else _remote_entries(source):
+        junk = _junk_part(path)
+        if junk is None and not _is_hidden(path):
+            (found.folders if is_a_folder else found.files).append(path)
+        elif not is_a_folder and (junk or path.lower().endswith(IMAGE_SUFFIXES)):
+            found.ignored.append(path)
+    for paths in (found.files, found.folders, found.ignored):
+        paths.sort()
+    return found
 
 
 def local_files(folder: str) -> list[str]:
@@ -96,8 +99,9 @@ def _walk(folder: str, enter_ignored: bool) -> Iterator[tuple[str, bool]]:
                     yield entry.path, True
                     yield from walk(entry.path, (*above, real))
 
+    start = len(os.path.join(folder, ""))
     for path, is_a_folder in walk(folder, ()):
-        yield os.path.relpath(path, folder).replace(os.sep, "/"), is_a_folder
+        yield path[start:].replace(os.sep, "/"), is_a_folder
 
 
 def _files_within(folder: str) -> Iterator[tuple[str, bool]]:
@@ -118,7 +122,11 @@ def _remote_entries(source: str) -> Iterator[tuple[str, bool]]:
 
 
 def _is_ignored(path: str) -> bool:
-    return _junk_part(path) is not None or any(name.startswith(".") for name in path.split("/"))
+    return _junk_part(path) is not None or _is_hidden(path)
+
+
+def _is_hidden(path: str) -> bool:
+    return path.startswith(".") or "/." in path
 
 
 def _junk_part(path: str) -> str | None:

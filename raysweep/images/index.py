@@ -1,35 +1,33 @@
 """From any image source to one index of checked, hashed, labelled and split rows, and from its rows to image bytes."""
 
 import hashlib
-import os
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from raysweep.errors import DataError, one_line
+from raysweep.errors import DataError
+from raysweep.images.contents import Contents
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, open_image
 from raysweep.images.groups import describe_groups, find_groups, join_copies
+from raysweep.images.image_bytes import content_hash, stream_images
 from raysweep.images.index_table import make_table
-from raysweep.images.labels import label_names, sort_classes
+from raysweep.images.index_tasks import CheckedImages, check_listing
+from raysweep.images.labels import number_labels
+from raysweep.images.listed_rows import Listing, Rows
 from raysweep.images.listing import list_source
-from raysweep.images.parquet import parquet_images
-from raysweep.images.pixel_depth import USUAL_WHITES, WhiteLevels, describe_whites, is_deep, judge_whites
-from raysweep.images.splits import SPLITS, describe_copies, describe_few_images, settle_splits
-from raysweep.images.tables import Listing, Row, read_file, reading
+from raysweep.images.pixel_depth import USUAL_WHITES, WhiteLevels, describe_whites, judge_whites
+from raysweep.images.splits import SPLITS, Split, describe_copies, describe_few_images, settle_splits
+from raysweep.images.tables import reading
 from raysweep.storage.paths import signature
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
 
-ROWS_PER_CHUNK = 64
+ROWS_AT_ONCE = 2**16
 UNREAD = "not read in the pass"
 DEPTH_SAMPLE = 256  # images whose values tell which value is white, where channels have more than 8 bits
 
@@ -90,7 +88,7 @@ class ImageIndex:
     def row_signature(self) -> str:
         """Signature of row ids and contents in their order, and of white. Caches of all rows depend on it."""
         row_ids, contents = hashlib.sha256(), hashlib.sha256()
-        for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=2**16):
+        for batch in self.table.select(["row_id", "content_hash"]).to_batches(max_chunksize=ROWS_AT_ONCE):
             row_ids.update(batch["row_id"].to_numpy().tobytes())
             contents.update("".join(f"{content.hex()}\n" for content in batch["content_hash"].to_pylist()).encode())
         kept = [row_ids.hexdigest(), contents.hexdigest()]
@@ -99,199 +97,140 @@ class ImageIndex:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Returns the number of images by split and class name, zeros included."""
-        counted = Counter(zip(self.table["split"].to_pylist(), self.table["label"].to_pylist(), strict=True))
-        return {split: {name: counted[split, label] for label, name in enumerate(self.classes)} for split in SPLITS}
+        groups = self.table.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
+        counts = {(group["split"], group["label"]): group["count_all"] for group in groups}
+        return {split: {name: counts.get((split, n), 0) for n, name in enumerate(self.classes)} for split in SPLITS}
 
 
-def load_index(data: "DataConfig", seed: int) -> ImageIndex:
+def load_index(data: "DataConfig", seed: int, start_ray: Callable[[], object] | None = None) -> ImageIndex:
     """Lists a source, reads every image once to hash it and to check its header, and determines labels and splits.
+
+    Args:
+        data: The source.
+        seed: Determines the splits that are taken from train.
+        start_ray: Starts Ray if it does not run. With it, Ray's tasks read the images where there are many.
 
     Raises:
         DataError: the data cannot be used: there are no images, a column is missing, there are fewer than two classes
             or no training images, or the share of bad rows exceeds `data.max_bad_fraction`.
+        ResourceError: processes of tasks were ended too often.
     """
     listing = list_source(data)
-    outcomes, deep = _hash_images(listing, DecodeOptions(data.max_megapixels))
-    good, bad_rows = _separate(listing.rows, outcomes, data)
-    rows = [listing.rows[row_id] for row_id in good]
-    names, label_warnings = label_names(rows)
-    classes = sort_classes(set(names))
+    rows, num_rows_found = listing.rows, len(listing.rows)
+    checked = check_listing(listing, DecodeOptions(data.max_megapixels), start_ray)
+    row_ids, bad_rows = _separate(rows, checked, data)
+    contents = Contents(_compressed(checked.hashes, row_ids))
+    labels, classes, label_warnings = number_labels(rows)
     if len(classes) < 2:
         raise DataError(f"{data.source}: at least 2 classes are needed; found {len(classes)}: {', '.join(classes)}")
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[name] for name in names], np.int32)
-    hashes = list(good.values())
-    fractions = {"test": data.test_fraction, "validation": data.validation_fraction}
+    fractions: dict[Split, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
     groups, group_warnings = find_groups(rows, data)
-    together, is_grouped = join_copies(groups, hashes), data.group is not None
+    together, is_grouped = join_copies(groups, contents), data.group is not None
     with reading(data.source):
-        splits, derived = settle_splits([row.split for row in rows], labels, together, fractions, seed, is_grouped)
-    options, warning = _decode_options(data, listing, {row_id: good[row_id] for row_id in deep if row_id in good})
+        splits, derived = settle_splits(rows.splits, labels, together, fractions, seed, is_grouped)
+    options, warning = _decode_options(data, listing, contents, checked.deep[row_ids])
     shots = max((shots for shots in data.shots if isinstance(shots, int)), default=0)
     warnings = [*listing.warnings, *label_warnings, *warning]
     warnings += [*group_warnings, *describe_groups(groups, splits)]
-    warnings += describe_copies([row.source for row in rows], names, splits, hashes)
+    warnings += describe_copies(rows, contents, splits, labels, classes)
     warnings += describe_few_images(labels, splits, classes, shots)
     return ImageIndex(
-        table=make_table(rows, good, labels, splits),
+        table=make_table(rows, row_ids, contents, labels, splits),
         classes=classes,
         bad_rows=bad_rows,
         warnings=tuple(warnings),
-        num_rows_found=len(outcomes),
-        fingerprint=_fingerprint(hashes, names, splits, classes, options),
+        num_rows_found=num_rows_found,
+        fingerprint=_fingerprint(contents, labels, splits, classes, options),
         image_column=listing.image_column,
         derived_splits=derived,
         decode_options=options,
     )
 
 
-def _decode_options(data: "DataConfig", listing: Listing, deep: dict[int, str]) -> tuple[DecodeOptions, list[str]]:
+def _decode_options(
+    data: "DataConfig", listing: Listing, contents: Contents, deep: np.ndarray
+) -> tuple[DecodeOptions, list[str]]:
     """Returns how the images are decoded, and a warning if their values are not read as the files declare.
 
     Args:
         data: Limits, and perhaps the bit depth.
-        listing: The rows.
-        deep: Content hash of each good row with more than 8 bits a channel, by row id.
+        listing: The good rows.
+        contents: Their encoded images.
+        deep: Which of them have more than 8 bits a channel, bool `(rows,)`.
     """
     if data.bit_depth is not None:
         return DecodeOptions(data.max_megapixels, WhiteLevels.of_bits(data.bit_depth)), []
     # The smallest hashes are a sample that depends only on the contents.
-    sample = sorted(deep, key=lambda row_id: (deep[row_id], row_id))[:DEPTH_SAMPLE]
-    rows = [listing.rows[row_id] for row_id in sample]
+    sample = contents.order[deep[contents.order]][:DEPTH_SAMPLE]
+    rows = [listing.rows[row] for row in sample.tolist()]
     columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
     options = DecodeOptions(data.max_megapixels)
     whites, num_judged = judge_whites(
         (open_image(image, options), image)
-        for place, image in _stream_images(*columns, listing.image_column)
-        if isinstance(image, bytes) and content_hash(image).hex() == deep[sample[place]]
+        for place, image in stream_images(*columns, listing.image_column)
+        if isinstance(image, bytes) and content_hash(image) == contents.hashes[sample[place]].tobytes()
     )
-    warning = describe_whites(whites, len(deep), num_judged)
+    warning = describe_whites(whites, int(deep.sum()), num_judged)
     return DecodeOptions(data.max_megapixels, whites), [warning] if warning else []
 
 
-def read_image_bytes(
-    paths: Sequence[str], positions: Sequence[int], inline: Sequence[bytes | None], image_column: str | None
-) -> list[bytes | DataError]:
-    """Reads the encoded images of rows of an `ImageIndex`, on any machine that can read the paths.
-
-    A row that cannot be read does not affect the others. Each Parquet row group with a wanted row is read once.
+def _separate(rows: Rows, checked: CheckedImages, data: "DataConfig") -> tuple[np.ndarray, tuple[BadRow, ...]]:
+    """Takes the bad rows out.
 
     Returns:
-        For each row, in order: the encoded image, or the reason why it cannot be read.
-    """
-    images: list[bytes | DataError] = [DataError("not read")] * len(paths)
-    for row, image in _stream_images(paths, positions, inline, image_column):
-        images[row] = image
-    return images
-
-
-def _stream_images(
-    paths: Sequence[str], positions: Sequence[int], inline: Sequence[bytes | None], image_column: str | None
-) -> Iterator[tuple[int, bytes | DataError]]:
-    tables: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, (path, position, image) in enumerate(zip(paths, positions, inline, strict=True)):
-        if image is not None:
-            yield row, image
-        elif position >= 0:
-            tables[path][position].append(row)
-        else:
-            try:
-                yield row, read_file(path)
-            except DataError as error:
-                yield row, error
-    for table, waiting in tables.items():
-        assert image_column is not None
-        reason = "no such row in the Parquet file"
-        try:
-            for position, content in parquet_images(table, image_column, list(waiting)):
-                for row in waiting.pop(position):
-                    yield row, content
-        except Exception as error:  # rows of other row groups may have been read already
-            reason = f"the Parquet file cannot be read: {one_line(error)}"[:200]
-        for rows in waiting.values():
-            for row in rows:
-                yield row, DataError(reason)
-
-
-def _hash_images(listing: Listing, options: DecodeOptions) -> tuple[list[str | DataError], set[int]]:
-    """Reads all images; their bytes are not kept.
-
-    Returns:
-        For each row its content hash, or the reason why it is bad; and the rows with more than 8 bits a channel.
-    """
-    deep: set[int] = set()
-    unread = DataError("not read")  # one object for all rows, because an exception needs more memory than a row
-    outcomes: list[str | DataError] = [DataError(row.problem) if row.problem else unread for row in listing.rows]
-    files: list[int] = []
-    tables: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(listing.rows):
-        if row.problem is None:
-            (files if row.position < 0 else tables[row.path]).append(number)
-    chunks = [files[start : start + ROWS_PER_CHUNK] for start in range(0, len(files), ROWS_PER_CHUNK)]
-    chunks += tables.values()
-
-    def hash_image(number: int, image: bytes | DataError) -> str | DataError:
-        if isinstance(image, DataError):
-            return image
-        try:
-            with open_image(image, options) as opened:
-                if is_deep(opened):
-                    deep.add(number)
-        except DataError as error:
-            return error
-        return content_hash(image).hex()
-
-    def hash_rows(numbers: list[int]) -> None:
-        rows = [listing.rows[number] for number in numbers]
-        columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
-        for offset, image in _stream_images(*columns, listing.image_column):
-            outcomes[numbers[offset]] = hash_image(numbers[offset], image)
-
-    remote = any("://" in row.path for row in listing.rows[:1])
-    with warnings.catch_warnings(), ThreadPoolExecutor(32 if remote else min(16, 2 * (os.cpu_count() or 1))) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # data.max_megapixels is the limit
-        list(pool.map(hash_rows, chunks))
-    return outcomes, deep
-
-
-def content_hash(image: bytes) -> bytes:
-    """Returns the SHA-256 of an encoded image, as `ImageIndex.table` has it."""
-    return hashlib.sha256(image).digest()
-
-
-def _separate(
-    rows: list[Row], outcomes: list[str | DataError], data: "DataConfig"
-) -> tuple[dict[int, str], tuple[BadRow, ...]]:
-    """Returns the content hash of each good row, by row id, and the bad rows.
+        The row ids of the good rows, int64; and the bad rows.
 
     Raises:
         DataError: there are no good rows, or too many bad ones.
     """
-    good: dict[int, str] = {}
-    bad: list[BadRow] = []
-    for row_id, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-        if isinstance(outcome, str):
-            good[row_id] = outcome
-        else:
-            bad.append(BadRow(row_id, row.source, str(outcome)))
-    if good and len(bad) <= data.max_bad_fraction * len(rows):
-        return good, tuple(bad)
+    num_rows, num_bad = len(rows), len(checked.problems)
+    if num_bad == num_rows or num_bad > data.max_bad_fraction * num_rows:
+        _raise_bad_rows(rows, checked, data)
+    bad = tuple(BadRow(row, rows[row].source, checked.problems[row]) for row in sorted(checked.problems))
+    is_good = np.ones(num_rows, np.bool_)
+    is_good[[row.row_id for row in bad]] = False
+    if bad:
+        rows.keep(is_good)
+    return np.flatnonzero(is_good), bad
+
+
+def _raise_bad_rows(rows: Rows, checked: CheckedImages, data: "DataConfig") -> NoReturn:
     if not rows:
         raise DataError(f"{data.source}: no rows")
-    examples = "".join(f"\n  {row.source}: {row.reason}" for row in bad[:5])
-    more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
+    num_bad = len(checked.problems)
+    examples = "".join(f"\n  {rows[row].source}: {checked.problems[row]}" for row in sorted(checked.problems)[:5])
+    more = f"\n  and {num_bad - 5} more" if num_bad > 5 else ""
     raise DataError(
-        f"{data.source}: {len(bad)} of {len(rows)} rows cannot be used ({len(bad) / len(rows):.1%}); "
+        f"{data.source}: {num_bad} of {len(rows)} rows cannot be used ({num_bad / len(rows):.1%}); "
         f"data.max_bad_fraction is {data.max_bad_fraction:g}:{examples}{more}"
     )
 
 
+def _compressed(hashes: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
+    """Returns the hashes of some rows. They move within the same memory, because they are most of what is in it."""
+    if len(row_ids) < len(hashes):
+        for start in range(0, len(row_ids), ROWS_AT_ONCE):
+            rows = row_ids[start : start + ROWS_AT_ONCE]
+            hashes[start : start + len(rows)] = hashes[rows]
+    return hashes[: len(row_ids)]
+
+
+def _ranks(names: Sequence[str]) -> np.ndarray:
+    ranks = np.empty(len(names), np.int32)
+    ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return ranks
+
+
 def _fingerprint(
-    hashes: list[str], names: list[str], splits: list[str], classes: tuple[str, ...], options: DecodeOptions
+    contents: Contents, labels: np.ndarray, splits: np.ndarray, classes: tuple[str, ...], options: DecodeOptions
 ) -> str:
+    # In the order of the hashes, and rows with the same image in the order of their class names and splits.
+    order = np.lexsort((_ranks(SPLITS)[splits], _ranks(classes)[labels], contents.numbers))
     digest = hashlib.sha256()
-    for row in sorted(zip(hashes, names, splits, strict=True)):
-        digest.update("\0".join((*row, "")).encode())
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        for row in order[start : start + ROWS_AT_ONCE].tolist():
+            content, name, split = contents.hashes[row].tobytes().hex(), classes[labels[row]], SPLITS[splits[row]]
+            digest.update(f"{content}\0{name}\0{split}\0".encode())
     values: dict[str, Any] = {"rows": digest.hexdigest(), "classes": classes}
     if options.whites != USUAL_WHITES:
         values["whites"] = asdict(options.whites)

@@ -1,37 +1,39 @@
 """The table of an image index, in the types that need the least memory: a process keeps it for the whole sweep."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import pyarrow as pa
 
+from raysweep.images.contents import Contents
+from raysweep.images.listed_rows import Rows
 from raysweep.images.splits import SPLITS
-from raysweep.images.tables import Row
-
-HASH_TYPE = pa.binary(hashlib.sha256().digest_size)
 
 
-def make_table(rows: Sequence[Row], hashes: Mapping[int, str], labels: np.ndarray, splits: Sequence[str]) -> pa.Table:
-    """Returns `ImageIndex.table`.
+def make_table(
+    rows: Rows, row_ids: np.ndarray, contents: Contents, labels: np.ndarray, splits: np.ndarray
+) -> pa.Table:  # fmt: skip
+    """Returns `ImageIndex.table`. Its columns share the memory of the arguments.
 
     Args:
         rows: The good rows.
-        hashes: Content hash of each good row in hex, by row id.
+        row_ids: Row id of each good row, int64.
+        contents: The encoded image of each good row.
         labels: Number of the class of each good row, int32.
-        splits: Split of each good row, one of `SPLITS`.
+        splits: Split of each good row, int8, its number in `SPLITS`.
     """
-    paths = pa.array([row.path for row in rows], pa.string())
-    in_files = any(row.position >= 0 for row in rows)
-    inline = [row.inline for row in rows]
-    numbers = pa.array([SPLITS.index(split) for split in splits], pa.int8())
+    table = rows.to_arrow(0, len(rows))
+    paths = table["path"]
+    is_dictionary, in_files = pa.types.is_dictionary(paths.type), bool((rows.positions >= 0).any())
+    if in_files and not is_dictionary:
+        paths = paths.dictionary_encode()
+    elif is_dictionary and not in_files:
+        paths = paths.cast(pa.string())
     columns = {
-        "row_id": pa.array(hashes, pa.int64()),
-        "path": paths.dictionary_encode() if in_files else paths,
-        "position": pa.array([row.position for row in rows], pa.int32()),
-        "image": pa.nulls(len(rows)) if inline.count(None) == len(rows) else pa.array(inline, pa.large_binary()),
+        "row_id": pa.array(row_ids),
+        "path": paths,
+        "position": table["position"],
+        "image": table["image"],
         "label": pa.array(labels),
-        "split": pa.DictionaryArray.from_arrays(numbers, pa.array(SPLITS, pa.string())),
-        "content_hash": pa.array(map(bytes.fromhex, hashes.values()), HASH_TYPE, size=len(hashes)),
+        "split": pa.DictionaryArray.from_arrays(pa.array(splits), pa.array(SPLITS, pa.string())),
+        "content_hash": contents.to_arrow(),
     }
     return pa.table(columns)

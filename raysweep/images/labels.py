@@ -6,54 +6,77 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+
 from raysweep.errors import DataError
+from raysweep.images.listed_rows import Row, Rows
 from raysweep.images.row_splits import known_split
 from raysweep.images.splits import SPLITS
-from raysweep.images.tables import Row
+from raysweep.images.texts import hashes_of
 
 PAIRS_SHOWN, NAMES_SHOWN, LENGTH_SHOWN = 5, 3, 60
 MAX_SEVERAL = 0.25  # share of the images
 
 
-def label_names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Returns the class name of each row, and warnings about labels that were changed or look wrong.
+def number_labels(rows: Rows) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """Numbers the class names of rows.
+
+    Returns:
+        int32 `(rows,)`, the number of each row's class; the sorted class names; and warnings about labels that were
+        changed or look wrong.
 
     Raises:
         DataError: a label is neither text nor a whole number, or many images have several labels.
     """
-    values = Counter((type(row.label), row.label) if _is_class(row.label) else _raise_bad_label(row) for row in rows)
-    names = {key: _class_name(key[1]) for key in values}
+    numbers = rows.labels.numbers
+    counts = rows.labels.counts()
+    values = {number: rows.labels.distinct[number] for number in counts}
+    refused = [number for number, value in values.items() if not _is_class(value)]
+    if refused:
+        _raise_bad_label(rows[int(np.isin(numbers, refused).argmax())])
+    names = {number: _class_name(value) for number, value in values.items()}
+    classes = sort_classes(set(names.values()))
+    places = {name: place for place, name in enumerate(classes)}
+    place_of = np.zeros(len(rows.labels.distinct), np.int32)
+    for number, name in names.items():
+        place_of[number] = places[name]
+    labels = place_of[numbers]
     warnings = []
-    if len({issubclass(kind, str) for kind, _ in values}) > 1:
+    if len({isinstance(value, str) for value in values.values()}) > 1:
         warnings.append("labels mix numbers and text; a number counts as its digits")
-    spaced = {value: count for (_, value), count in values.items() if isinstance(value, str) and value != value.strip()}
+    spaced = {
+        value: counts[number] for number, value in values.items() if isinstance(value, str) and value != value.strip()
+    }
     if spaced:
         shown = [
             f"{_shown(value)} ({spaced[value]}) is {_shown(value.strip())}" for value in sorted(spaced)[:PAIRS_SHOWN]
         ]
         words = f"{sum(spaced.values())} labels had spaces around them, which were taken off"
         warnings.append(f"{words}: {', '.join(shown)}{_rest(len(spaced))}")
-    counts: Counter[str] = Counter()
-    for key, count in values.items():
-        counts[names[key]] += count
-    by_row = [names[type(row.label), row.label] for row in rows]
-    return by_row, [*warnings, *_describe_look_alikes(counts), *_describe_repeats(rows, by_row)]
+    by_name: Counter[str] = Counter()
+    for number, count in counts.items():
+        by_name[names[number]] += count
+    return labels, classes, [*warnings, *_describe_look_alikes(by_name), *_describe_repeats(rows, labels, classes)]
 
 
-def check_classes(source: str, rows: Sequence[Row]) -> None:
+def check_classes(source: str, rows: Rows) -> None:
     """Checks that the validation and test splits have classes of train.
 
     Raises:
         DataError: one has none, so that its labels or its folders mean something else; or a split is no text or number.
     """
+    usable = rows.usable
+    known = [isinstance(value, (str, int, float, type(None))) for value in rows.splits.distinct]
+    for number in np.flatnonzero(usable & ~np.array(known, np.bool_)[rows.splits.numbers])[:1]:
+        row = rows[int(number)]
+        raise DataError(f"{row.source}: split {row.split!r}; accepted: text or numbers")
     classes: dict[str | None, dict[str, str]] = defaultdict(dict)
-    usable = [row for row in rows if not row.problem]
-    for row in usable:
-        if not isinstance(row.split, (str, int, float, type(None))):
-            raise DataError(f"{row.source}: split {row.split!r}; accepted: text or numbers")
-    for split, label in {(row.split, row.label) for row in usable if _is_class(row.label)}:
-        name = _class_name(label)
-        classes["train" if split is None else known_split(split)][spelling_key(name)] = name
+    num_labels = len(rows.labels.distinct)
+    for pair in np.unique(rows.splits.numbers[usable].astype(np.int64) * num_labels + rows.labels.numbers[usable]):
+        split, label = rows.splits.distinct[pair // num_labels], rows.labels.distinct[pair % num_labels]
+        if _is_class(label):
+            name = _class_name(label)
+            classes["train" if split is None else known_split(split)][spelling_key(name)] = name
     for split in SPLITS[1:]:
         if classes[split] and classes["train"] and not classes[split].keys() & classes["train"].keys():
             raise DataError(
@@ -98,26 +121,31 @@ def _class_name(label: Any) -> str:
     return unicodedata.normalize("NFC", str(int(label) if isinstance(label, float) else label).strip())
 
 
-def _describe_repeats(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+def _describe_repeats(rows: Rows, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     """Returns a warning about files that several rows name, as in tables of boxes, if there are any.
 
     Raises:
         DataError: so many of them have several labels that these are no mistakes.
     """
-    files = [(row.path, name) for row, name in zip(rows, names, strict=True) if row.position < 0 and row.inline is None]
-    repeats = len(files) - len({path for path, _ in files})
-    if not repeats:
+    files = np.flatnonzero(rows.named_files)
+    hashes = hashes_of(rows.paths)[files]
+    order = np.argsort(hashes, kind="stable")
+    repeats = hashes[order[1:]] == hashes[order[:-1]]
+    if not repeats.any():
         return []
-    labels: dict[str, set[str]] = defaultdict(set)
-    for path, name in files:
-        labels[path].add(name)
-    several = [path for path in labels if len(labels[path]) > 1]
-    if len(several) > MAX_SEVERAL * len(labels):
+    rows_of_repeats = np.unique(order[np.flatnonzero(repeats)[:, None] + [0, 1]])
+    named: dict[str, set[int]] = defaultdict(set)
+    for number in files[rows_of_repeats].tolist():
+        named[rows.paths[number]].add(int(labels[number]))
+    num_files = len(files) - int(repeats.sum())
+    several = [path for path in named if len(named[path]) > 1]
+    if len(several) > MAX_SEVERAL * num_files:
+        names = sorted(classes[label] for label in named[several[0]])
         raise DataError(
-            f"multi-label: {len(several)} of {len(labels)} images have rows with different labels, such as "
-            f"{several[0]} ({', '.join(map(_shown, sorted(labels[several[0]])))}); accepted: one class per image"
+            f"multi-label: {len(several)} of {num_files} images have rows with different labels, such as "
+            f"{several[0]} ({', '.join(map(_shown, names))}); accepted: one class per image"
         )
-    return [f"{repeats} rows name an image that another row names too; such images count several times"]
+    return [f"{repeats.sum()} rows name an image that another row names too; such images count several times"]
 
 
 def _describe_look_alikes(counts: Mapping[str, int]) -> list[str]:

@@ -3,8 +3,9 @@
 import io
 import re
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,7 @@ from raysweep.images.class_folders import compare_labels, list_class_folders
 from raysweep.images.folder_files import FolderFiles, kinds_of, list_folder
 from raysweep.images.formats import IMAGE_SUFFIXES
 from raysweep.images.labels import check_classes, spelling_key
+from raysweep.images.listed_rows import Listing, Row, Rows
 from raysweep.images.parquet import read_parquet_files
 from raysweep.images.row_splits import (
     known_split,
@@ -24,7 +26,8 @@ from raysweep.images.row_splits import (
 )
 from raysweep.images.splits import SPLIT_NAMES, count_of
 from raysweep.images.table_sets import is_table, read_tables
-from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table, reading, suffix_of
+from raysweep.images.tables import TABLE_SUFFIXES, read_table, reading, suffix_of
+from raysweep.images.texts import Lookup, Texts, hashes_of
 from raysweep.storage.filesystems import absolute_source, join_source, open_filesystem, split_uri
 
 if TYPE_CHECKING:
@@ -59,15 +62,16 @@ def _list_files(source: str, data: "DataConfig") -> Listing:
         if kind != fs.FileType.Directory:
             return _list_table(source, data)
         found = list_folder(source)
-    images = [file for file in found.files if file.lower().endswith(IMAGE_SUFFIXES)]
+    images = Texts(file for file in found.files if file.lower().endswith(IMAGE_SUFFIXES))
     shards = [file for file in found.files if file.lower().endswith(".parquet") and not is_table(file)]
     # Repositories of Parquet files often contain one or two images for their README.
     if shards and (not images or any(_split_of_shard(shard)[0] for shard in shards)):
         listing = _list_shards(source, shards, data)
     else:
         listing = _list_images(source, images, found, data)
-    used = {*listing.tables, *(row.path for row in listing.rows)}
-    left_out = [file for file in found.files if join_source(source, file) not in used]
+    used = np.concatenate([hashes_of(listing.rows.paths), hashes_of(listing.tables)])
+    is_used = np.isin(hashes_of(join_source(source, file) for file in found.files), used)
+    left_out = Texts(file for file, is_known in zip(found.files, is_used, strict=True) if not is_known)
     if left_out:
         listing.warnings.append(f"{count_of(left_out, 'file')} left out: {kinds_of(left_out)}")
     archives = [file for file in left_out if file.lower().endswith(ARCHIVE_SUFFIXES)]
@@ -90,7 +94,7 @@ def _names(source: str) -> list[str]:
 
 
 def _warn_of_one_split(listing: Listing, split: str | None, place: str) -> Listing:
-    if split not in (None, "train") and not any(row.split for row in listing.rows):
+    if split not in (None, "train") and not any(listing.rows.splits.distinct):
         listing.warnings.append(
             f"data.source names the {place} of the {split} split alone, whose images are split anew; to use every "
             "split as published, name the folder that contains all of them"
@@ -98,7 +102,7 @@ def _warn_of_one_split(listing: Listing, split: str | None, place: str) -> Listi
     return listing
 
 
-def _list_images(source: str, images: list[str], found: FolderFiles, data: "DataConfig") -> Listing:
+def _list_images(source: str, images: Texts, found: FolderFiles, data: "DataConfig") -> Listing:
     """Lists a folder of images by its tables, or, where it has none that can be used, by the names of its folders."""
     tables, problems = read_tables(source, found.files, images, data)
     if tables and (tables.image_column or _names_any(tables, source, images)):
@@ -123,18 +127,18 @@ def _list_images(source: str, images: list[str], found: FolderFiles, data: "Data
     return listing
 
 
-def _names_any(tables: Listing, source: str, images: list[str]) -> bool:
-    paths = {join_source(source, image) for image in images}
-    return any(row.path in paths for row in tables.rows)
+def _names_any(tables: Listing, source: str, images: Texts) -> bool:
+    paths = Lookup(images, key=lambda image: join_source(source, image))
+    return any(path in paths for path in tables.rows.paths)
 
 
-def _hint(source: str, files: list[str]) -> str:
+def _hint(source: str, files: Iterable[str]) -> str:
     """Returns the advice to use a table. The table of one split is none to use alone."""
     tables = _tables_to_name(files)
     return f"; to use its table, set data.source to {join_source(source, tables[0])}" if tables else ""
 
 
-def _tables_to_name(files: list[str]) -> list[str]:
+def _tables_to_name(files: Iterable[str]) -> list[str]:
     return [f for f in files if f.lower().endswith(TEXT_TABLES) and is_table(f) and not split_of_table(f)[0]]
 
 
@@ -144,7 +148,7 @@ def _unused_columns(source: str, data: "DataConfig") -> list[str]:
 
 
 def _add_class_folders(
-    source: str, tables: Listing, images: list[str], found: FolderFiles, problems: list[DataError]
+    source: str, tables: Listing, images: Texts, found: FolderFiles, problems: list[DataError]
 ) -> Listing:
     """Adds the images of class folders in split folders for which there is no table, such as train/class/*.jpg.
 
@@ -152,36 +156,50 @@ def _add_class_folders(
         DataError: there are no training images, because their table cannot be used.
     """
     tables.warnings += compare_labels(source, tables.rows, images)
-    named = {join_source(source, image): image for image in images}
-    covered = {known_split(row.split) for row in tables.rows}
-    # Rows without a split count as train, unless their folders say something else.
-    covered |= {split_of_path(named.get(row.path, "")) for row in tables.rows if row.split is None}
-    read = {row.path for row in tables.rows}
-    rest = [image for path, image in named.items() if path not in read and split_of_path(image) not in (*covered, None)]
+    by_path = Lookup(images, key=lambda image: join_source(source, image))
+    covered = {known_split(split) for split in tables.rows.splits.distinct}
+    for row in tables.rows:  # those without a split count as train, unless their folders say something else
+        if row.split is None:
+            place = by_path.find(row.path)
+            covered.add(split_of_path(images[place] if place >= 0 else ""))
+    is_read = np.isin(hashes_of(join_source(source, image) for image in images), hashes_of(tables.rows.paths))
+    rest = Texts(
+        image
+        for image, is_known in zip(images, is_read, strict=True)
+        if not is_known and split_of_path(image) not in (*covered, None)
+    )
     folders = _class_folders_like(source, tables, rest, found)
-    usable = [row for row in [*tables.rows, *folders.rows] if not row.problem]
-    if problems and not any(row.split is None or known_split(row.split) == "train" for row in usable):
-        raise problems[0]
-    tables.rows += folders.rows
+    if problems:
+        usable = [split for one in (tables, folders) for split in _usable_splits(one.rows)]
+        if not any(split is None or known_split(split) == "train" for split in usable):
+            raise problems[0]
+    tables.rows.extend(folders.rows)
     tables.warnings += folders.warnings
-    left = {join_source(source, image) for image in rest} - {row.path for row in folders.rows}
-    if left:
-        splits = ", ".join(sorted({str(split_of_path(named[path])) for path in left}))
+    is_listed = np.isin(hashes_of(join_source(source, image) for image in rest), hashes_of(folders.rows.paths))
+    num_left = len(rest) - int(is_listed.sum())
+    if num_left:
+        left = (image for image, is_known in zip(rest, is_listed, strict=True) if not is_known)
+        splits = ", ".join(sorted({str(split_of_path(image)) for image in left}))
         tables.warnings.append(
-            f"{count_of(left, 'image')} of {splits} in no table and in no folder of a class that a table has"
+            f"{count_of(range(num_left), 'image')} of {splits} in no table and in no folder of a class that a table has"
         )
     return tables
 
 
-def _class_folders_like(source: str, tables: Listing, images: list[str], found: FolderFiles) -> Listing:
+def _usable_splits(rows: Rows) -> list[Any]:
+    """Returns the distinct splits of the rows that have no problem."""
+    return [rows.splits.distinct[number] for number in rows.splits.counts(rows.usable)]
+
+
+def _class_folders_like(source: str, tables: Listing, images: Texts, found: FolderFiles) -> Listing:
     """Lists images of split folders by their class folders, if there are such and a table has some of their classes."""
-    images = [image for image in images if split_of_path(image.rpartition("/")[0])]
+    images = Texts(image for image in images if split_of_path(image.rpartition("/")[0]))
     try:
         listing = list_class_folders(source, images, replace(found, folders=[]))
     except DataError:
-        return Listing([])
-    classes = {spelling_key(str(row.label)) for row in tables.rows}
-    return listing if any(spelling_key(str(row.label)) in classes for row in listing.rows) else Listing([])
+        return Listing()
+    classes = {spelling_key(str(label)) for label in tables.rows.labels.distinct}
+    return listing if any(spelling_key(str(label)) in classes for label in listing.rows.labels.distinct) else Listing()
 
 
 def _list_sklearn(source: str) -> Listing:
@@ -192,12 +210,12 @@ def _list_sklearn(source: str) -> Listing:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    rows = []
+    listing = Listing()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         buffer = io.BytesIO()
         Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(buffer, "PNG")
-        rows.append(Row(f"{source}/{number}", int(label), inline=buffer.getvalue()))
-    return Listing(rows)
+        listing.rows.append(Row(f"{source}/{number}", int(label), inline=buffer.getvalue()))
+    return listing
 
 
 def _list_shards(source: str, files: list[str], data: "DataConfig") -> Listing:

@@ -4,6 +4,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,13 +14,12 @@ from pyarrow import types
 
 from raysweep.errors import DataError
 from raysweep.images.limits import MAX_ENCODED_BYTES
+from raysweep.images.listed_rows import Listing, Row
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import LABEL, add_label
 from raysweep.images.plain_columns import MAX_TEXT_BYTES, find_field, is_text, is_value, names_images, read_values
 from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.tables import (
-    Listing,
-    Row,
     check_regular,
     check_size,
     columns_of_no_class,
@@ -46,7 +46,7 @@ def read_parquet_files(files: Sequence[tuple[str, str | None]], data: "DataConfi
     Raises:
         DataError: a file or column cannot be read, or the image column contains neither paths nor bytes.
     """
-    listing = Listing([])
+    listing = Listing()
     for source, split in files:
         with reading(source):
             column = _read_parquet_file(source, split, data, listing)
@@ -67,10 +67,10 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
         read += [columns.image] if holds_paths else []
         values = read_values(opened, file, read)
         labels = one_hot or values[columns.label]
-        splits = values[columns.split] if columns.split else [split] * len(labels)
-        groups = values[columns.group] if columns.group else [None] * len(labels)
+        splits = values[columns.split] if columns.split else repeat(split, len(labels))
+        groups = values[columns.group] if columns.group else repeat(None, len(labels))
         cells = values[columns.image] if holds_paths else _outer_paths(file, columns.image)
-        metadata = schema.metadata
+        metadata, row_groups = schema.metadata, _row_groups(file.metadata)
     named = [name for name in map(cell_name, cells) if name]
     # Without names there is nothing to look for, not even a folder: all images lie in the file.
     paths, warnings = settle_paths(source, data, named) if named or holds_paths else (None, [])
@@ -83,7 +83,16 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
     for position, (cell, label, row_split, group) in enumerate(zip(cells, labels, splits, groups, strict=True)):
         row = _row(source, position, cell, paths, holds_paths)._replace(label=label, split=row_split, group=group)
         listing.rows.append(with_problem(row, columns.split is not None))
-    return None if holds_paths else columns.image
+    if holds_paths:
+        return None
+    listing.row_groups[source] = row_groups
+    return columns.image
+
+
+def _row_groups(metadata: pq.FileMetaData) -> frozenset[int]:
+    """Returns the first row of each row group."""
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return frozenset(accumulate(sizes, initial=0))
 
 
 def _one_hot_labels(opened: pa.NativeFile, file: pq.ParquetFile, data: "DataConfig") -> tuple[list[Any], list[str]]:

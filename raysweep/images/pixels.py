@@ -26,7 +26,8 @@ from raysweep.images.cache_files import (
 )
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, decode_images
 from raysweep.images.disk_rows import read_into, runs
-from raysweep.images.index import UNREAD, ImageIndex, content_hash, read_image_bytes
+from raysweep.images.image_bytes import content_hash, read_image_bytes
+from raysweep.images.index import UNREAD, ImageIndex
 from raysweep.storage.paths import signature
 
 PIXEL_FORMAT = "arrow"  # format of the files; a new value makes every existing pixel cache invalid

@@ -3,15 +3,15 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from raysweep.errors import DataError
+from raysweep.images.listed_rows import Listing, Rows, Values
 from raysweep.images.splits import SPLIT_NAMES, SPLITS, Split, count_of, normalize_split
 
 if TYPE_CHECKING:
     from raysweep.experiment.config import DataConfig
-    from raysweep.images.tables import Listing, Row
 
 # Words that stand beside the name of a split in names of folders: training_set, test_images, train2017.
 _BESIDE = {
@@ -70,41 +70,47 @@ def _only_split_in(name: str) -> Split | None:
     return named.pop() if len(named) == 1 else None
 
 
-def take_splits_from_paths(listing: "Listing", data: "DataConfig") -> list[str]:
+def take_splits_from_paths(listing: Listing, data: "DataConfig") -> list[str]:
     """Gives the rows of a table without a column of splits those that their paths name. Changes the listing.
 
     Returns:
         Warnings about it.
     """
-    usable = [number for number, row in enumerate(listing.rows) if row.position < 0 and not row.problem]
-    named = _splits_in([listing.rows[number].path for number in usable])
-    found = set(named) - {None}
+    rows = listing.rows
+    folders = Values(path.rpartition("/")[0] for path in rows.paths)
+    is_named = rows.usable & (rows.positions < 0)
+    counts = folders.counts(is_named)
+    named = _splits_in({folders.distinct[number]: count for number, count in counts.items()})
+    found = set(named.values()) - {None}
     if len(found) < 2 or data.split is None:
         return []
-    by_row: list[Split | None] = [None] * len(listing.rows)
-    for number, split in zip(usable, named, strict=True):
-        by_row[number] = split
-    if any(row.split is not None for row in listing.rows):
-        return compare_splits(listing.rows, by_row, "their paths")
-    counts = Counter(named)
-    counted = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
-    if None in named or "train" not in found:
-        reason = "others name none" if None in named else "none names train"
+    by_folder = [named.get(folder) for folder in folders.distinct]
+    by_row = (by_folder[number] if is_file else None for number, is_file in zip(folders.numbers, is_named, strict=True))
+    if any(rows.splits.distinct[number] is not None for number in rows.splits.counts()):
+        return compare_splits(rows, by_row, "their paths")
+    by_split: Counter[Split | None] = Counter()
+    for number, count in counts.items():
+        by_split[named[folders.distinct[number]]] += count
+    counted = ", ".join(f"{by_split[split]} {split}" for split in SPLITS if by_split[split])
+    if None in by_split or "train" not in found:
+        reason = "others name none" if None in by_split else "none names train"
         return [f"paths name splits ({counted}), but {reason}: the splits are drawn anew"]
-    listing.rows = [row._replace(split=split) for row, split in zip(listing.rows, by_row, strict=True)]
+    rows.splits = Values(by_row)
     return [f"splits taken from the folders in the paths ({counted}); data.split: null draws them anew"]
 
 
-def compare_splits(rows: Sequence["Row"], by_row: Sequence[Split | None], place: str) -> list[str]:
-    """Returns a warning about rows whose column of splits says something else than their place, if there are any."""
-    other = [
+def compare_splits(rows: Rows, by_row: Iterable[Split | None], place: str) -> list[str]:
+    """Returns a warning about rows whose column of splits says something else than `by_row`, if there are any."""
+    others = (
         row for row, split in zip(rows, by_row, strict=True) if split and known_split(row.split) not in (None, split)
-    ]
-    if not other:
+    )
+    first = next(others, None)
+    if first is None:
         return []
+    num_others = 1 + sum(1 for _ in others)
     return [
-        f"{count_of(other, 'row')} with another split in the column of splits, which is used, than by {place}: "
-        f"{other[0].source} ({other[0].split})"
+        f"{count_of(range(num_others), 'row')} with another split in the column of splits, which is used, than by "
+        f"{place}: {first.source} ({first.split})"
     ]
 
 
@@ -116,17 +122,25 @@ def known_split(value: object) -> Split | None:
         return None
 
 
-def _splits_in(paths: Sequence[str]) -> list[Split | None]:
-    """Returns the split that each path's folder names, on the level on which most folders do, below what all share."""
-    folders = [path.split("/")[:-1] for path in paths]
-    if not folders:
-        return []
-    first, last = min(folders), max(folders)
+def _splits_in(folders: Mapping[str, int]) -> dict[str, Split | None]:
+    """Returns the split that each folder names, on the level on which most files have one, below what all share.
+
+    Args:
+        folders: Number of files in each folder.
+    """
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+    if not parts:
+        return {}
+    first, last = min(parts.values()), max(parts.values())
     shared = next(
         (n for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last))
     )
-    levels: list[list[Split | None]] = [
-        [split_of_folder(names[level]) if len(names) > level else None for names in folders]
-        for level in range(shared, max(map(len, folders)))
+    levels: list[dict[str, Split | None]] = [
+        {folder: split_of_folder(names[level]) if len(names) > level else None for folder, names in parts.items()}
+        for level in range(shared, max(map(len, parts.values())))
     ]
-    return max(levels, key=lambda named: len(named) - named.count(None), default=[None] * len(folders))
+    return max(
+        levels,
+        key=lambda named: sum(folders[folder] for folder, split in named.items() if split is not None),
+        default=dict.fromkeys(parts),
+    )

@@ -1,14 +1,15 @@
 """The splits train, validation and test: their names, stratified splits, and few-shot subsets."""
 
 import hashlib
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from raysweep.errors import DataError, did_you_mean
+from raysweep.images.contents import Contents, Together
+from raysweep.images.listed_rows import Row, Values
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -47,7 +48,7 @@ def normalize_split(value: object) -> Split:
 
 
 def stratified_split(
-    labels: npt.NDArray[np.integer], groups: Sequence[str], fraction: float, seed: int
+    labels: npt.NDArray[np.integer], groups: Together, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
     """Takes about `fraction` of the rows of each class, and keeps the rows of each group together.
 
@@ -56,7 +57,7 @@ def stratified_split(
 
     Args:
         labels: Class index of each row, `(rows,)`.
-        groups: Group of each row, such as its content hash: copies of one image must not be in different splits.
+        groups: The group of each row, such as its copies: copies of one image must not be in different splits.
         fraction: Share of each class's rows to take, in [0, 1).
         seed: Determines which of the possible splits is made.
 
@@ -64,23 +65,21 @@ def stratified_split(
         Mask `(rows,)` of the taken rows. Of a class with at least two groups, at least one is taken and one is left.
     """
     assert 0 <= fraction < 1
-    assert len(labels) == len(groups)
-    members: dict[str, list[int]] = defaultdict(list)
-    for row, group in enumerate(groups):
-        members[group].append(row)
-    by_class: dict[int, list[str]] = defaultdict(list)
-    for group, rows in members.items():
-        by_class[_commonest(labels[rows])].append(group)
-    mask = np.zeros(len(labels), dtype=np.bool_)
+    assert len(labels) == len(groups.numbers)
+    sizes = np.bincount(groups.numbers)
+    classes = _commonest(labels, groups.numbers, len(sizes))
+    is_taken = np.zeros(len(sizes), np.bool_)
     if fraction > 0:
-        for class_groups in by_class.values():
-            for group in _choose(class_groups, members, fraction, seed):
-                mask[members[group]] = True
-    return mask
+        by_class = np.argsort(classes, kind="stable")  # groups without rows, whose class is -1, come first
+        starts = np.searchsorted(classes[by_class], np.unique(labels))
+        for members in np.split(by_class, starts)[1:]:
+            is_taken[_choose(members, sizes, groups, fraction, seed)] = True
+    taken: npt.NDArray[np.bool_] = is_taken[groups.numbers]
+    return taken
 
 
 def grouped_split(
-    labels: npt.NDArray[np.integer], groups: Sequence[str], fraction: float, seed: int
+    labels: npt.NDArray[np.integer], groups: Together, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
     """Does what `stratified_split` does for groups whose rows may have different labels.
 
@@ -91,7 +90,9 @@ def grouped_split(
         Mask `(rows,)` of the taken rows. At least one group is taken and one is left, if there are two.
     """
     assert 0 <= fraction < 1
-    names, members = np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)
+    present, members = np.unique(groups.numbers, return_inverse=True)
+    names, places = np.unique([groups.name_of(number) for number in present.tolist()], return_inverse=True)
+    members = places[members]
     kinds, classes = np.unique(labels, return_inverse=True)
     if len(names) < 2 or fraction == 0:
         return np.zeros(len(labels), dtype=np.bool_)
@@ -116,25 +117,39 @@ def _draw(group: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{group}".encode()).digest()
 
 
-def _commonest(labels: npt.NDArray[np.integer]) -> int:
-    """Returns the label that most rows have, or the smallest such label. It is the class of a whole group."""
-    counts = Counter(int(label) for label in labels)
-    return min(counts, key=lambda label: (-counts[label], label))
+def _commonest(
+    labels: npt.NDArray[np.integer], groups: npt.NDArray[np.integer], num_groups: int
+) -> npt.NDArray[np.int32]:
+    """Returns the class of each group: the label that most of its rows have, or the smallest such; -1 without rows."""
+    classes = np.full(num_groups, -1, np.int32)
+    classes[groups] = labels
+    mixed = np.unique(groups[classes[groups] != labels])
+    if not len(mixed):
+        return classes
+    rows = np.flatnonzero(np.isin(groups, mixed))
+    pairs, counts = np.unique(np.stack([groups[rows], labels[rows]]), axis=1, return_counts=True)
+    order = np.lexsort((-pairs[1], counts, pairs[0]))  # the last one of each group is what is wanted
+    classes[pairs[0, order]] = pairs[1, order]
+    return classes
 
 
-def _choose(groups: list[str], members: dict[str, list[int]], fraction: float, seed: int) -> list[str]:
+def _choose(
+    members: npt.NDArray[np.integer], sizes: npt.NDArray[np.integer], groups: Together, fraction: float, seed: int
+) -> npt.NDArray[np.integer]:
     """Takes groups in a random order that the seed determines, as long as they fit into the wanted share."""
-    if len(groups) < 2:
-        return []
-    order = sorted(groups, key=lambda group: _draw(group, seed))
-    room = max(1, round(fraction * sum(len(members[group]) for group in groups)))
-    chosen: list[str] = []
-    for group in order[:-1]:  # the last one is never taken
-        if len(members[group]) <= room:
-            chosen.append(group)
-            room -= len(members[group])
+    if len(members) < 2:
+        return members[:0]
+    # Of the number that looks random, 64 bits are enough: nobody has so many groups that two of these are the same.
+    draws = (int.from_bytes(_draw(groups.name_of(number), seed)[:8], "big") for number in members.tolist())
+    order = members[np.argsort(np.fromiter(draws, np.uint64, len(members)), kind="stable")]
+    room = max(1, round(fraction * int(sizes[order].sum())))
+    chosen = []
+    for place, size in enumerate(sizes[order[:-1]].tolist()):  # the last one is never taken
+        if size <= room:
+            chosen.append(place)
+            room -= size
     # If every group is larger than the share, the smallest comes closest to it.
-    return chosen or [min(order, key=lambda group: len(members[group]))]
+    return order[chosen or [int(sizes[order].argmin())]]
 
 
 def few_shot(labels: npt.NDArray[np.integer], shots: int, seed: int) -> npt.NDArray[np.int64]:
@@ -155,96 +170,103 @@ def few_shot(labels: npt.NDArray[np.integer], shots: int, seed: int) -> npt.NDAr
 
 
 def settle_splits(
-    given: Sequence[Any],
+    given: Values,
     labels: npt.NDArray[np.int32],
-    groups: Sequence[str],
-    fractions: Mapping[str, float],
+    groups: Together,
+    fractions: Mapping[Split, float],
     seed: int,
     is_grouped: bool = False,
-) -> tuple[list[str], tuple[str, ...]]:
+) -> tuple[npt.NDArray[np.int8], tuple[Split, ...]]:
     """Determines the split of each row. Splits of `fractions` that the source does not have are taken from train.
 
     Args:
         given: The value in the source for each row; None counts as train.
         labels: Class index of each row.
-        groups: Name of each row's group, such as its content hash; a group stays in one split.
+        groups: Each row's group, such as the copies of one image; a group stays in one split.
         fractions: For each split that may be missing, its share of the original train rows. Splits are taken in this
             order.
         seed: Determines which rows are taken.
         is_grouped: Whether a group may have many rows of several classes, and not only copies of one image.
 
     Returns:
-        The split of each row, and the names of the splits that were taken from train.
+        The split of each row as its number in `SPLITS`, and the names of the splits that were taken from train.
 
     Raises:
         DataError: a value is not the name of a split, or a split has no images.
     """
-    known: dict[Any, str] = {None: "train"}
-    for value in set(given) - {None}:
+    counts = given.counts()
+    known = np.zeros(len(given.distinct), np.int8)
+    for number in counts:
+        value = given.distinct[number]
         try:
-            known[value] = normalize_split(value)
+            known[number] = 0 if value is None else SPLITS.index(normalize_split(value))
         except DataError as error:
-            raise DataError(f"{sum(other == value for other in given)} rows in split {error}") from error
-    splits = np.array([known[value] for value in given], dtype="<U10")
-    if "train" not in splits:
-        raise DataError(f"no training images; found only {', '.join(sorted(set(splits.tolist())))}")
-    derived = tuple(split for split in fractions if split not in splits)
+            num_rows = sum(count for other, count in counts.items() if given.distinct[other] == value)
+            raise DataError(f"{num_rows} rows in split {error}") from error
+    splits = known[given.numbers]
+    present = {split for number, split in enumerate(SPLITS) if (splits == number).any()}
+    if "train" not in present:
+        raise DataError(f"no training images; found only {', '.join(sorted(present))}")
+    derived = tuple(split for split in fractions if split not in present)
     if sum(fractions[split] for split in derived) >= 1:
         raise DataError("data.validation_fraction and data.test_fraction leave nothing to train on")
     left = 1.0
     for split in derived:
-        train = np.flatnonzero(splits == "train")
+        train = np.flatnonzero(splits == 0)
         take = grouped_split if is_grouped else stratified_split
-        mask = take(labels[train], [groups[row] for row in train.tolist()], fractions[split] / left, seed)
-        splits[train[mask]] = split
+        mask = take(labels[train], groups.among(train), fractions[split] / left, seed)
+        splits[train[mask]] = SPLITS.index(split)
         left -= fractions[split]
+        if mask.any():
+            present.add(split)
     for split, purpose in (("validation", "to rank trials on"), ("test", "to report on")):
-        if split not in splits:
+        if split not in present:
             raise DataError(f"no {split} images {purpose}, and none could be taken from train: add images")
-    return splits.tolist(), tuple(split for split in derived if split in splits)
+    return splits, tuple(split for split in derived if split in present)
 
 
 def describe_copies(
-    where: Sequence[str], names: Sequence[str], splits: Sequence[str], hashes: Sequence[str]
-) -> list[str]:
+    rows: Sequence[Row], contents: Contents, splits: npt.NDArray[np.int8], labels: npt.NDArray[np.int32],
+    classes: Sequence[str],
+) -> list[str]:  # fmt: skip
     """Returns warnings about images that are in several splits or have several class names, each with an example."""
-    by_hash: dict[str, list[int]] = defaultdict(list)
-    for row, content in enumerate(hashes):
-        by_hash[content].append(row)
-    copies = [group for group in by_hash.values() if len(group) > 1]
     warnings = []
-    for values, trouble in ((splits, "split (leakage)"), (names, "class (conflicting labels)")):
-        groups = [group for group in copies if len({values[row] for row in group}) > 1]
-        if groups:
-            first = groups[0][0]
-            other = next(row for row in groups[0] if values[row] != values[first])
+    for numbers, names, trouble in (
+        (splits, SPLITS, "split (leakage)"),
+        (labels, classes, "class (conflicting labels)"),
+    ):
+        num_images, members = contents.differing(numbers)
+        if num_images:
+            first, other = int(members[0]), int(members[(numbers[members] != numbers[members[0]]).argmax()])
             warnings.append(
-                f"{count_of(groups, 'image')} in more than one {trouble}: "
-                f"{where[first]} ({values[first]}) and {where[other]} ({values[other]})"
+                f"{count_of(range(num_images), 'image')} in more than one {trouble}: {rows[first].source} "
+                f"({names[numbers[first]]}) and {rows[other].source} ({names[numbers[other]]})"
             )
     return warnings
 
 
 def describe_few_images(
-    labels: npt.NDArray[np.int32], splits: Sequence[str], classes: Sequence[str], shots: int
+    labels: npt.NDArray[np.int32], splits: npt.NDArray[np.int8], classes: Sequence[str], shots: int
 ) -> list[str]:
     """Returns warnings about splits and classes with too few images to train, to evaluate, or to draw `shots`.
 
     No split may be empty: `settle_splits` raises an error for that.
     """
     warnings = []
-    members = {split: labels[np.array(splits) == split] for split in SPLITS}
-    for split, present in members.items():
-        absent = [name for label, name in enumerate(classes) if label not in present]
+    counts = {
+        split: np.bincount(labels[splits == number], minlength=len(classes)) for number, split in enumerate(SPLITS)
+    }
+    for split, present in counts.items():
+        absent = [name for name, count in zip(classes, present, strict=True) if not count]
         if absent:
             warnings.append(f"{count_of(absent, 'class')} without {split} images: {', '.join(absent[:5])}")
-        if split != "train" and len(present) < FEW_IMAGES:
-            warnings.append(f"only {count_of(present, f'{split} image')}: each is {1 / len(present):.1%} of accuracy")
-    counts = np.bincount(members["train"], minlength=len(classes))
-    if 0 < counts.min() < shots:
-        fewest = int(counts.argmin())
+        if split != "train" and present.sum() < FEW_IMAGES:
+            images = count_of(range(present.sum()), f"{split} image")
+            warnings.append(f"only {images}: each is {1 / present.sum():.1%} of accuracy")
+    fewest = int(counts["train"].argmin())
+    if 0 < counts["train"][fewest] < shots:
         warnings.append(
-            f"data.shots asks for {shots} images per class; {classes[fewest]} has {counts[fewest]} to train on"
+            f"data.shots asks for {shots} images per class; {classes[fewest]} has {counts['train'][fewest]} to train on"
         )
     return warnings
 

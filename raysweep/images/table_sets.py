@@ -4,9 +4,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from raysweep.errors import DataError
+from raysweep.images.listed_rows import Listing, Row, Rows, Values
 from raysweep.images.parquet import read_parquet_files
 from raysweep.images.row_paths import split_suffix
 from raysweep.images.row_splits import (
@@ -18,7 +22,8 @@ from raysweep.images.row_splits import (
     take_splits_from_paths,
 )
 from raysweep.images.splits import SPLITS, Split
-from raysweep.images.tables import TABLE_SUFFIXES, Listing, Row, read_table
+from raysweep.images.tables import TABLE_SUFFIXES, read_table
+from raysweep.images.texts import Lookup, hashes_of
 from raysweep.storage.filesystems import join_source, parent_source, split_uri
 
 if TYPE_CHECKING:
@@ -117,15 +122,23 @@ def _read_first(
 
 def _check_parts(source: str, listings: Sequence[tuple[str, Split | None, Listing]]) -> None:
     """Checks that tables with numbers in their names are parts of one. Folds and versions name the same images."""
+    hashes = [np.unique(hashes_of(listing.rows.paths)[_files(listing.rows)]) for _, _, listing in listings]
+    if len(np.unique(np.concatenate(hashes))) == sum(map(len, hashes)):
+        return
     read: dict[str, str] = {}
     for file, _, listing in listings:
-        paths = {row.path for row in listing.rows if row.position < 0 and not row.problem}
+        paths = {path for path, is_file in zip(listing.rows.paths, _files(listing.rows), strict=True) if is_file}
         if twice := sorted(paths & read.keys()):
             raise DataError(
                 f"{source}: {read[twice[0]]} and {file} both name {twice[0]}, so they are no parts of one table; "
                 "accepted: one table for each split, the others moved elsewhere; or one table as data.source"
             )
         read.update(dict.fromkeys(paths, file))
+
+
+def _files(rows: Rows) -> np.ndarray:
+    """Returns which rows name files and have no problem, bool `(rows,)`."""
+    return rows.usable & (rows.positions < 0)
 
 
 def _read_one(table: str, split: Split | None, data: "DataConfig") -> Listing:
@@ -138,48 +151,56 @@ def _as_one(
     source: str, tables: Sequence[tuple[str, Split | None, Listing]], images: Sequence[str], data: "DataConfig"
 ) -> Listing:
     """Joins the rows of several tables, each with the split of its table where it has no column of splits."""
-    whole = Listing([])
+    whole = Listing()
     for file, split, listing in tables:
         table = join_source(source, file)
         warnings = _find_images(table, split, listing, source, images)
         if split:
-            warnings += compare_splits(listing.rows, [split] * len(listing.rows), f"its place ({file})")
-            listing.rows = [
-                row if row.split is not None or row.problem else row._replace(split=split) for row in listing.rows
-            ]
+            warnings += compare_splits(listing.rows, repeat(split, len(listing.rows)), f"its place ({file})")
+            listing.rows.splits = Values(
+                row.split if row.split is not None or row.problem else split for row in listing.rows
+            )
         else:
             warnings += take_splits_from_paths(listing, data)
         if listing.image_column and whole.image_column not in (None, listing.image_column):
             raise DataError(f"{table}: images in column '{listing.image_column}', elsewhere in '{whole.image_column}'")
         whole.image_column = listing.image_column or whole.image_column
-        whole.rows += listing.rows
+        whole.rows.extend(listing.rows)
+        whole.row_groups |= listing.row_groups
         whole.warnings += [*listing.warnings, *warnings]
         whole.tables.append(table)
     _check_splits(source, whole.rows)
     return whole
 
 
-def _check_splits(source: str, rows: Sequence[Row]) -> None:
+def _check_splits(source: str, rows: Rows) -> None:
     """Checks that the tables of test and validation do not name the files of train, as those of several folds do."""
-    train = {row.path for row in rows if row.position < 0 and known_split(row.split) == "train"}
-    for split in SPLITS[1:]:
-        named = {row.path for row in rows if row.position < 0 and not row.problem and known_split(row.split) == split}
-        twice = sorted(named & train)
-        if 2 * len(twice) > len(named):
+    by_value = [known_split(value) for value in rows.splits.distinct]
+    numbers = np.array([SPLITS.index(split) if split else -1 for split in by_value], np.int8)[rows.splits.numbers]
+    hashes = hashes_of(rows.paths)
+    train = hashes[(numbers == 0) & (rows.positions < 0)]
+    for number, split in enumerate(SPLITS[1:], 1):
+        named = np.flatnonzero((numbers == number) & _files(rows))
+        num_named = len(np.unique(hashes[named]))
+        twice = named[np.isin(hashes[named], train)]
+        num_twice = len(np.unique(hashes[twice]))
+        if 2 * num_twice > num_named:
+            first = min(rows.paths[place] for place in twice.tolist())
             raise DataError(
-                f"{source}: the tables name {len(twice)} of {len(named)} files of {split} in train too, such as "
-                f"{twice[0]}; accepted: tables of one fold, the others moved elsewhere; or one table as data.source"
+                f"{source}: the tables name {num_twice} of {num_named} files of {split} in train too, such as "
+                f"{first}; accepted: tables of one fold, the others moved elsewhere; or one table as data.source"
             )
 
 
 def _find_images(table: str, split: Split | None, listing: Listing, source: str, images: Sequence[str]) -> list[str]:
     """Finds the files that a table names from another folder than its own, or without a suffix. Changes the rows."""
-    known = {_plain(join_source(source, image)) for image in images}
-    files = [row for row in listing.rows if row.position < 0 and not row.problem]
-    if any(_plain(row.path) in known for row in files):
+    known = Lookup(images, key=lambda image: _plain(join_source(source, image)))
+    is_file = _files(listing.rows)
+    if any(of_file and _plain(path) in known for path, of_file in zip(listing.rows.paths, is_file, strict=True)):
         return []
+    files = [path for path, of_file in zip(listing.rows.paths, is_file, strict=True) if of_file]
     start = f"{_plain(parent_source(table))}/"
-    tails = {row.path: _plain(row.path).removeprefix(start) for row in files if _plain(row.path).startswith(start)}
+    tails = {path: _plain(path).removeprefix(start) for path in files if _plain(path).startswith(start)}
     has_suffix = any(split_suffix(tail)[1] for tail in tails.values())
     by_name = {image if has_suffix else split_suffix(image)[0]: image for image in images}
     alike = _names_by_end(tails.values(), by_name, split)
@@ -203,7 +224,7 @@ def _find_images(table: str, split: Split | None, listing: Listing, source: str,
         name = found.get(tails.get(row.path, "")) if not row.problem and row.position < 0 else None
         return row._replace(path=join_source(source, by_name[name])) if name is not None else row
 
-    listing.rows = [moved(row) for row in listing.rows]
+    listing.rows = Rows(map(moved, listing.rows))
     ids = "" if has_suffix else ", and have no suffix"
     return [f"{table}: its paths start from {place}{ids}"]
 

@@ -5,11 +5,11 @@ import posixpath
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysweep.errors import DataError, did_you_mean, one_line
 from raysweep.images.limits import MAX_ENCODED_BYTES
+from raysweep.images.listed_rows import Listing, Row, Rows
 from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import add_label
 from raysweep.images.row_paths import RowPaths, cell_name
@@ -29,34 +29,6 @@ TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
 MAX_TABLE_BYTES = 2**31
 
 
-class Row(NamedTuple):
-    """One image as its source lists it.
-
-    Attributes:
-        path: Absolute path or URI of the image, or of the Parquet file that contains it. For a row with a problem, the
-            place where the row was found.
-        label: The value in the source.
-        split: The value in the source; None where it has none.
-        position: Number of the row in the Parquet file; -1 where `path` is the image itself.
-        inline: The encoded image, for sources that are generated in memory.
-        problem: The reason why the row is bad, if that is known before the image is read.
-        group: The value in the source of the column that `data.group` names.
-    """
-
-    path: str
-    label: Any
-    split: Any = None
-    position: int = -1
-    inline: bytes | None = None
-    problem: str | None = None
-    group: Any = None
-
-    @property
-    def source(self) -> str:
-        """Where the row was found, for messages."""
-        return self.path if self.position < 0 else f"{self.path} row {self.position}"
-
-
 class Columns(NamedTuple):
     """Names of the columns of a table; `split` and `group` are None where it has no such column."""
 
@@ -64,23 +36,6 @@ class Columns(NamedTuple):
     label: str
     split: str | None
     group: str | None = None
-
-
-@dataclass
-class Listing:
-    """All rows of a source.
-
-    Attributes:
-        rows: The rows, good and bad.
-        image_column: Column of the images in Parquet files; None where there are none.
-        warnings: What a user should know about the source.
-        tables: Paths or URIs of the tables that the rows were read from, where the source is a folder.
-    """
-
-    rows: list[Row]
-    image_column: str | None = None
-    warnings: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -173,7 +128,7 @@ def read_table(source: str, data: "DataConfig") -> Listing:
     images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
     with reading(source):
         paths, warnings = settle_paths(source, data, images)
-    rows = [_text_row(f"{source} line {line}", record, columns, paths) for line, record in table.lines]
+    rows = Rows(_text_row(f"{source} line {line}", record, columns, paths) for line, record in table.lines)
     return Listing(rows, warnings=[*table.warnings, *derived, *warnings])
 
 

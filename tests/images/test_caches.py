@@ -26,7 +26,8 @@ from raysweep.images.cache import only_writer, open_cache
 from raysweep.images.cache_files import write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
-from raysweep.images.index import ImageIndex, content_hash
+from raysweep.images.image_bytes import content_hash
+from raysweep.images.index import ImageIndex
 from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches

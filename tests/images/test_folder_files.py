@@ -12,4 +12,4 @@ def test_links_to_themselves_and_to_nothing_are_listed_as_files(tmp_path):
     (tmp_path / ".hidden").symlink_to(".hidden")
     os.mkfifo(tmp_path / "cat" / "pipe.png")
     expected = ["cat/1.png", "cat/gone.png", "cat/self.png"]
-    assert list_folder(str(tmp_path)).files == sorted(local_files(str(tmp_path))) == expected
+    assert list(list_folder(str(tmp_path)).files) == sorted(local_files(str(tmp_path))) == expected

@@ -11,7 +11,8 @@ from PIL import Image
 
 from raysweep.errors import ConfigError, DataError
 from raysweep.experiment.config import DataConfig, load_experiment
-from raysweep.images.groups import join_copies
+from raysweep.images.contents import contents_of
+from raysweep.images.groups import Groups, join_copies
 from raysweep.images.index import load_index
 
 NUM_PATIENTS = 30
@@ -146,12 +147,21 @@ def test_what_is_no_group_is_said(tmp_path, group, message):
         load_experiment(file)
 
 
+def joined_names(names, hashes):
+    known = [name for name in dict.fromkeys(names) if name is not None]
+    numbers = np.array([-1 if name is None else known.index(name) for name in names], np.int32)
+    together = join_copies(Groups(numbers, known), contents_of(hashes))
+    return [together.name_of(number) for number in together.numbers]
+
+
 def test_groups_with_copies_of_one_image_are_joined():
-    joined = join_copies(["p", "q", None, "r", None], ["1", "1", "2", "3", "3"])
+    one, two, three = (bytes([number]) * 32 for number in (1, 2, 3))
+    hashes = [one, one, two, three, three]
+    joined = joined_names(["p", "q", None, "r", None], hashes)
     assert joined[0] == joined[1] == "group:p"
-    assert joined[2] == "2"
-    assert joined[3] == joined[4]
-    assert join_copies([None] * 3, ["1", "1", "2"]) == ["1", "1", "2"]
+    assert joined[2] == two.hex()
+    assert joined[3] == joined[4] == three.hex()
+    assert joined_names([None] * 3, hashes[:3]) == [one.hex(), one.hex(), two.hex()]
     order = np.random.default_rng(0).permutation(5)
-    groups, hashes = np.array(["p", "q", None, "r", None]), np.array(["1", "1", "2", "3", "3"])
-    assert join_copies(groups[order].tolist(), hashes[order].tolist()) == [joined[row] for row in order]
+    names = ["p", "q", None, "r", None]
+    assert joined_names([names[row] for row in order], [hashes[row] for row in order]) == [joined[row] for row in order]

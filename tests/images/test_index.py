@@ -15,7 +15,8 @@ from PIL import Image
 
 from raysweep.errors import DataError
 from raysweep.images import listing
-from raysweep.images.index import load_index, read_image_bytes
+from raysweep.images.image_bytes import read_image_bytes
+from raysweep.images.index import load_index
 from raysweep.storage import filesystems
 from raysweep.storage.filesystems import open_filesystem
 

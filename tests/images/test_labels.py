@@ -1,12 +1,17 @@
 import pytest
 
 from raysweep.errors import DataError
-from raysweep.images.labels import label_names, sort_classes
-from raysweep.images.tables import Row
+from raysweep.images.labels import number_labels, sort_classes
+from raysweep.images.listed_rows import Row, Rows
 
 
 def rows_with(*labels_of_files):
-    return [Row(f"{number}.png", label) for number, labels in enumerate(labels_of_files) for label in labels]
+    return Rows(Row(f"{number}.png", label) for number, labels in enumerate(labels_of_files) for label in labels)
+
+
+def label_names(rows):
+    numbers, classes, warnings = number_labels(rows)
+    return [classes[number] for number in numbers], warnings
 
 
 def warnings_about(*labels):
@@ -56,7 +61,7 @@ def test_blanks_around_labels_are_taken_off_and_named():
 
 def test_labels_that_are_no_classes_are_refused():
     with pytest.raises(DataError, match=r"label 0\.5; accepted: text or whole numbers"):
-        label_names([Row("x.png", 0.5)])
+        label_names(Rows([Row("x.png", 0.5)]))
 
 
 def test_classes_are_sorted_by_value_if_all_are_numbers():
@@ -74,4 +79,4 @@ def test_images_in_several_rows_are_counted():
     words = "rows name an image that another row names too; such images count several times"
     assert label_names(rows_with("aa", "b", "bbb"))[1] == [f"3 {words}"]
     assert label_names(rows_with("ab", *"b" * 20))[1] == [f"1 {words}"]
-    assert label_names([Row("x.parquet", "a", position=0), Row("x.parquet", "b", position=1)])[1] == []
+    assert label_names(Rows([Row("x.parquet", "a", position=0), Row("x.parquet", "b", position=1)]))[1] == []

@@ -16,7 +16,8 @@ from raysweep.experiment.sections import DataConfig
 from raysweep.images.cache import Cache, write_manifest
 from raysweep.images.cache_files import list_sizes, read_blocks, read_row_ids
 from raysweep.images.decode import open_image
-from raysweep.images.index import load_index, read_image_bytes
+from raysweep.images.image_bytes import read_image_bytes
+from raysweep.images.index import load_index
 from raysweep.images.listing import list_source
 from raysweep.images.pixels import open_pixels
 

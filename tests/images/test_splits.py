@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 
 from raysweep.errors import DataError
+from raysweep.images.contents import Together, contents_of
+from raysweep.images.listed_rows import Row, Rows, Values
 from raysweep.images.splits import (
+    SPLITS,
     describe_copies,
     describe_few_images,
     few_shot,
@@ -15,7 +18,7 @@ from raysweep.images.splits import (
 
 def data(per_class=(100, 50, 10)):
     labels = np.repeat(np.arange(len(per_class)), per_class).astype(np.int32)
-    return labels, [f"hash{row}" for row in range(len(labels))]
+    return labels, Together.of([f"hash{row}" for row in range(len(labels))])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_split_depends_on_the_seed_and_on_nothing_else():
     labels, groups = data()
     mask = stratified_split(labels, groups, 0.2, seed=3)
     order = np.random.default_rng(0).permutation(len(labels))
-    shuffled = stratified_split(labels[order], [groups[row] for row in order], 0.2, seed=3)
+    shuffled = stratified_split(labels[order], Together.of([f"hash{row}" for row in order]), 0.2, seed=3)
     assert (mask[order] == shuffled).all()
     assert (stratified_split(labels, groups, 0.2, seed=4) != mask).any()
 
@@ -59,7 +62,7 @@ def test_split_depends_on_the_seed_and_on_nothing_else():
 def test_split_keeps_copies_together():
     labels = np.zeros(60, np.int32)
     groups = [f"hash{row // 3}" for row in range(60)]
-    mask = stratified_split(labels, groups, 0.25, seed=0)
+    mask = stratified_split(labels, Together.of(groups), 0.25, seed=0)
     assert mask.sum() == 15
     assert {groups[row] for row in np.flatnonzero(mask)}.isdisjoint(groups[row] for row in np.flatnonzero(~mask))
 
@@ -67,7 +70,7 @@ def test_split_keeps_copies_together():
 def test_copies_under_two_labels_stay_together_too():
     labels = np.array([0, 1] * 10, np.int32)
     groups = [f"hash{row // 2}" for row in range(20)]
-    mask = stratified_split(labels, groups, 0.3, seed=0)
+    mask = stratified_split(labels, Together.of(groups), 0.3, seed=0)
     assert mask.any()
     assert (mask[0::2] == mask[1::2]).all()
 
@@ -75,7 +78,7 @@ def test_copies_under_two_labels_stay_together_too():
 def test_every_class_gives_one_and_keeps_one_where_it_can():
     labels = np.array([0, 1, 1, 2, 2, 2], np.int32)
     for fraction in (0.01, 0.5, 0.99):
-        mask = stratified_split(labels, list("abcdef"), fraction, seed=1)
+        mask = stratified_split(labels, Together.of("abcdef"), fraction, seed=1)
         assert not mask[0]  # a class with a single image keeps it
         assert mask[1:3].sum() == 1
         assert 1 <= mask[3:].sum() <= 2
@@ -83,7 +86,7 @@ def test_every_class_gives_one_and_keeps_one_where_it_can():
 
 def test_a_class_of_large_groups_gives_the_smallest():
     groups = ["a"] * 40 + ["b"] * 30 + ["c"] * 35
-    mask = stratified_split(np.zeros(105, np.int32), groups, 0.1, seed=0)
+    mask = stratified_split(np.zeros(105, np.int32), Together.of(groups), 0.1, seed=0)
     assert {groups[row] for row in np.flatnonzero(mask)} == {"b"}
 
 
@@ -112,18 +115,18 @@ FRACTIONS = {"test": 0.2, "validation": 0.1}
 
 def test_missing_splits_are_shares_of_the_original_train_rows():
     labels, hashes = data((100, 50))
-    splits, derived = settle_splits([None] * 150, labels, hashes, FRACTIONS, seed=0)
-    assert [splits.count(split) for split in ("train", "validation", "test")] == [105, 15, 30]
+    splits, derived = settle_splits(Values([None] * 150), labels, hashes, FRACTIONS, seed=0)
+    assert np.bincount(splits).tolist() == [105, 15, 30]
     assert derived == ("test", "validation")
 
 
 def test_a_split_that_is_there_is_left_alone():
     labels, hashes = data((100, 50))
     given = ["val" if row % 5 == 0 else "Train" for row in range(150)]
-    splits, derived = settle_splits(given, labels, hashes, FRACTIONS, seed=0)
+    splits, derived = settle_splits(Values(given), labels, hashes, FRACTIONS, seed=0)
     assert derived == ("test",)
-    assert [row for row, split in enumerate(splits) if split == "validation"] == list(range(0, 150, 5))
-    assert splits.count("test") == 24  # a fifth of the 120 train rows
+    assert np.flatnonzero(splits == SPLITS.index("validation")).tolist() == list(range(0, 150, 5))
+    assert (splits == SPLITS.index("test")).sum() == 24  # a fifth of the 120 train rows
 
 
 @pytest.mark.parametrize(
@@ -138,24 +141,41 @@ def test_a_split_that_is_there_is_left_alone():
 def test_splits_that_cannot_work(given, fractions, message):
     labels, hashes = data((100, 50))
     with pytest.raises(DataError, match=message):
-        settle_splits([given] * 150, labels, hashes, fractions, seed=0)
+        settle_splits(Values([given] * 150), labels, hashes, fractions, seed=0)
+
+
+def copies_described(labels, splits, hashes):
+    rows = Rows(Row(f"{name}.jpg", None) for name in "abcd"[: len(labels)])
+    numbers = np.array(["xy".index(label) for label in labels], np.int32)
+    return describe_copies(rows, contents_of(hashes), numbers_of(splits), numbers, ("x", "y"))
+
+
+def numbers_of(splits):
+    return np.array([SPLITS.index(split) for split in splits], np.int8)
 
 
 def test_copies_are_counted_by_image_with_an_example():
-    where, hashes = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], ["1", "1", "1", "2"]
-    leakage, conflict = describe_copies(where, ["x", "y", "x", "x"], ["train", "train", "test", "test"], hashes)
+    hashes = [b"2" * 32, b"2" * 32, b"2" * 32, b"1" * 32]
+    leakage, conflict = copies_described("xyxx", ["train", "train", "test", "test"], hashes)
     assert leakage == "1 image in more than one split (leakage): a.jpg (train) and c.jpg (test)"
     assert conflict == "1 image in more than one class (conflicting labels): a.jpg (x) and b.jpg (y)"
 
 
+def test_of_several_copies_the_first_row_is_the_example():
+    hashes = [b"2" * 32, b"1" * 32, b"2" * 32, b"1" * 32]
+    leakage, conflict = copies_described("xxyy", ["train", "train", "test", "test"], hashes)
+    assert leakage == "2 images in more than one split (leakage): a.jpg (train) and c.jpg (test)"
+    assert conflict == "2 images in more than one class (conflicting labels): a.jpg (x) and c.jpg (y)"
+
+
 def test_copies_within_one_split_and_class_are_no_trouble():
-    assert describe_copies(["a", "b"], ["x", "x"], ["train", "train"], ["1", "1"]) == []
+    assert copies_described("xx", ["train", "train"], [b"1" * 32] * 2) == []
 
 
 def test_thin_places_are_pointed_out():
     labels = np.array([0] * 40 + [1] * 3 + [0] * 50 + [0] * 4 + [2], np.int32)
     splits = ["train"] * 43 + ["validation"] * 50 + ["test"] * 5
-    warnings = "\n".join(describe_few_images(labels, splits, ["a", "b", "c"], 0))
+    warnings = "\n".join(describe_few_images(labels, numbers_of(splits), ["a", "b", "c"], 0))
     assert "1 class without train images: c" in warnings
     assert "2 classes without validation images: b, c" in warnings
     assert "only 5 test images: each is 20.0% of accuracy" in warnings
@@ -164,8 +184,8 @@ def test_thin_places_are_pointed_out():
 def test_shots_beyond_what_a_class_has_are_pointed_out():
     labels = np.repeat([0, 1, 0, 1, 0, 1], [40, 3, 20, 20, 20, 20]).astype(np.int32)
     splits = ["train"] * 43 + ["validation"] * 40 + ["test"] * 40
-    assert describe_few_images(labels, splits, ["a", "b"], 3) == []
-    assert describe_few_images(labels, splits, ["a", "b"], 5) == [
+    assert describe_few_images(labels, numbers_of(splits), ["a", "b"], 3) == []
+    assert describe_few_images(labels, numbers_of(splits), ["a", "b"], 5) == [
         "data.shots asks for 5 images per class; b has 3 to train on"
     ]
 
@@ -174,16 +194,16 @@ def test_groups_of_several_classes_come_as_close_to_each_share_as_they_can():
     random = np.random.default_rng(0)
     groups = np.repeat([f"patient {number}" for number in range(60)], random.integers(1, 12, 60))
     labels = np.where(random.random(len(groups)) < 0.1, 1, 0)  # a rare class in groups of the other
-    mask = grouped_split(labels, groups.tolist(), 0.2, seed=0)
+    mask = grouped_split(labels, Together.of(groups.tolist()), 0.2, seed=0)
     for label in (0, 1):
         assert abs(mask[labels == label].mean() - 0.2) < 0.03
     assert all(len(set(mask[groups == group])) == 1 for group in groups)
     order = random.permutation(len(groups))
-    assert np.array_equal(grouped_split(labels[order], groups[order].tolist(), 0.2, seed=0), mask[order])
-    assert not np.array_equal(grouped_split(labels, groups.tolist(), 0.2, seed=1), mask)
+    assert np.array_equal(grouped_split(labels[order], Together.of(groups[order].tolist()), 0.2, seed=0), mask[order])
+    assert not np.array_equal(grouped_split(labels, Together.of(groups.tolist()), 0.2, seed=1), mask)
 
 
 def test_of_two_large_groups_one_is_taken_and_of_one_none():
     labels = np.array([0, 1] * 10)
-    assert grouped_split(labels, ["a"] * 14 + ["b"] * 6, 0.1, seed=0).tolist() == [False] * 14 + [True] * 6
-    assert not grouped_split(labels, ["a"] * 20, 0.5, seed=0).any()
+    assert grouped_split(labels, Together.of(["a"] * 14 + ["b"] * 6), 0.1, seed=0).tolist() == [False] * 14 + [True] * 6
+    assert not grouped_split(labels, Together.of(["a"] * 20), 0.5, seed=0).any()

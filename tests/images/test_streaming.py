@@ -15,7 +15,8 @@ from raysweep.encoders.preprocess import Preprocessing
 from raysweep.errors import DataError
 from raysweep.images import streaming
 from raysweep.images.cache import has_cache, open_cache
-from raysweep.images.index import ImageIndex, content_hash
+from raysweep.images.image_bytes import content_hash
+from raysweep.images.index import ImageIndex
 from raysweep.images.pass_processes import PassProcesses
 from raysweep.images.passes import build_caches, put_index
 from raysweep.images.pixels import Geometry, PixelRequest, open_pixels

@@ -17,7 +17,8 @@ from raysweep.errors import ConfigError, DataError
 from raysweep.experiment.config import load_experiment
 from raysweep.experiment.sections import DataConfig
 from raysweep.images import row_paths, tables
-from raysweep.images.index import load_index, read_image_bytes
+from raysweep.images.image_bytes import read_image_bytes
+from raysweep.images.index import load_index
 from raysweep.images.listing import list_source
 from raysweep.images.tables import read_file, read_table
 from raysweep.storage import filesystems

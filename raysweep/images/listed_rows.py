@@ -1,0 +1,220 @@
+"""The rows of a source as they are listed, in columns: millions of them need little more memory than their paths."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from raysweep.images.texts import Texts
+
+
+class Row(NamedTuple):
+    """One image as its source lists it.
+
+    Attributes:
+        path: Absolute path or URI of the image, or of the Parquet file that contains it. For a row with a problem, the
+            place where the row was found.
+        label: The value in the source.
+        split: The value in the source; None where it has none.
+        position: Number of the row in the Parquet file; -1 where `path` is the image itself.
+        inline: The encoded image, for sources that are generated in memory.
+        problem: The reason why the row is bad, if that is known before the image is read.
+        group: The value in the source of the column that `data.group` names.
+    """
+
+    path: str
+    label: Any
+    split: Any = None
+    position: int = -1
+    inline: bytes | None = None
+    problem: str | None = None
+    group: Any = None
+
+    @property
+    def source(self) -> str:
+        """Where the row was found, for messages."""
+        return self.path if self.position < 0 else f"{self.path} row {self.position}"
+
+
+class Values(Sequence[Any]):
+    """A column of any values, of which many are the same. Each distinct value is kept once.
+
+    Attributes:
+        distinct: The distinct values, each with its type, in the order in which they came.
+    """
+
+    __slots__ = ("_known", "_numbers", "distinct")
+
+    def __init__(self, values: Iterable[Any] = ()) -> None:
+        self.distinct: list[Any] = []
+        self._known: dict[tuple[type, Any], int] = {}
+        self._numbers = array("i")
+        self.extend(values)
+
+    def append(self, value: Any) -> None:
+        """Adds a value."""
+        self._numbers.append(self._number_of(value))
+
+    def extend(self, values: Iterable[Any]) -> None:
+        """Adds values."""
+        self._numbers.extend(map(self._number_of, values))
+
+    def _number_of(self, value: Any) -> int:
+        key = type(value), value
+        try:
+            number = self._known.setdefault(key, len(self.distinct))
+        except TypeError:  # lists and dicts in JSON Lines, which are no labels
+            number = len(self.distinct)
+        if number == len(self.distinct):
+            self.distinct.append(value)
+        return number
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each row's value among the distinct ones, int32 `(rows,)`; it is not to be kept."""
+        return np.frombuffer(self._numbers, np.int32) if self._numbers else np.empty(0, np.int32)
+
+    def counts(self, rows: np.ndarray | None = None) -> dict[int, int]:
+        """Returns how many rows have each distinct value, among all rows or those of a mask; without zeros."""
+        counts = np.bincount(self.numbers if rows is None else self.numbers[rows])
+        return {int(number): int(counts[number]) for number in np.flatnonzero(counts)}
+
+    def keep(self, is_kept: np.ndarray) -> None:
+        """Takes out the rows that are not kept."""
+        self._numbers = array("i", self.numbers[is_kept].tobytes())
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self.distinct[place] for place in self._numbers[number]]
+        return self.distinct[self._numbers[number]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.distinct[number] for number in self._numbers)
+
+
+class Rows(Sequence[Row]):
+    """A sequence of rows that grows at its end. A row becomes a `Row` only while it is looked at.
+
+    Attributes:
+        paths, labels, splits, groups: What `Row` has in the singular.
+    """
+
+    __slots__ = ("_images", "_positions", "_problems", "groups", "labels", "paths", "splits")
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self.paths = Texts()
+        self.labels, self.splits, self.groups = Values(), Values(), Values()
+        self._positions = array("i")
+        self._images: dict[int, bytes] = {}  # of few rows or none, by their numbers
+        self._problems: dict[int, str] = {}
+        self.extend(rows)
+
+    def append(self, row: Row) -> None:
+        """Adds a row."""
+        number = len(self._positions)
+        self.paths.append(row.path)
+        self.labels.append(row.label)
+        self.splits.append(row.split)
+        self.groups.append(row.group)
+        self._positions.append(row.position)
+        if row.inline is not None:
+            self._images[number] = row.inline
+        if row.problem is not None:
+            self._problems[number] = row.problem
+
+    def extend(self, rows: Iterable[Row]) -> None:
+        """Adds rows."""
+        for row in rows:
+            self.append(row)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position of each row in its Parquet file or -1, int32 `(rows,)`; it is not to be kept."""
+        return np.frombuffer(self._positions, np.int32) if self._positions else np.empty(0, np.int32)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Which rows have no problem, bool `(rows,)`."""
+        usable = np.ones(len(self), np.bool_)
+        usable[list(self._problems)] = False
+        return usable
+
+    @property
+    def problems(self) -> dict[int, str]:
+        """The problems of the rows that have one, by their numbers."""
+        return self._problems
+
+    @property
+    def named_files(self) -> np.ndarray:
+        """Which rows are files whose paths they name, bool `(rows,)`."""
+        named = self.positions < 0
+        named[list(self._images)] = False
+        return named
+
+    def keep(self, is_kept: np.ndarray) -> None:
+        """Takes out the rows that are not kept, given a bool for each row."""
+        numbers = np.cumsum(is_kept) - 1
+        for values in (self.paths, self.labels, self.splits, self.groups):
+            values.keep(is_kept)
+        self._positions = array("i", self.positions[is_kept].tobytes())
+        self._images = {int(numbers[row]): image for row, image in self._images.items() if is_kept[row]}
+        self._problems = {int(numbers[row]): problem for row, problem in self._problems.items() if is_kept[row]}
+
+    def to_arrow(self, start: int, stop: int) -> pa.Table:
+        """Returns the path, position and encoded image (or null) of rows, to read them."""
+        images = [self._images.get(number) for number in range(start, stop)] if self._images else None
+        columns = {
+            "path": self.paths.to_arrow(start, stop),
+            "position": pa.array(self.positions[start:stop]),
+            "image": pa.nulls(stop - start) if images is None else pa.array(images, pa.large_binary()),
+        }
+        return pa.table(columns)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        return Row(
+            self.paths[number],
+            self.labels[number],
+            self.splits[number],
+            self._positions[number],
+            self._images.get(number),
+            self._problems.get(number),
+            self.groups[number],
+        )
+
+    def __iter__(self) -> Iterator[Row]:
+        images, problems = (
+            map(kept.get, range(len(self))) if kept else repeat(None) for kept in (self._images, self._problems)
+        )
+        return map(Row, self.paths, self.labels, self.splits, self._positions, images, problems, self.groups)
+
+
+@dataclass
+class Listing:
+    """All rows of a source.
+
+    Attributes:
+        rows: The rows, good and bad.
+        image_column: Column of the images in Parquet files; None where there are none.
+        warnings: What a user should know about the source.
+        tables: Paths or URIs of the tables that the rows were read from, where the source is a folder.
+        row_groups: For each Parquet file of images, by its path, the first rows of its row groups.
+    """
+
+    rows: Rows = field(default_factory=Rows)
+    image_column: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    row_groups: dict[str, frozenset[int]] = field(default_factory=dict)
