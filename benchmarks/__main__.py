@@ -30,6 +30,7 @@ NAMES = (
     "bound",
     "weak_scaling",
     "index",
+    "statistics",
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import bare_loop, busy, fine_tune, gpu, index, population, record
+from benchmarks import bare_loop, busy, fine_tune, gpu, index, population, record, statistics
 from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
