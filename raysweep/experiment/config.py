@@ -125,7 +125,9 @@ class Experiment(Section):
     @classmethod
     def _has_what_is_searched(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
         for mode in MODES.values() if value.augmentation is None and "search" in info.data else ():
-            if "augmentation_strength" in info.data["search"].block(mode).space:
+            name = "augmentation_strength"
+            given = info.data["search"].block(mode).space.get(name)
+            if given is not None and given != mode.default_space.get(name):
                 searched = f"search.{mode.name}.space.augmentation_strength scales it; leave one of them out"
                 raise problems_at((("augmentation",), f"is null, and {searched}"))
         return value

@@ -28,7 +28,7 @@ class Mode:
         dimensions: What a search may vary, in the order of the resolved YAML.
         default_space: What is searched when the experiment names no dimension. `features` stands in none of them: it
             defaults to every feature source that the encoder has.
-        recommendations: Published settings. They are tried first, in this order.
+        recommendations: Settings that are tried first, in this order.
         num_trials: How many settings are tried when the experiment does not say.
     """
 
@@ -93,11 +93,25 @@ MODES: Mapping[ModeName, Mode] = {
                 "epochs": IntRange(low=3, high=20),
                 "weight_decay": Choices(choices=(0.05,)),
                 "layer_decay": FloatRange(low=0.65, high=0.95),
+                "augmentation_strength": FloatRange(low=0, high=1),
             },
-            # Published: learning rates of 5e-5 to 1e-4, 3 to 10 epochs.
+            # Published rates are 5e-5 to 1e-4, with crops, for thousands of images. With fewer, these leave the start
+            # of a good probe less (docs/decisions/0032).
             recommendations=(
-                {"learning_rate": 1e-4, "epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75},
-                {"learning_rate": 5e-5, "epochs": 10, "weight_decay": 0.05, "layer_decay": 0.9},
+                {
+                    "learning_rate": 3e-6,
+                    "epochs": 10,
+                    "weight_decay": 0.05,
+                    "layer_decay": 0.9,
+                    "augmentation_strength": 0.0,
+                },
+                {
+                    "learning_rate": 3e-5,
+                    "epochs": 10,
+                    "weight_decay": 0.05,
+                    "layer_decay": 0.75,
+                    "augmentation_strength": 0.0,
+                },
             ),
             num_trials=8,
         ),

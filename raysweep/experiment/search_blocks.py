@@ -198,18 +198,21 @@ class SearchConfig(Section):
         return block
 
 
-def study_space(block: SearchBlock, sources: Sequence[str], encoder_name: str) -> dict[str, Dimension]:
+def study_space(
+    block: SearchBlock, sources: Sequence[str], encoder_name: str, augments: bool = True
+) -> dict[str, Dimension]:
     """Returns the search space of a study: the block's, with `features` limited to what the encoder has.
 
     Args:
         block: The search of the study's mode.
         sources: The encoder's feature sources, its default first.
         encoder_name: The encoder's name, for the error message.
+        augments: Whether training images are augmented at all, so that the strength has an effect.
 
     Raises:
         ConfigError: the encoder has none of the feature sources asked for.
     """
-    space = dict(block.space)
+    space = {name: one for name, one in block.space.items() if augments or name != "augmentation_strength"}
     if "features" not in block.mode.dimensions:
         return space
     if "features" not in space:

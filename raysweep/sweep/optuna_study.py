@@ -6,6 +6,7 @@ new Tune run for the rest of the budget.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.errors import TrialError
 from raysweep.experiment.search_blocks import SearchBlock, population_size
-from raysweep.experiment.space import Dimension, fit_to_space, grid, num_grid_points
+from raysweep.experiment.space import Choices, Dimension, fit_to_space, grid, num_grid_points
 from raysweep.sweep.optuna_trials import (
     CONTINUES,
     ENDED,
@@ -36,6 +37,7 @@ from raysweep.worker.job import TrialResult, field_values
 if TYPE_CHECKING:
     import optuna
 
+MAX_STARTUP_TRIALS = 10  # random trials before TPE begins, Optuna's default; fewer where the budget is small
 HEAD = "head"  # user attribute of a study: signature of the weights of its best head, by number of the trial
 
 
@@ -46,6 +48,7 @@ def open_optuna_study(
     space: Mapping[str, Dimension],
     ranking: Ranking,
     seed: int,
+    warmup_fraction: float = 0.0,
 ) -> OptunaStudy:
     """Opens or creates a study, and enqueues its interrupted trials again.
 
@@ -56,6 +59,7 @@ def open_optuna_study(
         space: search space from `study_space`.
         ranking: how trials are ranked.
         seed: seed of the sampler.
+        warmup_fraction: share of a trial in which its learning rate rises, so that its scheduler does not judge it.
 
     Raises:
         ConfigError: the store cannot be used.
@@ -68,7 +72,7 @@ def open_optuna_study(
         storage=open_store(store) if isinstance(store, Path | str) else store,
         study_name=name,
         direction=ranking.direction,
-        pruner=pruner_of(block.scheduler),
+        pruner=pruner_of(block.scheduler, _first_rung(space, warmup_fraction)),
         load_if_exists=True,
     )
     study = OptunaStudy(opened, block, space, ranking, seed)
@@ -90,7 +94,8 @@ class OptunaStudy:
 
         self.study, self.block, self.space, self.ranking = study, block, dict(space), ranking
         self.distributions = {name: distribution_of(dimension) for name, dimension in space.items()}
-        self._sampler = SettingSampler(block.sampler, seed, self.distributions, ranking.direction)
+        num_startup = min(MAX_STARTUP_TRIALS, max(len(block.mode.recommendations), block.num_trials // 4))
+        self._sampler = SettingSampler(block.sampler, seed, self.distributions, ranking.direction, num_startup)
         self._results: dict[int, TrialResult] = {}
         self._read_results()
 
@@ -241,10 +246,18 @@ class OptunaStudy:
 
         if result.pruned:
             self.study.tell(number, state=TrialState.PRUNED)  # with the last reported value
-        elif self.is_usable(result):
-            self.study.tell(number, result.final[self.ranking.metric])
+        elif self.ranking.is_usable(trained := self._trained(result)):
+            self.study.tell(number, trained[self.ranking.metric])
         else:
             self.study.tell(number, state=TrialState.FAIL)
+
+    def _trained(self, result: TrialResult) -> Mapping[str, float]:
+        """Returns the metrics that the sampler learns from. The start is the same for all trials."""
+        if result.error is not None:
+            return {}
+        if result.best_epoch >= 0 or not result.history:
+            return result.final
+        return max(result.history, key=self.ranking.key)
 
     def is_usable(self, result: TrialResult) -> bool:
         """Whether a trial has a finite value to be ranked by."""
@@ -269,6 +282,13 @@ class OptunaStudy:
         if result.pruned:
             return f"{self.block.scheduler} stopped some early"
         return result.error or f"{self.ranking.metric} was not a finite number"
+
+
+def _first_rung(space: Mapping[str, Dimension], warmup_fraction: float) -> int:
+    """Returns the epoch after which trials are first compared: the first one after the warm-up."""
+    epochs = space["epochs"]
+    num_epochs = max(epochs.choices, key=float) if isinstance(epochs, Choices) else epochs.high
+    return math.ceil(float(num_epochs) * warmup_fraction) + 1
 
 
 def _values(setting: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:

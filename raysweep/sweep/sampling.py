@@ -30,12 +30,18 @@ class SettingSampler:
         seed: seed of the study.
         distributions: Optuna's distribution of each hyperparameter.
         direction: `maximize` or `minimize`.
+        num_startup: number of trials that must have ended before TPE draws; until then, settings are random.
     """
 
     def __init__(
-        self, kind: str, seed: int, distributions: Mapping[str, BaseDistribution], direction: Direction
+        self,
+        kind: str,
+        seed: int,
+        distributions: Mapping[str, BaseDistribution],
+        direction: Direction,
+        num_startup: int,
     ) -> None:
-        self._kind, self._seed, self._direction = kind, seed, direction
+        self._kind, self._seed, self._direction, self._num_startup = kind, seed, direction, num_startup
         self._distributions = dict(distributions)
         self._study = optuna.create_study(direction=direction)
 
@@ -49,7 +55,7 @@ class SettingSampler:
         """Returns the setting of a draw. Until the next `start` it counts as running."""
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{number}".encode()).digest()[:4], "big")
         if self._kind == "tpe":
-            self._study.sampler = _Tpe(seed, self._distributions)
+            self._study.sampler = _Tpe(seed, self._distributions, self._num_startup)
         else:
             self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
         return dict(self._study.ask(self._distributions).params)
@@ -90,9 +96,9 @@ class SettingSampler:
 class _Tpe(optuna.samplers.TPESampler):
     """TPE whose search space is given: Optuna's would find it anew in the trials, at every draw."""
 
-    def __init__(self, seed: int, distributions: Mapping[str, BaseDistribution]) -> None:
+    def __init__(self, seed: int, distributions: Mapping[str, BaseDistribution], num_startup: int) -> None:
         # The constant liar makes the settings of a Population differ, although all are asked for at once.
-        super().__init__(seed=seed, constant_liar=True)
+        super().__init__(seed=seed, constant_liar=True, n_startup_trials=num_startup)
         self._given = {name: one for name, one in distributions.items() if not one.single()}
 
     def infer_relative_search_space(

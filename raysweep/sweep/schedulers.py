@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 MEDIAN_STARTUP_TRIALS = 4  # trials that must run to their end before others are compared with them
 
 
-def pruner_of(scheduler: Scheduler) -> optuna.pruners.BasePruner:
-    """Returns Optuna's pruner of a scheduler. ASHA: Li et al. 2020; median stopping rule: Golovin et al. 2017."""
+def pruner_of(scheduler: Scheduler, first_rung: int) -> optuna.pruners.BasePruner:
+    """Returns Optuna's pruner of a scheduler. ASHA: Li et al. 2020; median stopping rule: Golovin et al. 2017.
+
+    Args:
+        scheduler: `asha`, `median` or `none`.
+        first_rung: number of epochs after which trials are first compared. In a warm-up the lowest rates look best.
+    """
     import optuna
 
     if scheduler == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=3)
     if scheduler == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=1)
+        return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_STARTUP_TRIALS, n_warmup_steps=first_rung)
     return optuna.pruners.NopPruner()
 
 

@@ -47,7 +47,8 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
     """
     experiment = state.experiment
     block = experiment.search.block(config.mode)
-    space = study_space(block, list(state.encoder(config).spec.sources), config.encoder_name)
+    train, sources = experiment.train, list(state.encoder(config).spec.sources)
+    space = study_space(block, sources, config.encoder_name, augments=train.augmentation is not None)
     head = first_head(state, config)
     draws = draws_of(state, config)
     key = signature(
@@ -68,7 +69,7 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
         state.journal = open_store(state.paths.optuna_journal, state.progress.warn)
     store = database or state.journal
     assert store is not None
-    found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed)
+    found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed, train.warmup_fraction)
     study = Study(state, config, cache, key, draws, run_id, found, head)
     study.log_earlier_trials()
     study.files.remove_leftovers()

@@ -55,7 +55,7 @@ def test_complete_space_keeps_what_is_given_and_fills_the_rest():
     given = {"epochs": Choices(choices=(7,))}
     space = complete_space(FINE_TUNE, given, "tpe")
     assert space == {**FINE_TUNE.default_space, **given}
-    assert list(space) == ["learning_rate", "epochs", "weight_decay", "layer_decay"]
+    assert list(space) == ["learning_rate", "epochs", "weight_decay", "layer_decay", "augmentation_strength"]
 
 
 def test_grid_fixes_default_ranges_at_the_recommendation():
@@ -118,6 +118,8 @@ def test_features_are_those_that_the_encoder_has():
     asked = probe(space={"features": {"choices": ["pooler", "cls+mean"]}})
     assert study_space(asked, SOURCES, "dinov2")["features"].choices == ("cls+mean",)
     assert "features" not in study_space(FineTuneSearch(), SOURCES, "dinov2")
+    assert "augmentation_strength" in study_space(FineTuneSearch(), SOURCES, "dinov2")
+    assert "augmentation_strength" not in study_space(FineTuneSearch(), SOURCES, "dinov2", augments=False)
 
 
 def test_features_that_the_encoder_lacks_are_refused():

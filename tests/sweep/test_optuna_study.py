@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from dataclasses import replace
 from datetime import UTC
 from types import SimpleNamespace
@@ -64,6 +65,31 @@ def play(study, rounds, size):
 
 
 # Settings
+
+
+def test_a_small_budget_learns_from_its_first_trials(tmp_path):
+    """Optuna's sampler draws at random until ten trials have ended, which is the whole budget of fine_tune."""
+    third = []
+    for best in (3e-6, 3e-5):
+        study = open_study(tmp_path / str(best), fine_tune(num_trials=8))
+        for trial in study.ask(2):
+            study.tell(trial, result_of(trial, 0.9 if trial.params["learning_rate"] == best else 0.1))
+        third.append(study.ask(1)[0].params["learning_rate"])
+    assert third[0] != third[1]
+
+
+def test_the_sampler_learns_from_trained_epochs_and_the_best_trial_may_be_its_start(tmp_path):
+    study = open_study(tmp_path, fine_tune(num_trials=8))
+    first, second, third = study.ask(3)
+    study.tell(first, replace(result_of(first, 0.7), final={"val/accuracy": 0.8, "val/loss": 1.0}, best_epoch=-1))
+    study.tell(second, result_of(second, 0.75))
+    lost = ({"val/accuracy": math.nan, "val/loss": math.nan},)
+    study.tell(third, replace(result_of(third, 0.8, loss=2.0), history=lost, best_epoch=-1))
+    told = [trial.value for trial in study.study.trials[:3]]
+    assert told == [0.7, 0.75, None]
+    assert study.study.trials[2].state.name == "FAIL"
+    assert study.num_done == 3  # none of them is tried again
+    assert study.best().number == first.number
 
 
 def test_recommendations_come_first_then_settings_within_the_space(tmp_path):

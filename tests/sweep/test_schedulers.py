@@ -41,4 +41,22 @@ def test_the_result_of_a_stopped_trial_holds_its_best_epoch():
     ],
 )
 def test_each_scheduler_has_its_pruner(scheduler, pruner):
-    assert type(pruner_of(scheduler)) is pruner
+    assert type(pruner_of(scheduler, 1)) is pruner
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_no_trial_is_stopped_before_the_first_rung(scheduler):
+    study = optuna.create_study(direction="maximize", pruner=pruner_of(scheduler, 3))
+    stopped = []
+    for number in range(12):  # each is worse than all before
+        trial = study.ask()
+        for step in range(1, 10):
+            trial.report(-number, step)
+            if trial.should_prune():
+                stopped.append(step)
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, -number)
+    assert stopped
+    assert min(stopped) == 3
