@@ -190,8 +190,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 where that is faster; training on CPUs stays fp32."
     )
-    early_stopping_patience: Count = Field(
-        default=5, description="Epochs without a better validation score before stopping."
+    early_stopping_patience: Count | None = Field(
+        default=None,
+        description="Epochs without a better validation score before a trial ends (default: none, since the learning "
+        "rate gets small only at the end of its schedule).",
     )
     augmentation: AugmentationConfig | None = Field(
         default_factory=AugmentationConfig, description="null switches it off."
@@ -199,11 +201,14 @@ class TrainConfig(Section):
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     label_smoothing: float = Field(default=0, ge=0, lt=1, description="Share of a label given to all classes alike.")
-    ema_decay: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="Keep a moving average of the weights over the steps, with this decay (0.999).",
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = Field(
+        default="auto",
+        description="Evaluate and keep a moving average of the weights over the steps, with this decay (auto: 0.98 to "
+        "0.999 by number of steps in fine_tune, none in from_scratch); null: none.",
+    )
+    freeze_batch_norm: bool = Field(
+        default=True,
+        description="fine_tune: keep the batch-norm statistics of pretraining, which the head was fitted to.",
     )
     gradient_checkpointing: bool = Field(
         default=False,

@@ -127,6 +127,9 @@ def study_outcome(
     else:
         classifier = build_classifier(job)
         classifier.load_state_dict(load_checkpoint(checkpoint)[0])
+    if not config.reads_features and best.best_epoch < 0:
+        worse = "no epoch was better on validation than the weights that training starts from, so its model has these"
+        state.progress.say(f"{config.name}: {worse}")
     _export(state, config, classifier, key, best.setting, tested.metrics, {"trial": best.number})
     if config.reads_features and config.encoder.saved_weights_in_checkpoint:
         _add_encoder_weights(checkpoint, classifier)

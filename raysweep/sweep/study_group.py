@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from raysweep.cluster.resources import num_concurrent_trials, uses_gpu
 from raysweep.experiment.config import Experiment
+from raysweep.experiment.modes import Mode
 from raysweep.images.rows import Rows
 from raysweep.images.streaming import DECODING_CPUS
 from raysweep.storage.copies import location
@@ -166,7 +167,7 @@ class StudyGroup:
             num_threads=self._num_threads(num_side_by_side),
             gradient_checkpointing=self._checkpoints_gradients(),
             compile=experiment.train.compile,
-            loop=loop_options(experiment, state.ranking, precision_of(state, first.config)),
+            loop=loop_options(experiment, self.mode, state.ranking, precision_of(state, first.config)),
         )
         return self._job
 
@@ -202,19 +203,21 @@ class StudyGroup:
         }
 
 
-def loop_options(experiment: Experiment, ranking: Ranking, precision: str) -> LoopOptions:
-    """Returns an experiment's options of the training loop."""
-    train = experiment.train
+def loop_options(experiment: Experiment, mode: Mode, ranking: Ranking, precision: str) -> LoopOptions:
+    """Returns the options of the training loop in one mode."""
+    train, has_start = experiment.train, mode.starts_from == "best_probe"
     return LoopOptions(
         batch_size=train.batch_size,
         seed=experiment.seed,
         ranking=ranking,
         patience=train.early_stopping_patience,
+        evaluates_start=has_start,
+        freezes_batch_norm=has_start and train.freeze_batch_norm,
         precision=precision,
         augmentation=Augmentation(**train.augmentation.model_dump()) if train.augmentation else None,
         warmup_fraction=train.warmup_fraction,
         gradient_clip=train.gradient_clip,
         label_smoothing=train.label_smoothing,
-        ema_decay=train.ema_decay,
+        ema_decay=None if train.ema_decay == "auto" and mode.starts_from_random else train.ema_decay,
         micro_batch_size=train.micro_batch_size,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from raysweep.training.distributed import (
     world_size,
 )
 from raysweep.training.metrics import MetricSums, validation_metrics
-from raysweep.training.optimizer import average_weights, build_optimizer, warmup_cosine
+from raysweep.training.optimizer import average_weights, build_optimizer, set_training, warmup_cosine
 from raysweep.training.pixel_rows import PixelSet, read_ahead
 from raysweep.training.ranking import Ranking
 
@@ -55,41 +55,53 @@ class LoopOptions:
         batch_size: rows per step, of all workers together.
         seed: seed of the shuffle, the augmentation and dropout.
         ranking: how epochs are ranked.
-        patience: number of epochs without a better one after which training ends.
+        patience: number of epochs without a better one after which training ends; None for the whole schedule.
+        evaluates_start: whether the weights before the first step are a candidate for the best, as epoch 0.
+        freezes_batch_norm: whether batch-norm statistics stay as they are before the first step.
         precision: `fp32` or `bf16`.
         augmentation: augmentation of the training images; None for centre crops.
         warmup_fraction: share of the steps in which the learning rate rises.
         gradient_clip: largest norm of the gradient.
         label_smoothing: share of a label that is spread evenly over all classes (Szegedy et al. 2016).
-        ema_decay: decay of an exponential moving average of the weights; None for no average.
+        ema_decay: decay of an exponential moving average of the weights; `auto` by number of steps; None for none.
         micro_batch_size: rows of a worker per forward pass; None for the device's default.
     """
 
     batch_size: int
     seed: int
     ranking: Ranking
-    patience: int
+    patience: int | None = None
+    evaluates_start: bool = False
+    freezes_batch_norm: bool = False
     precision: str = "fp32"
     augmentation: Augmentation | None = None
     warmup_fraction: float = 0.05
     gradient_clip: float = 1.0
     label_smoothing: float = 0.0
-    ema_decay: float | None = None
+    ema_decay: float | Literal["auto"] | None = None
     micro_batch_size: int | None = None
 
 
 @dataclass
 class LoopResult:
-    """Metrics of each epoch, the index of the best epoch (-1 if there is none), and the checkpoint of that epoch."""
+    """Metrics of each epoch, the index of the best one, and its checkpoint.
+
+    Attributes:
+        checkpoint: the weights of the best epoch.
+        start: validation metrics before the first step; None if they are no candidate.
+        history: metrics of each epoch.
+        best_epoch: index of the best epoch; -1 if that is the start, or if there is none.
+    """
 
     checkpoint: Path
+    start: dict[str, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = -1
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Metrics of the best epoch; None if there is none."""
-        return self.history[self.best_epoch] if self.best_epoch >= 0 else None
+        """Metrics of the best epoch, or of the start; None if there is none."""
+        return self.history[self.best_epoch] if self.best_epoch >= 0 else self.start
 
 
 def train_classifier(
@@ -124,10 +136,12 @@ def train_classifier(
         augmentation = augmentation.scaled(float(setting.get("augmentation_strength", 1.0)))
     num_at_once = rows_at_once(options, device)
     num_steps = num_epochs * math.ceil(num_rows / options.batch_size)
-    optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay)
+    optimizer, average = build_optimizer(model, setting), average_weights(model, options.ema_decay, num_steps)
     evaluated = cast(Classifier, average.module) if average else model
     schedule = warmup_cosine(num_steps, options.warmup_fraction)
     result = _restore(model, average, optimizer, setting, folder)
+    if options.evaluates_start and result.start is None:
+        _take_start(result, model, evaluate_classifier(model, validation, options))
     for metrics in result.history:
         on_epoch(metrics)
     for epoch in range(len(result.history), num_epochs):
@@ -136,7 +150,7 @@ def train_classifier(
         started = time.perf_counter()
         # Dropout uses the global generator. Its seed depends on epoch and rank, so a resumed trial draws the same.
         torch.manual_seed(options.seed * 1_000_003 + epoch * 1_009 + rank())
-        model.train()
+        set_training(model, options.freezes_batch_norm)
         inputs_of = EpochInputs.draw(model, train.labels.to(device), augmentation, options.seed, epoch)
         batches = plan_epoch(num_rows, options.batch_size, num_at_once, options.seed, epoch, mixes=inputs_of.mixes)
         reads = [part.reads for batch in batches for part in batch.micro_batches]
@@ -193,7 +207,8 @@ def _is_over(result: LoopResult, options: LoopOptions) -> bool:
     if not result.history:
         return False
     diverged = not math.isfinite(result.history[-1]["train/loss"])
-    return diverged or len(result.history) - 1 - result.best_epoch >= options.patience
+    num_worse = len(result.history) - 1 - result.best_epoch
+    return diverged or (options.patience is not None and num_worse >= options.patience)
 
 
 def _unsynchronised(parallel: nn.Module) -> AbstractContextManager[None]:
@@ -257,6 +272,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _take_start(result: LoopResult, model: Classifier, metrics: dict[str, float]) -> None:
+    result.start = metrics
+    if rank() == 0:
+        save_checkpoint(result.checkpoint, model.state_dict(), {"epoch": -1, "metrics": metrics})
+
+
 def _save(
     model: Classifier,
     average: AveragedModel | None,
@@ -270,7 +291,9 @@ def _save(
         save_checkpoint(result.checkpoint, weights, {"epoch": result.best_epoch, "metrics": result.best})
     averages = {f"average.{name}": tensor for name, tensor in average.state_dict().items()} if average else {}
     tensors = model.state_dict() | averages | optimizer_tensors(optimizer)
-    state = {"setting": dict(setting), "history": result.history, "best_epoch": result.best_epoch}
+    state = {
+        "setting": dict(setting), "start": result.start, "history": result.history, "best_epoch": result.best_epoch
+    }  # fmt: skip
     save_checkpoint(folder / "last.safetensors", tensors, state)
 
 
@@ -296,5 +319,5 @@ def _restore(
             averages = {n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")}
             average.load_state_dict(averages)
         load_optimizer_tensors(optimizer, tensors)
-        result.history, result.best_epoch = state["history"], state["best_epoch"]
+        result.start, result.history, result.best_epoch = state.get("start"), state["history"], state["best_epoch"]
     return result

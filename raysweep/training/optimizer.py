@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raysweep.encoders.head import Classifier
@@ -55,6 +55,14 @@ def freeze_unused_parameters(model: Classifier) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
+def set_training(model: nn.Module, freezes_batch_norm: bool) -> None:
+    """Puts a model into training mode; if asked, batch norm goes on using its running statistics, and keeps them."""
+    model.train()
+    for module in model.modules():
+        if freezes_batch_norm and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
     """Returns step -> factor of the peak rate: linear warm-up, then cosine to zero (Loshchilov & Hutter 2017)."""
     num_warmup = int(num_steps * warmup_fraction)
@@ -67,14 +75,15 @@ def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], flo
     return factor
 
 
-def average_weights(model: Classifier, decay: float | None) -> AveragedModel | None:
+def average_weights(model: Classifier, decay: float | Literal["auto"] | None, num_steps: int) -> AveragedModel | None:
     """Returns a moving average of the model over steps, with batch-norm statistics; None if `decay` is None.
 
     As in Tarvainen & Valpola 2017, the decay after t steps is at most (1 + t) / (10 + t). Otherwise the first weights
-    would count too much in short trials.
+    would count too much in short trials. `auto` averages over about a tenth of the `num_steps`: a decay of .98 to .999.
     """
     if decay is None:
         return None
+    most = min(0.999, max(0.98, 1 - 10 / num_steps)) if decay == "auto" else decay
 
     def update(averages: Any, values: Any, num_averaged: Tensor | int) -> None:
         if not averages[0].is_floating_point():  # for example the position ids of CLIP
@@ -82,7 +91,7 @@ def average_weights(model: Classifier, decay: float | None) -> AveragedModel | N
             return
         # In host memory; to read `num_averaged` would wait for the GPU.
         num_steps = int(average.n_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
+        get_ema_multi_avg_fn(min(most, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
     return average

@@ -191,8 +191,8 @@ class TrialResult:
         number: its number in the study.
         setting: its hyperparameters.
         history: metrics of each epoch.
-        final: metrics that rank it: those of a probe's last epoch, otherwise of the best epoch.
-        best_epoch: index in `history` of the epoch of `final`; -1 if there is none.
+        final: metrics that rank it: those of a probe's last epoch, otherwise of the best epoch, or of the start.
+        best_epoch: index in `history` of the epoch of `final`; -1 if no epoch was better than the start.
         checkpoint: location of its weights; None if they are not kept.
         train_seconds: wall time of its training.
         images_per_second: speed of its training loop.

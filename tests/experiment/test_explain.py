@@ -194,7 +194,7 @@ CASES = {
         [
             "train.batch_size (line 3): expected a whole number, found 6.4e1",
             "train.precision (line 3): unknown value 'fp16'; did you mean 'bf16'?",
-            "train.early_stopping_patience (line 3): expected a whole number, found '5'; leave out the quotes",
+            "train.early_stopping_patience (line 3): expected a whole number or null, found '5'; leave out the quotes",
             "train.augmentation (line 3): expected keys and values or null, found false; its keys are min_crop_scale, horizontal_flip, mixup, cutmix",
             "train.warmup_fraction (line 3): must be below 1, found 2",
             "train.gradient_clip (line 3): must be a finite number, found .nan",

@@ -376,6 +376,7 @@ def test_the_job_says_what_the_experiment_asks_for():
         "ema_decay": 0.9,
         "micro_batch_size": 8,
         "compile": True,
+        "freeze_batch_norm": False,
     }
     study = FakeStudy("tune", [1], mode="fine_tune")
     study.head = Path("/heads/best.safetensors")
@@ -389,6 +390,7 @@ def test_the_job_says_what_the_experiment_asks_for():
         seed=42,
         ranking=Ranking(),
         patience=7,
+        evaluates_start=True,
         precision="fp32",
         augmentation=Augmentation(min_crop_scale=0.5, horizontal_flip=False),
         warmup_fraction=0.2,
@@ -398,6 +400,12 @@ def test_the_job_says_what_the_experiment_asks_for():
         micro_batch_size=8,
     )
     assert job_of(FakeStudy("a", [1])).head is None
+
+
+def test_by_default_fine_tuning_may_stay_at_its_start_and_averages_weights():
+    tuned, scratch = (job_of(FakeStudy("a", [1], mode=mode)).loop for mode in ("fine_tune", "from_scratch"))
+    assert (tuned.evaluates_start, tuned.freezes_batch_norm, tuned.ema_decay, tuned.patience) == (True, True, "auto", None)
+    assert (scratch.evaluates_start, scratch.freezes_batch_norm, scratch.ema_decay) == (False, False, None)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from raysweep.training.loop import (
     predict_logits,
     train_classifier,
 )
-from raysweep.training.optimizer import build_optimizer, freeze_unused_parameters, warmup_cosine
+from raysweep.training.optimizer import average_weights, build_optimizer, freeze_unused_parameters, warmup_cosine
 from raysweep.training.pixel_rows import PixelSet, ResidentPixels
 from raysweep.training.ranking import Ranking
 
@@ -190,6 +190,54 @@ def test_stops_early(tmp_path, patience):
     result = train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=patience)
     assert len(result.history) == 1 + patience
     assert result.best_epoch == 0
+
+
+def test_without_patience_a_schedule_runs_to_its_end(tmp_path):
+    assert len(train(classifier(), tmp_path, {"learning_rate": 0.0, "epochs": 6}, patience=None).history) == 6
+
+
+def test_the_start_is_kept_where_no_epoch_is_better(tmp_path):
+    """Rates this high only do harm."""
+    model = classifier("stacked_cnn")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ranking = Ranking("val/loss", "minimize")
+    result = train(model, tmp_path, {"learning_rate": 10.0, "epochs": 2}, ranking=ranking, evaluates_start=True)
+    assert result.start == evaluate_classifier(classifier("stacked_cnn"), pixel_set(13, 2), options())
+    assert (result.best_epoch, result.best) == (-1, result.start)
+    tensors, metadata = load_checkpoint(result.checkpoint)
+    assert metadata == {"epoch": -1, "metrics": result.start}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+
+
+def test_an_epoch_that_is_better_than_the_start_replaces_it(tmp_path):
+    result = train(classifier("stacked_cnn"), tmp_path, {"learning_rate": 0.03, "epochs": 8}, evaluates_start=True)
+    assert result.best_epoch >= 0
+    assert result.best["val/accuracy"] > result.start["val/accuracy"]
+    again = train(classifier("stacked_cnn"), tmp_path, {"learning_rate": 0.03, "epochs": 8}, evaluates_start=True)
+    assert again == result  # the start too is remembered, not evaluated with the trained weights
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_batch_norm_statistics_stay_if_asked(tmp_path, freezes):
+    model = classifier("stacked_cnn")
+    before = {name: tensor.clone() for name, tensor in model.named_buffers() if "running" in name}
+    weights = [parameter.clone() for parameter in model.parameters()]
+    train(model, tmp_path, {"epochs": 2}, freezes_batch_norm=freezes)
+    same = [torch.equal(tensor, before[name]) for name, tensor in model.named_buffers() if "running" in name]
+    assert all(same) if freezes else not any(same)
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(10, 0.98), (500, 0.98), (1_000, 0.99), (100_000, 0.999)])
+def test_the_average_reaches_over_a_tenth_of_the_steps(num_steps, expected):
+    model = classifier("stacked_cnn")
+    average = average_weights(model, "auto", num_steps)
+    average.n_averaged.fill_(10**6)  # steps, so that it has reached its largest decay
+    with torch.no_grad():
+        average.module.head.bias.fill_(0.0)
+        model.head.bias.fill_(1.0)
+    average.update_parameters(model)
+    assert average.module.head.bias[0].item() == pytest.approx(1 - expected, rel=1e-3)
 
 
 class Interrupted(Exception):
