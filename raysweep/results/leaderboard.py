@@ -14,6 +14,7 @@ import numpy as np
 from raysweep.errors import printable
 from raysweep.experiment.space import Setting
 from raysweep.storage.paths import write_csv, write_json
+from raysweep.training.best_set import may_be_best
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,10 +48,12 @@ class Row:
         images_per_second: speed of the encoder pass, or of the training loop.
         mlflow_run_id: id of its MLflow run.
         model_path: location of the exported model; None if there is none.
-        tied_with_best: whether its difference from the best row is not significant on the test split.
+        tied_with_best: whether it may be the best of the rows with as many shots: on the test split, none of them is
+            significantly more accurate, with all pairs compared at once.
         test_largest_class: share of the test images that are of the largest class, which is the accuracy of always
             naming it.
         test_smallest_class: share of the test images that are of the smallest class.
+        is_recommended: whether it took the least time to train of the rows that may be the best.
     """
 
     study: str
@@ -77,6 +80,7 @@ class Row:
     tied_with_best: bool = False
     test_largest_class: float = 0.0
     test_smallest_class: float = 0.0
+    is_recommended: bool = False
 
     @property
     def is_uneven(self) -> bool:
@@ -84,26 +88,30 @@ class Row:
         return self.test_largest_class >= UNEVEN * self.test_smallest_class and self.test_largest_class > 0
 
 
-def rank_rows(rows: Sequence[Row], correct: Sequence[Sequence[float]], seed: int) -> list[Row]:
-    """Sorts rows by test accuracy, then cost, and marks rows that do not differ significantly from the best.
+def rank_rows(
+    rows: Sequence[Row], scores: Sequence[tuple[float, ...]], hits: Sequence[np.ndarray], seed: int
+) -> list[Row]:
+    """Sorts rows by shots, then validation score, then cost, and marks those that may be the best of as many shots.
 
-    Each row is compared with the best row of the same shots, because more training images help every encoder.
+    The test split has no part in the order: of ten equal rows, the one that is best on test would look two to three
+    points better than it is. Among the rows that may be the best, the cheapest is recommended.
 
     Args:
         rows: one row per study and baseline.
-        correct: for each row, floats `(num_test,)`: 0 or 1, or the share of few-shot seeds whose model is right.
-        seed: seed of the paired bootstrap (`training.evaluation.differs`).
+        scores: keys on validation, such as `Ranking.key`; the largest is the best.
+        hits: for each row, bools `(num_draws, num_test)`: whether the model of a few-shot draw is right. Of no length
+            if that is not known; such a row is never left out.
+        seed: seed of the paired bootstrap (`training.best_set.may_be_best`).
     """
-    from raysweep.training.evaluation import differs  # imports torch, which is too slow for a dry run
-
-    order = sorted(range(len(rows)), key=lambda index: (-rows[index].test_accuracy, rows[index].train_seconds))
-    best: dict[int | str, np.ndarray] = {}
-    ranked = []
-    for index in order:
-        own = np.array(correct[index], float)
-        first = best.setdefault(rows[index].shots, own)
-        is_tied = len(own) == len(first) and not differs(first, own, seed)
-        ranked.append(replace(rows[index], tied_with_best=is_tied))
+    ranked: list[Row] = []
+    for shots in sorted({row.shots for row in rows}, key=_section):
+        members = [one for one, row in enumerate(rows) if row.shots == shots]
+        members.sort(key=lambda one: ([-value for value in scores[one]], rows[one].train_seconds))
+        known = [one for one in members if len(hits[one])]
+        may_be = dict(zip(known, may_be_best([hits[one] for one in known], seed).tolist(), strict=True))
+        best = [one for one in members if may_be.get(one, True)]
+        cheapest = min(best, key=lambda one: rows[one].train_seconds, default=None)
+        ranked += [replace(rows[one], tied_with_best=one in best, is_recommended=one == cheapest) for one in members]
     return ranked
 
 
@@ -116,7 +124,7 @@ def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> N
 
 
 def render_leaderboard(rows: Sequence[Row]) -> Table:
-    """Returns the table for the terminal: encoder, mode, accuracy with interval, cost; one section per shots."""
+    """Returns the table for the terminal: encoder, mode, accuracies, cost; one section per shots."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -124,20 +132,20 @@ def render_leaderboard(rows: Sequence[Row]) -> Table:
     on_gpu, sections = any(row.peak_gpu_memory_bytes for row in rows), _by_shots(rows)
     is_uneven = any(row.is_uneven for row in rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.title, table.title_justify = "Leaderboard (test split)\n", "left"
+    table.title, table.title_justify = "Leaderboard, ordered by validation\n", "left"
     for name in ("", "encoder", "mode"):
         # On a narrow terminal only the encoder's name is folded.
         table.add_column(name, no_wrap=name != "encoder", overflow="fold")
     memory = "GPU\nmemory" if on_gpu else "memory"
     macro_f1 = ["macro\nF1"] if is_uneven else []
-    for name in ("accuracy\n\\[95 % interval]", *macro_f1, "tried", "train\ntime", memory):
+    for name in ("val", "test accuracy\n\\[95 % interval]", *macro_f1, "tried", "train\ntime", memory):
         table.add_column(name, justify="right", no_wrap=True)
     for section in sections:
         table.add_section()
         if len(sections) > 1:
-            table.add_row("", _describe_shots(section[0].shots), style="bold")
+            table.add_row("", "", _describe_shots(section[0].shots), style="bold")
         for place, row in enumerate(section, start=1):
-            mark = "=" if row.tied_with_best and place > 1 else str(place)
+            mark = f"{place}{'*' * row.is_recommended or '=' * row.tied_with_best}" if len(section) > 1 else str(place)
             # A name of an encoder may look like rich's markup or steer the terminal.
             names = [Text(printable(name)) for name in (row.encoder, row.mode)]
             table.add_row(mark, *names, *_figures(row, on_gpu, is_uneven))
@@ -165,8 +173,12 @@ def uneven_warning(counts: Mapping[str, Mapping[str, int]]) -> str | None:
 
 def _by_shots(rows: Sequence[Row]) -> list[list[Row]]:
     """Groups ranked rows by shots: all images first, then from many to few."""
-    found = sorted({row.shots for row in rows}, key=lambda shots: -math.inf if shots == "all" else -int(shots))
+    found = sorted({row.shots for row in rows}, key=_section)
     return [[row for row in rows if row.shots == shots] for shots in found]
+
+
+def _section(shots: int | str) -> float:
+    return -math.inf if shots == "all" else -int(shots)
 
 
 def _describe_shots(shots: int | str) -> str:
@@ -177,19 +189,21 @@ def _figures(row: Row, on_gpu: bool, is_uneven: bool) -> list[str]:
     interval = f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}]"
     memory = row.peak_gpu_memory_bytes if on_gpu else row.peak_memory_bytes
     settings, seconds = str(row.num_trials), describe_seconds(row.train_seconds)
+    accuracies = [f"{row.val_accuracy:.3f}", interval.replace("[", r"\[")]
     macro_f1 = [f"{row.test_macro_f1:.3f}"] if is_uneven else []
-    return [interval.replace("[", r"\["), *macro_f1, settings, seconds, f"{memory / 1e9:.1f} GB"]
+    return [*accuracies, *macro_f1, settings, seconds, f"{memory / 1e9:.1f} GB"]
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:
     lines = []
     if share := max((row.test_largest_class for row in rows if row.is_uneven), default=0.0):
         lines += [f"always naming the largest class has accuracy {share:.3f}", "macro F1 counts every class alike"]
-    if any(row.tied_with_best for section in _by_shots(rows) for row in section[1:]):
-        lines.append("= the test split cannot tell it from the first (paired bootstrap, 95 %)")
+    if any(len(section) > 1 for section in _by_shots(rows)):
+        lines.append("= may be the best: no other is better on test (all pairs compared at once, 95 %)")
+        lines.append("* the cheapest of those, recommended")
     num_seeds = max((row.num_seeds for row in rows), default=1)
     if num_seeds > 1:
-        lines.append(f"few shots: mean of {num_seeds} draws of the training images, interval over the draws")
+        lines.append(f"few shots: mean of {num_seeds} draws of the images, interval over draws and test images")
     return lines
 
 
@@ -202,6 +216,7 @@ def describe_setting(setting: Setting) -> str:
         "strength": "strength {:.2g}",
         "features": "{}",
         "normalize": "{}",
+        "fitted_to": "fitted to {}",
     }
     return ", ".join(text.format(setting[name]) for name, text in formats.items() if name in setting)
 

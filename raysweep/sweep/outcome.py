@@ -70,6 +70,8 @@ def read_outcome(path: Path) -> Outcome | None:
         test = values["test"]
         if "values" not in test:  # version 0.1 stored the metrics one level higher
             test |= {"values": {name: test[name] for name in METRICS if name in test}, "correct": values["correct"]}
+        if "hits" not in test:  # it stored the share of right models by row, which for one model is 0 or 1
+            test["hits"] = ["".join(str(int(share)) for share in test["correct"])] if test["num_seeds"] == 1 else []
         shares = _class_shares(test["confusion_matrix"])  # the rows of earlier versions lack them
         values["row"] = {"test_largest_class": shares[-1], "test_smallest_class": shares[0], **values["row"]}
         return _reader().validate_python(values)

@@ -115,9 +115,7 @@ def conclude_finished(state: SweepState, entries: Sequence[LeaderboardEntry]) ->
     except RaysweepError as error:
         state.progress.warn(str(error))
         return []
-    return rank_rows(
-        [outcome.row for outcome in outcomes], [outcome.test.correct for outcome in outcomes], state.experiment.seed
-    )
+    return ranked(state, outcomes)
 
 
 def start_sweep_run(state: SweepState) -> str:
@@ -206,14 +204,10 @@ def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
 def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     """Ranks the studies, writes the leaderboard, registers the best model, and ends the sweep's MLflow run.
 
-    The leaderboard is ordered by test accuracy. The registered model is the best on validation, because the test
-    split must not choose.
+    The order of the rows and the registered model are chosen on validation, because the test split must not choose.
     """
     experiment, recorder, run_id = state.experiment, state.recorder, state.run_id
-    rows = rank_rows(
-        [outcome.row for outcome in outcomes], [outcome.test.correct for outcome in outcomes], experiment.seed
-    )
-    paths = state.paths
+    rows, paths = ranked(state, outcomes), state.paths
     stored = [replace(row, model_path=row.model_path and paths.relative(row.model_path)) for row in rows]
     write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
@@ -234,6 +228,16 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
         root, uri = location(state.paths.root), hide_secrets(experiment.tracking.uri)
         state.progress.warn(f"MLflow at {uri} lacks a part of this sweep, all of which is in {root}")
     return rows
+
+
+def ranked(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
+    """Returns the rows in the order of their validation scores; the test split says which of them may be the best."""
+    return rank_rows(
+        [outcome.row for outcome in outcomes],
+        [state.ranking.key(outcome.validation) for outcome in outcomes],
+        [outcome.test.hit_table() for outcome in outcomes],
+        state.experiment.seed,
+    )
 
 
 def best_by_validation(state: SweepState, outcomes: Sequence[Outcome]) -> Outcome | None:

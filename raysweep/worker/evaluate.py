@@ -56,7 +56,7 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
 
 
 def _evaluate(job: Job, logits: Sequence[Tensor]) -> TestMetrics:
-    found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels, job.loop.seed)
+    found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels)
     if broken := [name for name, value in found.values.items() if not math.isfinite(value)]:
         num_bad = sum(int((~one.isfinite()).any(1).sum()) for one in logits)
         raise TrialError(

@@ -74,7 +74,7 @@ def test_the_submission_shows_its_progress_and_its_leaderboard(sweeps):
     lines = [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
     assert "Ray is up: 2 CPUs, 0 GPUs on 2 nodes" in lines
     assert "done: 20 new trials, 1 encoder passes" in lines
-    assert "Leaderboard (test split)" in done.stdout
+    assert "Leaderboard, ordered by validation" in done.stdout
     assert "predict    raysweep predict s3://sweeps/team/digits/models/" in done.stdout
     noise = ("WARNING", "View run", "Traceback", "DeprecationWarning")
     assert not [line for line in done.stdout.splitlines() if any(word in line for word in noise)]

@@ -47,29 +47,60 @@ def make_row(study, accuracy, **more):
     return Row(**(row | more))
 
 
-def right(num_right, num_rows=100):
-    return [number < num_right for number in range(num_rows)]
+def right(num_right, num_rows=100, num_draws=1):
+    return np.tile(np.arange(num_rows) < num_right, (num_draws, 1))
+
+
+def ranked(rows, hits, seed=0):
+    return rank_rows(rows, [(row.val_accuracy, 0.0) for row in rows], hits, seed)
 
 
 @pytest.fixture
 def rows():
-    made = [make_row("worst", 0.5), make_row("best", 0.91), make_row("close", 0.90)]
-    return rank_rows(made, [right(50), right(91), right(90)], seed=0)
+    made = [
+        make_row("worst", 0.5, val_accuracy=0.6),
+        make_row("best", 0.90, val_accuracy=0.93),
+        make_row("close", 0.91, val_accuracy=0.92, train_seconds=3.0),
+    ]
+    return ranked(made, [right(50), right(90), right(91)])
 
 
-def test_rows_are_ranked_and_what_cannot_be_told_apart_is_marked(rows):
+def test_rows_are_ranked_by_validation_and_those_that_may_be_the_best_are_marked(rows):
     assert [row.study for row in rows] == ["best", "close", "worst"]
     assert [row.tied_with_best for row in rows] == [True, True, False]
+    assert [row.is_recommended for row in rows] == [False, True, False], "the cheapest of those that may be the best"
 
 
 def test_among_equals_the_cheaper_stands_first():
     made = [make_row("dear", 0.9, train_seconds=100.0), make_row("cheap", 0.9, train_seconds=3.0)]
-    assert [row.study for row in rank_rows(made, [right(90), right(90)], 0)] == ["cheap", "dear"]
+    found = ranked(made, [right(90), right(90)])
+    assert [(row.study, row.is_recommended) for row in found] == [("cheap", True), ("dear", False)]
+
+
+def test_the_second_part_of_a_score_breaks_ties():
+    made = [make_row("a", 0.9, train_seconds=1.0), make_row("b", 0.9)]
+    assert [row.study for row in rank_rows(made, [(0.9, -0.5), (0.9, -0.3)], [right(90)] * 2, 0)] == ["b", "a"]
+
+
+def test_the_first_by_validation_may_be_beaten_on_test():
+    made = [make_row("lucky", 0.5, val_accuracy=0.99, train_seconds=1.0), make_row("good", 0.9)]
+    first, second = ranked(made, [right(50), right(90)])
+    assert (first.study, first.tied_with_best, first.is_recommended) == ("lucky", False, False)
+    assert (second.tied_with_best, second.is_recommended) == (True, True)
+    lines = [line.split() for line in rendered([first, second]).splitlines()]
+    assert [line[0] for line in lines if line[1:2] == ["dinov2"]] == ["1", "2*"]
 
 
 def test_one_test_row_can_be_ranked():
-    ranked = rank_rows([make_row("a", 0.0), make_row("b", 1.0)], [[False], [True]], 0)
-    assert [row.study for row in ranked] == ["b", "a"]
+    made = [make_row("a", 0.0, val_accuracy=0.1), make_row("b", 1.0)]
+    found = ranked(made, [np.array([[False]]), np.array([[True]])])
+    assert [row.study for row in found] == ["b", "a"]
+
+
+def test_a_row_of_which_it_is_not_known_where_it_is_right_is_not_left_out():
+    made = [make_row("a", 0.9, shots=5), make_row("b", 0.4, shots=5), make_row("c", 0.5, shots=5)]
+    found = ranked(made, [right(90, num_draws=5), np.zeros((0, 100), bool), right(50, num_draws=5)])
+    assert {row.study: row.tied_with_best for row in found} == {"a": True, "b": True, "c": False}
 
 
 def test_the_files_hold_the_same_rows(rows, tmp_path):
@@ -81,7 +112,7 @@ def test_the_files_hold_the_same_rows(rows, tmp_path):
     assert list(from_json[0]) == list(from_csv[0]) == [column.name for column in fields(Row)]
     assert [row["study"] for row in from_csv] == ["best", "close", "worst"]
     assert json.loads(from_csv[0]["best_params"]) == rows[0].best_params
-    assert float(from_csv[0]["test_accuracy"]) == 0.91
+    assert float(from_csv[0]["test_accuracy"]) == 0.90
 
 
 def test_a_figure_that_is_not_json_is_refused_before_a_file_is_touched(tmp_path):
@@ -100,19 +131,21 @@ def rendered(rows, width=120):
 def test_the_table_shows_interval_cost_and_ties(rows):
     text = rendered(rows)
     lines = [line.split() for line in text.splitlines()]
-    first = next(line for line in lines if line[:1] == ["1"])
-    assert " ".join(first) == "1 dinov2 linear_probe 0.910 [0.860, 0.960] 8 1 min 15 s 1.5 GB"
-    assert any(line[:1] == ["="] and "0.900" in line for line in lines)
+    first = next(line for line in lines if line[:1] == ["1="])
+    assert " ".join(first) == "1= dinov2 linear_probe 0.930 0.900 [0.850, 0.950] 8 1 min 15 s 1.5 GB"
+    assert any(line[:1] == ["2*"] and "0.910" in line for line in lines)
     assert any(line[:1] == ["3"] and "0.500" in line for line in lines)
-    assert "cannot tell" in text
+    assert "= may be the best" in text
+    assert "recommended" in text
     assert "[95 % interval]" in text
     assert "shots" not in text
     assert "all images" not in text
 
 
-def test_without_a_tie_there_is_no_legend():
-    made = rank_rows([make_row("a", 0.9), make_row("b", 0.3)], [right(90), right(30)], 0)
-    assert "cannot tell" not in rendered(made)
+def test_a_single_row_has_no_marks():
+    text = rendered(ranked([make_row("a", 0.9)], [right(90)]))
+    assert any(line.split()[:2] == ["1", "dinov2"] for line in text.splitlines())
+    assert "may be the best" not in text
 
 
 def test_gpu_memory_is_shown_where_there_is_any(rows):
@@ -124,16 +157,17 @@ def test_gpu_memory_is_shown_where_there_is_any(rows):
 
 @pytest.fixture
 def few_shot_rows():
-    made, correct = [], []
+    made, hits = [], []
     for shots, loss in ((5, 0.3), ("all", 0.0), (1, 0.6)):
-        for mode, accuracy in (("knn", 0.78), ("linear_probe", 0.9), ("ridge", 0.88)):
+        for mode, accuracy in (("knn", 0.7), ("linear_probe", 0.9), ("ridge", 0.88)):
             num_seeds = 1 if shots == "all" else 5
-            made.append(make_row(f"{mode}-{shots}", accuracy - loss, mode=mode, shots=shots, num_seeds=num_seeds))
-            correct.append([row / 100 < accuracy - loss - 0.002 for row in range(100)])
-    return rank_rows(made, correct, seed=0)
+            figures = {"val_accuracy": accuracy - loss, "num_seeds": num_seeds}
+            made.append(make_row(f"{mode}-{shots}", accuracy - loss, mode=mode, shots=shots, **figures))
+            hits.append(right(round(100 * (accuracy - loss)), num_draws=num_seeds))
+    return ranked(made, hits)
 
 
-def test_ties_are_with_the_best_of_as_many_shots(few_shot_rows):
+def test_rows_are_compared_with_those_of_as_many_shots(few_shot_rows):
     assert [row.study for row in few_shot_rows][:3] == ["linear_probe-all", "ridge-all", "knn-all"]
     tied = {row.study for row in few_shot_rows if row.tied_with_best}
     assert tied == {f"{mode}-{shots}" for mode in ("linear_probe", "ridge") for shots in (1, 5, "all")}
@@ -145,8 +179,8 @@ def test_few_shots_stand_in_sections_of_their_own(few_shot_rows, width):
     places = [lines.index(heading) for heading in ("all images", "5 shots", "1 shot")]
     assert places == sorted(places)
     for place in places:
-        assert lines[place + 1].startswith("1 dinov2 linear_probe 0.")
-        assert lines[place + 2].startswith("= dinov2 ridge 0.")
+        assert lines[place + 1].startswith("1* dinov2 linear_probe 0.")
+        assert lines[place + 2].startswith("2= dinov2 ridge 0.")
         assert lines[place + 3].startswith("3 dinov2 knn 0.")
     assert any("mean of 5 draws" in line for line in lines)
 
@@ -155,22 +189,16 @@ def test_a_narrow_table_folds_the_encoder_and_nothing_else():
     row = make_row("a", 0.9, encoder="siglip-base-patch16-224", tied_with_best=True, peak_gpu_memory_bytes=2e9)
     text = rendered([row], 80)
     assert "…" not in text
-    assert "0.900 [0.850, 0.950]      8  1 min 15 s  2.0 GB" in text
+    assert "0.900  0.900 [0.850, 0.950]      8  1 min 15 s  2.0 GB" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_has_no_model_is_written_all_the_same(tmp_path):
-    (row,) = rank_rows([make_row("a", 0.9, mode="knn", model_path=None, best_params={"k": 10})], [right(90)], 0)
+    (row,) = ranked([make_row("a", 0.9, mode="knn", model_path=None, best_params={"k": 10})], [right(90)])
     write_leaderboard([row], tmp_path / "board.json", tmp_path / "board.csv")
     assert json.loads((tmp_path / "board.json").read_text())[0]["model_path"] is None
     with (tmp_path / "board.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["model_path"] == ""
-
-
-def test_shares_of_seeds_are_ranked():
-    made = [make_row("a", 0.5, shots=5), make_row("b", 0.9, shots=5)]
-    ranked = rank_rows(made, [[0.4, 0.6] * 50, [0.8, 1.0] * 50], 0)
-    assert [row.tied_with_best for row in ranked] == [True, False]
 
 
 def test_importing_needs_no_torch():
@@ -197,10 +225,10 @@ def test_durations(seconds, text):
 
 def test_ranking_does_not_change_the_rows_it_is_given():
     made = [make_row("a", 0.9)]
-    (ranked,) = rank_rows(made, [np.array(right(90))], 0)
+    (found,) = ranked(made, [right(90)])
     assert made == [make_row("a", 0.9)]
-    assert (made[0].tied_with_best, ranked.tied_with_best) == (False, True)
-    assert replace(ranked, tied_with_best=False) == made[0]
+    assert (made[0].tied_with_best, found.tied_with_best) == (False, True)
+    assert replace(found, tied_with_best=False, is_recommended=False) == made[0]
 
 
 # Uneven classes

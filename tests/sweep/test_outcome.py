@@ -43,7 +43,7 @@ TEST = TestMetrics(
     accuracy_high=1.0,
     accuracies=(2 / 3,),
     confusion_matrix=((2, 1, 0), (0, 2, 1), (1, 0, 2)),
-    correct=(1.0,) * 6 + (0.0,) * 3,
+    hits=("111111000",),
 )
 PROBE = Outcome(
     row=ROW,
@@ -66,7 +66,7 @@ BASELINE = Outcome(
         model_path=None,
     ),
     validation={"val/accuracy": 0.7, "val/loss": 1.0, "val/macro_f1": 0.6},
-    test=replace(TEST, num_seeds=2, accuracies=(1.0, 2 / 3), correct=(1.0,) * 6 + (0.5,) * 3),
+    test=replace(TEST, num_seeds=2, accuracies=(1.0, 2 / 3), hits=("111111111", "111111000")),
     checkpoint=None,
 )
 
@@ -135,7 +135,14 @@ def baseline_of_0_1():
     }
 
 
-@pytest.mark.parametrize(("values", "expected"), [(json.loads(PROBE_0_1), PROBE), (baseline_of_0_1(), BASELINE)])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (json.loads(PROBE_0_1), PROBE),
+        # It stored only the share of right models, not which of them are right.
+        (baseline_of_0_1(), replace(BASELINE, test=replace(BASELINE.test, hits=()))),
+    ],
+)
 def test_an_outcome_of_version_0_1_is_read_as_the_same_figures(tmp_path, values, expected):
     path = tmp_path / "result.json"
     write_json(path, values)

@@ -452,7 +452,7 @@ def test_an_outcome_is_kept_and_found_by_the_next_invocation(open_state):
     assert stored.row.model_path == f"models/{again.name}"
     assert concluded.checkpoint == str(again.state.paths.root / stored.checkpoint)
     assert read_json(result)["row"]["mlflow_run_id"] == again.run_id
-    assert again.conclude().test.correct == outcome.test.correct
+    assert again.conclude().test.hits == outcome.test.hits
     assert len(recorder.of(Tracker.log_outcome)) == before == 1, "what is there is not logged again"
     assert "all 3 trials are there, nothing left to do" in text_of(again.state)
 

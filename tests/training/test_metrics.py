@@ -92,7 +92,7 @@ def test_every_place_that_computes_metrics_computes_those_of_the_table():
     """The training loop's history is in test_loop.py."""
     logits, labels = outputs(20, 1, 3)
     assert set(computed(logits, labels)) == {*METRICS, "num_rows"}
-    assert set(evaluate_test(logits[:, 0].numpy(), labels.numpy(), seed=0).values) == set(METRICS)
+    assert set(evaluate_test(logits[:, 0].numpy(), labels.numpy()).values) == set(METRICS)
     rows = FeatureSet({"cls": logits[:, 0]}, labels)
     setting = {"learning_rate": 0.1, "weight_decay": 0.0, "epochs": 2, "features": "cls", "normalize": "none"}
     (head,) = train_population(rows, rows, [setting], sources={"cls": ("cls",)}, num_classes=3, batch_size=8, seed=0)

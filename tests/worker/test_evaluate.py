@@ -68,8 +68,8 @@ def test_probes_are_tested_by_the_heads_that_they_chose(job, tmp_path, monkeypat
     found = run_test(job, test_work(checkpoints=chosen))
     labels = job.rows["test"].labels
     assert list(found) == ["probe-few", "probe-all"]
-    assert found["probe-all"].metrics == evaluate_test(scores(job, one), labels, job.loop.seed)
-    assert found["probe-few"].metrics == evaluate_test(scores(job, two), labels, job.loop.seed)
+    assert found["probe-all"].metrics == evaluate_test(scores(job, one), labels)
+    assert found["probe-few"].metrics == evaluate_test(scores(job, two), labels)
     assert (found["probe-all"].metrics.num_seeds, found["probe-few"].metrics.num_seeds) == (1, 2)
     for result in found.values():
         assert (result.fit, result.error, result.peak_gpu_memory_bytes) == (None, None, 0)
@@ -91,7 +91,7 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
         assert fit.validation == pytest.approx(expected.validation, abs=1e-5)
         logits = [one.numpy() for one in expected.test_logits]
         labels = job.rows["test"].labels
-        assert result.metrics.values == pytest.approx(evaluate_test(logits, labels, 0).values, abs=1e-5)
+        assert result.metrics.values == pytest.approx(evaluate_test(logits, labels).values, abs=1e-5)
         assert result.metrics.num_seeds == (2 if shots == "few" else 1)
         assert min(fit.seconds, fit.peak_memory_bytes) > 0
         assert result.error is None
@@ -143,7 +143,7 @@ def test_a_classifier_is_tested_with_the_weights_of_its_checkpoint(tmp_path):
     job = replace(job, head=save(tmp_path / "probe", make_heads(1)))
     (result,) = run_test(job, test_work(checkpoints={"study": str(tmp_path / "best.safetensors")})).values()
     logits = predict_logits(tuned, torch.from_numpy(pixels[24:]))
-    expected = evaluate_test(logits.numpy(), job.rows["test"].labels, 0)
+    expected = evaluate_test(logits.numpy(), job.rows["test"].labels)
     assert result.error is None
     assert result.metrics.values == pytest.approx(expected.values, abs=1e-4)
     assert result.metrics.confusion_matrix == expected.confusion_matrix

@@ -53,7 +53,7 @@ TEST_METRICS = TestMetrics(
     accuracy_high=1.0,
     accuracies=(0.5,),
     confusion_matrix=((1, 0), (1, 0)),
-    correct=(1.0, 0.0),
+    hits=("10",),
 )
 FIT = BaselineFit({"k": 10, "features": "cls"}, 4, METRICS, None, 0.25, 2**33)
 REPORTS = [
@@ -153,7 +153,7 @@ def test_numbers_keep_their_kind():
 
 
 def test_metrics_of_a_test_survive_tune_as_they_are_computed():
-    metrics = evaluate_test([np.eye(3, dtype=np.float32)] * 2, np.array([0, 1, 1]), seed=0)
+    metrics = evaluate_test([np.eye(3, dtype=np.float32)] * 2, np.array([0, 1, 1]))
     report = WorkReport(tested={"study": TestResult(metrics)})
     assert from_tune(WorkReport, to_tune(report)) == report
 
