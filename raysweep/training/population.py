@@ -53,10 +53,14 @@ class FeatureRows(Protocol):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Cached features of one split: `parts[name]` is `(num_rows, num_features)`, labels `(num_rows,)` int64."""
+    """Cached features of one split: `parts[name]` is `(num_rows, num_features)`, labels `(num_rows,)` int64.
+
+    Rows with the same number in `groups`, int64 `(num_rows,)`, belong together; without it, each row stands alone.
+    """
 
     parts: Mapping[str, FeatureRows]
     labels: Tensor
+    groups: Tensor | None = None
 
     def source(self, parts: Sequence[str], rows: Tensor) -> Tensor:
         """Returns float32 features `(*rows.shape, num_features)`: the concatenated parts of a feature source."""
