@@ -143,7 +143,8 @@ class Experiment(Section):
 
     def baselines_of(self, study: StudyConfig) -> tuple[BaselineConfig, ...]:
         """Lists the baselines on the features of a study; none when the study reads no features."""
-        return list_baselines(study, getattr(self.search.block(study.mode), "baselines", ()))
+        block = self.search.block(study.mode)
+        return list_baselines(study, getattr(block, "baselines", ()), refit=getattr(block, "refit", False))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -165,6 +165,12 @@ class LinearProbeSearch(SearchBlock):
         description="Classifiers fitted to the same features without training, a row each beside the probe; may be [].",
     )
 
+    refit: bool = Field(
+        default=True,
+        description="Fit baselines to train and validation images together before the test, once their setting is "
+        "chosen; few-shot ones never.",
+    )
+
     _check_baselines = field_validator("baselines")(without_repeats)
 
 

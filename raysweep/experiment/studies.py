@@ -12,7 +12,7 @@ from raysweep.experiment.modes import MODES, Mode, ModeName
 from raysweep.experiment.sections import Count, Section, Shots, Text, without_credentials
 from raysweep.storage.paths import file_name
 
-Baseline = Literal["knn", "ridge"]
+Baseline = Literal["knn", "ridge", "logistic"]
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
@@ -176,9 +176,15 @@ class StudyConfig(RowConfig):
 
 @dataclass(frozen=True, slots=True)
 class BaselineConfig(RowConfig):
-    """One classifier that needs no trials, on the features of an encoder."""
+    """One classifier that needs no trials, on the features of an encoder.
+
+    Attributes:
+        baseline: Its name.
+        refit: Whether it is fitted to train and validation together before the test, once its setting is chosen.
+    """
 
     baseline: Baseline
+    refit: bool
 
     @property
     def kind(self) -> str:
@@ -214,11 +220,15 @@ def list_studies(
     return tuple(sorted(found, key=place))
 
 
-def list_baselines(study: StudyConfig, baselines: Sequence[Baseline]) -> tuple[BaselineConfig, ...]:
-    """Lists the baselines on the features of a study; none when the study reads no features."""
+def list_baselines(study: StudyConfig, baselines: Sequence[Baseline], *, refit: bool) -> tuple[BaselineConfig, ...]:
+    """Lists the baselines on the features of a study; none when the study reads no features.
+
+    Few-shot baselines are never refitted: the number of their images is what they are about.
+    """
     if not study.reads_features:
         return ()
-    return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, baseline) for baseline in baselines)
+    refit = refit and study.shots == "all"
+    return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, one, refit) for one in baselines)
 
 
 def _encoder_names(encoders: Sequence[EncoderConfig]) -> list[str]:

@@ -152,7 +152,7 @@ class BaselineEntry(LeaderboardEntry):
     @property
     def spec(self) -> StudySpec:
         """See `LeaderboardEntry.spec`."""
-        return replace(super().spec, baseline=self.config.baseline)
+        return replace(super().spec, baseline=self.config.baseline, refit=self.config.refit)
 
     def settle(self, tested: TestResult, job: Job) -> None:  # noqa: ARG002
         """See `LeaderboardEntry.settle`."""
@@ -165,7 +165,7 @@ class BaselineEntry(LeaderboardEntry):
 def open_baseline(state: SweepState, config: BaselineConfig, cache: Cache) -> BaselineEntry:
     """Opens a baseline, and starts or finds its MLflow run."""
     draws = draws_of(state, config)
-    key = signature(identity(state, config, cache, draws))
+    key = signature([*identity(state, config, cache, draws), *(["refit"] if config.refit else [])])
     return BaselineEntry(state, config, cache, key, draws, start_run(state, config, key, draws))
 
 

@@ -124,7 +124,7 @@ def start_sweep_run(state: SweepState) -> str:
     settings = state.experiment.model_dump(exclude={"tracking", "resources", "storage"})
     settings["data"] = {name: settings["data"][name] for name in KEYED_DATA}
     for block in settings["search"].values():
-        for name in ("num_trials", "time_budget_s", "population", "baselines"):
+        for name in ("num_trials", "time_budget_s", "population", "baselines", "refit"):
             block.pop(name, None)
     root, recorder = location(state.paths.root), state.recorder
     key = signature([state.index.fingerprint, settings])

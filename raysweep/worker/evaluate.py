@@ -12,6 +12,7 @@ from torch import Tensor
 from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.storage.copies import local_path, location
+from raysweep.training.baseline_task import BaselineTask
 from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
@@ -71,7 +72,7 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
     train, validation, test = (feature_set(job, split, device) for split in ("train", "validation", "test"))
     num_features = len(train.labels) * job.encoder.widest
     torch.set_num_threads(max(1, min(job.num_threads, num_features // FEATURES_PER_THREAD)))
-    result = RUN_BASELINE[study.baseline](
+    task = BaselineTask(
         train,
         validation,
         test,
@@ -79,7 +80,10 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
         num_classes=job.num_classes,
         subsets=subsets_of(study, device),
         ranking=job.loop.ranking,
+        seed=job.loop.seed,
+        refit=study.refit,
     )
+    result = RUN_BASELINE[study.baseline](task)
     path = local_path(study.folder) / "best.safetensors" if result.heads else None
     if path is not None:
         save_heads(path, result.heads, result.setting["features"], {"setting": result.setting})

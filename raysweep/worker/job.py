@@ -36,12 +36,14 @@ class StudySpec:
         folder: location of its checkpoints.
         draws: few-shot draws of its rows; None if it trains on all rows.
         baseline: the baseline; None for a study with trials.
+        refit: whether a baseline is fitted to train and validation together before the test.
     """
 
     name: str
     folder: str
     draws: Draws | None
     baseline: Baseline | None = None
+    refit: bool = False
 
 
 @dataclass(frozen=True, slots=True)

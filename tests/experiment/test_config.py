@@ -111,7 +111,8 @@ def test_defaults(load):
     assert experiment.search.linear_probe.space == MODES["linear_probe"].default_space
     num_trials = {name: experiment.search.block(mode).num_trials for name, mode in MODES.items()}
     assert num_trials == {"linear_probe": 64, "fine_tune": 8, "from_scratch": 12}
-    assert experiment.search.linear_probe.baselines == ("knn", "ridge")
+    assert experiment.search.linear_probe.baselines == ("knn", "ridge", "logistic")
+    assert experiment.search.linear_probe.refit
     assert experiment.data.few_shot_seeds == 5
     assert (experiment.resources.max_concurrent_studies, experiment.resources.feature_memory_gb) == ("auto", 4)
     assert experiment.train.augmentation.min_crop_scale == 0.7
@@ -142,11 +143,14 @@ def test_the_baselines_of_a_study_are_those_on_its_features(load):
     experiment = load(MINIMAL, ["data.shots=[5, all]"])
     found = {study.name: [row.name for row in experiment.baselines_of(study)] for study in experiment.studies()}
     assert found == {
-        "dinov2-linear_probe-5shot": ["dinov2-knn-5shot", "dinov2-ridge-5shot"],
+        "dinov2-linear_probe-5shot": ["dinov2-knn-5shot", "dinov2-ridge-5shot", "dinov2-logistic-5shot"],
         "dinov2-fine_tune-5shot": [],
-        "dinov2-linear_probe": ["dinov2-knn", "dinov2-ridge"],
+        "dinov2-linear_probe": ["dinov2-knn", "dinov2-ridge", "dinov2-logistic"],
         "dinov2-fine_tune": [],
     }
+    assert {row.refit for study in experiment.studies() for row in experiment.baselines_of(study)} == {True, False}
+    kept = load(MINIMAL, ["search.linear_probe.refit=false"])
+    assert not any(row.refit for study in kept.studies() for row in kept.baselines_of(study))
     without = load(MINIMAL, ["search.linear_probe.baselines=[]"])
     assert [without.baselines_of(study) for study in without.studies()] == [(), ()]
 

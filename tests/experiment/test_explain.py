@@ -234,11 +234,21 @@ CASES = {
     ),
     "baselines": (
         BLOCK + "baselines: [knn, kmeans, knn]\n",
-        ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, ridge"],
+        ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, ridge, logistic"],
     ),
     "baselines repeated": (
         BLOCK + "baselines: [ridge, ridge]\n",
         ["search.linear_probe.baselines.1 (line 5): ridge is listed twice"],
+    ),
+    "refit": (
+        BLOCK + "refit: 1\n",
+        ["search.linear_probe.refit (line 5): expected true or false, found 1"],
+    ),
+    "refit elsewhere": (
+        MINIMAL + "search: {fine_tune: {refit: false}}\n",
+        [
+            "search.fine_tune.refit (line 3): unknown key; accepted: num_trials, population, sampler, scheduler, space, time_budget_s"
+        ],
     ),
     "baselines elsewhere": (
         MINIMAL + "search: {fine_tune: {baselines: [knn]}}\n",

@@ -38,7 +38,7 @@ def test_each_mode_has_a_block_under_its_name():
 
 
 def test_all_baselines_are_fitted_by_default():
-    assert LinearProbeSearch().baselines == BASELINES == ("knn", "ridge")
+    assert LinearProbeSearch().baselines == BASELINES == ("knn", "ridge", "logistic")
 
 
 @pytest.mark.parametrize("block", [FineTuneSearch, FromScratchSearch])

@@ -44,7 +44,7 @@ def test_studies_and_baselines_of_version_0_1_are_found_again(tmp_path):
         data={"source": "s", "shots": [5, "all"]},
         modes=["linear_probe", "fine_tune"],
         train={"precision": "fp32"},
-        search={"fine_tune": {"scheduler": "asha"}},
+        search={"fine_tune": {"scheduler": "asha"}, "linear_probe": {"refit": False}},
     )
     state.bad_rows = {number: BadRow(number, f"{number}.png", "broken") for number in (7, 3)}
     head = Head(4, 3)
@@ -71,6 +71,22 @@ KEYS = {
 
 
 # Baselines
+
+
+def test_a_baseline_that_is_refitted_has_a_key_of_its_own(open_state):
+    data = {"source": "s", "shots": [5, "all"]}
+    keys = [
+        {entry.name: entry.key for entry in map(partial(opened, state), state.experiment.studies())}
+        for refit in (True, False)
+        for state in [open_state(data=data, search={"linear_probe": {"refit": refit, "baselines": ["ridge"]}})]
+    ]
+    assert keys[0]["dinov2-ridge"] != keys[1]["dinov2-ridge"]
+    assert keys[0]["dinov2-ridge-5shot"] == keys[1]["dinov2-ridge-5shot"]
+
+
+def opened(state, study):
+    (config,) = state.experiment.baselines_of(study)
+    return open_baseline(state, config, CACHE)
 
 
 def test_a_baseline_without_a_model_is_a_row(open_state):
@@ -104,6 +120,8 @@ def test_a_worker_is_told_which_baseline_it_is(open_state):
     baseline = baseline_of(open_state(data={"source": "s", "shots": [5], "few_shot_seeds": 2}), "knn")
     spec = baseline.spec
     assert (spec.name, spec.baseline, spec.folder) == ("dinov2-knn-5shot", "knn", str(baseline.folder))
+    assert not spec.refit
+    assert baseline_of(open_state(), "knn").spec.refit
     assert spec.draws is baseline.draws
     assert spec.draws.num_draws == 2
 

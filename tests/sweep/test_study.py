@@ -380,7 +380,7 @@ def key_of(open_state, shots="all", mode="linear_probe", **keys):
 
 def test_its_signature_holds_what_its_results_depend_on_and_not_how_much_is_tried(open_state):
     base = key_of(open_state)
-    for more in ({"num_trials": 3}, {"time_budget_s": 9}, {"population": 2}, {"baselines": []}):
+    for more in ({"num_trials": 3}, {"time_budget_s": 9}, {"population": 2}, {"baselines": []}, {"refit": False}):
         assert key_of(open_state, search={"linear_probe": more}) == base
     assert key_of(open_state, resources={"num_workers": 2}) == base
     assert key_of(open_state, data={"few_shot_seeds": 3}) == base

@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_study_gets_a_row_with_honest_figures(finished: Path):
     rows = leaderboard(finished)
-    probes = {"dinov2-linear_probe", "dinov2-knn", "dinov2-ridge"}
+    probes = {"dinov2-linear_probe", "dinov2-knn", "dinov2-ridge", "dinov2-logistic"}
     assert set(rows) == probes | {"stacked_cnn-from_scratch", "dinov2-fine_tune"}
     for row in rows.values():
         assert row["test_accuracy_low"] <= row["test_accuracy"] <= row["test_accuracy_high"]
@@ -121,9 +121,10 @@ def test_every_study_gets_a_row_with_honest_figures(finished: Path):
     assert probe["encoder_passes"] == 1
     assert probe["test_accuracy"] > 0.5, "even random features tell digits apart"
     assert set(probe["best_params"]) == {"learning_rate", "epochs", "weight_decay", "features", "normalize"}
-    for name, parameter in (("dinov2-knn", "k"), ("dinov2-ridge", "strength")):
+    for name, parameter in (("dinov2-knn", "k"), ("dinov2-ridge", "strength"), ("dinov2-logistic", "strength")):
         assert rows[name]["test_accuracy"] > 0.5
         assert parameter in rows[name]["best_params"]
+        assert rows[name]["best_params"]["fitted_to"] == "train+validation"
     assert rows["dinov2-knn"]["model_path"] is None, "its images are its model"
 
 
@@ -142,7 +143,7 @@ def test_outputs_are_all_there_and_the_terminal_shows_them(finished: Path):
 
 def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
     levels = runs_by_level(finished)
-    assert {level: len(runs) for level, runs in levels.items()} == {"sweep": 1, "study": 5, "trial": 23}
+    assert {level: len(runs) for level, runs in levels.items()} == {"sweep": 1, "study": 6, "trial": 23}
     assert {run.info.status for runs in levels.values() for run in runs} == {"FINISHED"}
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/mlflow.db")
     for trial in levels["trial"]:
@@ -160,7 +161,7 @@ def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
         assert wanted <= names
 
 
-@pytest.mark.parametrize("study", ["dinov2-linear_probe", "dinov2-ridge"])
+@pytest.mark.parametrize("study", ["dinov2-linear_probe", "dinov2-ridge", "dinov2-logistic"])
 def test_exported_models_predict_what_the_leaderboard_says(finished: Path, tmp_path: Path, study: str):
     from sklearn.datasets import load_digits
 
@@ -267,8 +268,8 @@ def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass
     assert done.stderr.count("1,797 images in ") == 2, "what was found, and one pass"
     assert "16 new trials, 2 encoder passes" in done.stderr
     rows = leaderboard(tmp_path)
-    assert len(rows) == 12
-    for encoder, mode in itertools.product(("dinov2", "dinov2-2"), ("linear_probe", "knn", "ridge")):
+    assert len(rows) == 16
+    for encoder, mode in itertools.product(("dinov2", "dinov2-2"), ("linear_probe", "knn", "ridge", "logistic")):
         few, whole = rows[f"{encoder}-{mode}-5shot"], rows[f"{encoder}-{mode}"]
         assert few["test_accuracy"] < whole["test_accuracy"]
         assert (few["num_seeds"], whole["num_seeds"]) == (5, 1)
@@ -277,7 +278,7 @@ def test_few_shot_figures_are_over_several_draws_and_two_encoders_share_one_pass
         assert len(set(accuracies)) > 1, "each draw has its own head"
         assert few["test_accuracy"] == pytest.approx(np.mean(accuracies))
     few_studies = [study for study in runs_by_level(tmp_path)["study"] if study.data.params["shots"] == "5"]
-    assert len(few_studies) == 6
+    assert len(few_studies) == 8
     assert {study.data.params["num_train"] for study in few_studies} == {"50"}
     assert {study.data.params["num_test"] for study in few_studies} == {"359"}
 

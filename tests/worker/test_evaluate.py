@@ -12,6 +12,7 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
+from raysweep.training.baseline_task import BaselineTask
 from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
@@ -34,7 +35,7 @@ def job(tmp_path):
     """A probe on all rows and one on two draws, and the baselines of both."""
     write_rows(str(tmp_path / "cache"), feature_table(np.arange(36), {"pooled": FEATURES}))
     studies = [
-        StudySpec(f"{kind}-{shots}", str(tmp_path / f"{kind}-{shots}"), draws, baseline)
+        StudySpec(f"{kind}-{shots}", str(tmp_path / f"{kind}-{shots}"), draws, baseline, refit=kind == "ridge")
         for shots, draws in (("all", None), ("few", DRAWS))
         for kind, baseline in (("probe", None), ("knn", "knn"), ("ridge", "ridge"))
     ]
@@ -83,10 +84,11 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
     for name, result in found.items():
         kind, _, shots = name.partition("-")
         subsets = subsets_of(job.studies[name], CPU)
-        expected = RUN_BASELINE[kind](
-            *sets, sources=ENCODER.sources, num_classes=3, subsets=subsets, ranking=job.loop.ranking
-        )
+        refit = job.studies[name].refit
+        task = BaselineTask(*sets, ENCODER.sources, 3, subsets, job.loop.ranking, job.loop.seed, refit)
+        expected = RUN_BASELINE[kind](task)
         fit = result.fit
+        assert fit.setting.get("fitted_to") == ("train+validation" if name == "ridge-all" else None)
         assert (fit.setting, fit.num_settings) == (expected.setting, expected.num_settings)
         assert fit.validation == pytest.approx(expected.validation, abs=1e-5)
         logits = [one.numpy() for one in expected.test_logits]
