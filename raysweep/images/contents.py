@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 HASH_BYTES = 32  # of SHA-256
+ROWS_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,12 @@ class Contents:
 
     hashes: np.ndarray
 
-    @cached_property
+    @property
     def order(self) -> np.ndarray:
-        """The rows sorted by their hashes, rows with the same hash in their own order; int32 or int64 `(rows,)`."""
+        """The rows sorted by their hashes, rows with the same hash in their own order; int32 or int64 `(rows,)`.
+
+        It is computed each time, because its memory is needed for other things in between.
+        """
         words = self.hashes.view(">u8")
         order = np.argsort(words[:, 0].astype(np.uint64), kind="stable")
         first = words[order, 0]
@@ -34,24 +38,24 @@ class Contents:
     @cached_property
     def numbers(self) -> np.ndarray:
         """The number of each row's hash among the distinct hashes, in the order of the hashes; int32 `(rows,)`."""
-        numbers = np.zeros(len(self.order), np.int32)
-        if len(numbers):
-            numbers[self.order[self._firsts]] = 1
-            numbers[self.order] = np.cumsum(numbers[self.order]) - 1
+        order = self.order
+        numbers = np.zeros(len(order), np.int32)
+        numbers[self._firsts(order)[1:]] = 1
+        numbers[order] = np.cumsum(numbers, dtype=np.int32)
         return numbers
 
-    @property
-    def _firsts(self) -> np.ndarray:
-        """The places in `order` at which another hash begins."""
-        is_first = np.ones(len(self.order), np.bool_)
-        for start in range(1, len(self.order), 2**16):  # in parts, because the hashes are most of what is in memory
-            rows = self.order[start - 1 : start + 2**16]
-            is_first[start : start + 2**16] = (self.hashes[rows[1:]] != self.hashes[rows[:-1]]).any(axis=1)
+    def _firsts(self, order: np.ndarray) -> np.ndarray:
+        """Returns the places in `order` at which another hash begins."""
+        is_first = np.ones(len(order), np.bool_)
+        for start in range(1, len(order), ROWS_AT_ONCE):  # because the hashes are most of what is in memory
+            rows = order[start - 1 : start + ROWS_AT_ONCE]
+            is_first[start : start + ROWS_AT_ONCE] = (self.hashes[rows[1:]] != self.hashes[rows[:-1]]).any(axis=1)
         return np.flatnonzero(is_first)
 
     def together(self) -> "Together":
         """Returns the rows with the same image as groups, named by their hash in hex."""
-        representatives = self.order[self._firsts]
+        order = self.order
+        representatives = order[self._firsts(order)]
         return Together(self.numbers, lambda number: self.hashes[representatives[number]].tobytes().hex())
 
     def differing(self, values: np.ndarray) -> tuple[int, np.ndarray]:
@@ -60,14 +64,16 @@ class Contents:
         Returns:
             The number of such images, and the rows of the one whose first row comes first (none if there is none).
         """
-        starts = self._firsts
-        by_content = values[self.order]
+        if int(self.numbers.max(initial=-1)) + 1 == len(self.numbers):
+            return 0, np.empty(0, np.int64)
+        order = self.order
+        starts, by_content = self._firsts(order), values[order]
         differs = np.minimum.reduceat(by_content, starts) != np.maximum.reduceat(by_content, starts)
         images = np.flatnonzero(differs)
         if not len(images):
-            return 0, self.order[:0]
-        first = images[self.order[starts[images]].argmin()]
-        return len(images), self.order[starts[first] : starts[first + 1] if first + 1 < len(starts) else None]
+            return 0, order[:0]
+        first = images[order[starts[images]].argmin()]
+        return len(images), order[starts[first] : starts[first + 1] if first + 1 < len(starts) else None]
 
     def to_arrow(self) -> pa.Array:
         """Returns the hashes as a column, without a copy."""
@@ -93,10 +99,6 @@ class Together:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         known = list(numbers)
         return cls(np.array([numbers[name] for name in names], np.int32), known.__getitem__)
-
-    def among(self, rows: np.ndarray) -> "Together":
-        """Returns the groups of some rows, given by their numbers or as a mask."""
-        return Together(self.numbers[rows], self.name_of)
 
 
 def contents_of(hashes: Iterable[bytes]) -> Contents:

@@ -118,8 +118,8 @@ def load_index(data: "DataConfig", seed: int, start_ray: Callable[[], object] | 
     listing = list_source(data)
     rows, num_rows_found = listing.rows, len(listing.rows)
     checked = check_listing(listing, DecodeOptions(data.max_megapixels), start_ray)
-    row_ids, bad_rows = _separate(rows, checked, data)
-    contents = Contents(_compressed(checked.hashes, row_ids))
+    is_good, bad_rows = _separate(rows, checked, data)
+    contents = Contents(_compressed(checked.hashes, is_good))
     labels, classes, label_warnings = number_labels(rows)
     if len(classes) < 2:
         raise DataError(f"{data.source}: at least 2 classes are needed; found {len(classes)}: {', '.join(classes)}")
@@ -128,14 +128,14 @@ def load_index(data: "DataConfig", seed: int, start_ray: Callable[[], object] | 
     together, is_grouped = join_copies(groups, contents), data.group is not None
     with reading(data.source):
         splits, derived = settle_splits(rows.splits, labels, together, fractions, seed, is_grouped)
-    options, warning = _decode_options(data, listing, contents, checked.deep[row_ids])
+    options, warning = _decode_options(data, listing, contents, checked.deep[is_good])
     shots = max((shots for shots in data.shots if isinstance(shots, int)), default=0)
     warnings = [*listing.warnings, *label_warnings, *warning]
     warnings += [*group_warnings, *describe_groups(groups, splits)]
     warnings += describe_copies(rows, contents, splits, labels, classes)
     warnings += describe_few_images(labels, splits, classes, shots)
     return ImageIndex(
-        table=make_table(rows, row_ids, contents, labels, splits),
+        table=make_table(rows, np.flatnonzero(is_good), contents, labels, splits),
         classes=classes,
         bad_rows=bad_rows,
         warnings=tuple(warnings),
@@ -161,7 +161,8 @@ def _decode_options(
     if data.bit_depth is not None:
         return DecodeOptions(data.max_megapixels, WhiteLevels.of_bits(data.bit_depth)), []
     # The smallest hashes are a sample that depends only on the contents.
-    sample = contents.order[deep[contents.order]][:DEPTH_SAMPLE]
+    order = contents.order if deep.any() else np.empty(0, np.int64)
+    sample = order[deep[order]][:DEPTH_SAMPLE]
     rows = [listing.rows[row] for row in sample.tolist()]
     columns = [row.path for row in rows], [row.position for row in rows], [row.inline for row in rows]
     options = DecodeOptions(data.max_megapixels)
@@ -178,7 +179,7 @@ def _separate(rows: Rows, checked: CheckedImages, data: "DataConfig") -> tuple[n
     """Takes the bad rows out.
 
     Returns:
-        The row ids of the good rows, int64; and the bad rows.
+        Which rows are good, bool `(rows,)`; and the bad rows.
 
     Raises:
         DataError: there are no good rows, or too many bad ones.
@@ -191,7 +192,7 @@ def _separate(rows: Rows, checked: CheckedImages, data: "DataConfig") -> tuple[n
     is_good[[row.row_id for row in bad]] = False
     if bad:
         rows.keep(is_good)
-    return np.flatnonzero(is_good), bad
+    return is_good, bad
 
 
 def _raise_bad_rows(rows: Rows, checked: CheckedImages, data: "DataConfig") -> NoReturn:
@@ -206,13 +207,14 @@ def _raise_bad_rows(rows: Rows, checked: CheckedImages, data: "DataConfig") -> N
     )
 
 
-def _compressed(hashes: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
-    """Returns the hashes of some rows. They move within the same memory, because they are most of what is in it."""
-    if len(row_ids) < len(hashes):
-        for start in range(0, len(row_ids), ROWS_AT_ONCE):
-            rows = row_ids[start : start + ROWS_AT_ONCE]
-            hashes[start : start + len(rows)] = hashes[rows]
-    return hashes[: len(row_ids)]
+def _compressed(hashes: np.ndarray, is_good: np.ndarray) -> np.ndarray:
+    """Returns the hashes of good rows. They move within the same memory, because they are most of what is in it."""
+    num_good = 0
+    for start in range(0, len(hashes), ROWS_AT_ONCE):
+        part = hashes[start : start + ROWS_AT_ONCE][is_good[start : start + ROWS_AT_ONCE]]
+        hashes[num_good : num_good + len(part)] = part
+        num_good += len(part)
+    return hashes[:num_good]
 
 
 def _ranks(names: Sequence[str]) -> np.ndarray:

@@ -75,37 +75,38 @@ def check_listing(listing: Listing, options: DecodeOptions, start_ray: Callable[
     """
     checked = CheckedImages.of_size(len(listing.rows))
     checked.problems.update(listing.rows.problems)
-    usable = np.flatnonzero(listing.rows.usable)
+    usable = listing.rows.usable
     listing.rows.paths.pack()  # several threads read them
-    if start_ray is None or len(usable) < MIN_ROWS_FOR_TASKS:
+    if start_ray is None or usable.sum() < MIN_ROWS_FOR_TASKS:
         _check_in_threads(listing, usable, options, checked)
         return checked
     start_ray()
     _check_in_tasks(listing, usable, options, checked)
     # A file may be readable on this node alone, or a node may have lost its network: this process has the last word.
-    again = np.array(sorted(checked.unread), np.int64)
-    for row in again.tolist():
+    again = np.zeros(len(usable), np.bool_)
+    again[checked.unread] = True
+    for row in checked.unread:
         del checked.problems[row]
     _check_in_threads(listing, again, options, checked)
     return checked
 
 
-def _check_in_threads(listing: Listing, rows: np.ndarray, options: DecodeOptions, checked: CheckedImages) -> None:
+def _check_in_threads(listing: Listing, wanted: np.ndarray, options: DecodeOptions, checked: CheckedImages) -> None:
     def check(part: np.ndarray) -> None:
         checked.fill(part, check_images(_locators(listing, part), listing.image_column, options))
 
     remote = any("://" in path for path in listing.rows.paths[:1])
     num_threads = REMOTE_THREADS if remote else min(16, 2 * (os.cpu_count() or 1))
-    size = max(ROWS_PER_CHUNK, min(ROWS_PER_TASK, len(rows) // 1_000))
+    size = max(ROWS_PER_CHUNK, min(ROWS_PER_TASK, len(wanted) // 1_000))
     with _large_images_allowed(), ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(check, _parts(listing, rows, size)))
+        list(pool.map(check, _parts(listing, wanted, size)))
 
 
-def _check_in_tasks(listing: Listing, rows: np.ndarray, options: DecodeOptions, checked: CheckedImages) -> None:
+def _check_in_tasks(listing: Listing, wanted: np.ndarray, options: DecodeOptions, checked: CheckedImages) -> None:
     import ray
 
     task = ray.remote(check_in_task).options(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
-    parts = _parts(listing, rows, ROWS_PER_TASK)
+    parts = _parts(listing, wanted, ROWS_PER_TASK)
     running: dict[Any, np.ndarray] = {}
     looked, limit = 0.0, 0
     try:
@@ -162,24 +163,34 @@ def check_images(rows: pa.Table, image_column: str | None, options: DecodeOption
     return checked
 
 
-def _parts(listing: Listing, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Splits rows into parts of `size` rows. Row groups of Parquet files are left whole, and their parts are larger."""
-    if not listing.row_groups:
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
-        return
-    begin = 0
-    for place, number in enumerate(rows.tolist()):
-        if place - begin >= ROWS_PER_TASK:
-            row = listing.rows[number]
-            if row.position < 0 or row.position in listing.row_groups.get(row.path, ()):
-                yield rows[begin:place]
-                begin = place
-    yield rows[begin:]
+def _parts(listing: Listing, wanted: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Splits rows into parts of about `size` rows. Row groups of Parquet files are left whole, in larger parts.
+
+    Args:
+        listing: The rows.
+        wanted: Which of them are wanted, bool `(rows,)`.
+        size: The number of rows, wanted or not.
+
+    Yields:
+        The numbers of the wanted rows of a part.
+    """
+    rows, positions = listing.rows, listing.rows.positions
+    start, size = 0, ROWS_PER_TASK if listing.row_groups else size
+    while start < len(rows):
+        stop = min(start + size, len(rows))
+        if stop < len(rows) and positions[stop] > 0:
+            firsts = listing.row_groups.get(rows.paths[stop], ())
+            while stop < len(rows) and positions[stop] > 0 and positions[stop] not in firsts:
+                stop += 1
+        part = start + np.flatnonzero(wanted[start:stop])
+        if len(part):
+            yield part
+        start = stop
 
 
 def _locators(listing: Listing, rows: np.ndarray) -> pa.Table:
     """Returns where the images of some rows are."""
-    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    first, last = int(rows[0]), int(rows[-1])
     # Taken, not sliced: Ray would send the whole chunks of which a slice is a part.
     return listing.rows.to_arrow(first, last + 1).take(rows - first)
 

@@ -127,17 +127,15 @@ def _describe_repeats(rows: Rows, labels: np.ndarray, classes: Sequence[str]) ->
     Raises:
         DataError: so many of them have several labels that these are no mistakes.
     """
-    files = np.flatnonzero(rows.named_files)
-    hashes = hashes_of(rows.paths)[files]
-    order = np.argsort(hashes, kind="stable")
-    repeats = hashes[order[1:]] == hashes[order[:-1]]
-    if not repeats.any():
+    hashes = hashes_of(rows.paths)[rows.named_files]
+    hashes.sort()
+    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    if not len(repeated):
         return []
-    rows_of_repeats = np.unique(order[np.flatnonzero(repeats)[:, None] + [0, 1]])
     named: dict[str, set[int]] = defaultdict(set)
-    for number in files[rows_of_repeats].tolist():
+    for number in np.flatnonzero(rows.named_files & np.isin(hashes_of(rows.paths), repeated)).tolist():
         named[rows.paths[number]].add(int(labels[number]))
-    num_files = len(files) - int(repeats.sum())
+    num_files = len(hashes) - len(repeated)
     several = [path for path in named if len(named[path]) > 1]
     if len(several) > MAX_SEVERAL * num_files:
         names = sorted(classes[label] for label in named[several[0]])
@@ -145,7 +143,7 @@ def _describe_repeats(rows: Rows, labels: np.ndarray, classes: Sequence[str]) ->
             f"multi-label: {len(several)} of {num_files} images have rows with different labels, such as "
             f"{several[0]} ({', '.join(map(_shown, names))}); accepted: one class per image"
         )
-    return [f"{repeats.sum()} rows name an image that another row names too; such images count several times"]
+    return [f"{len(repeated)} rows name an image that another row names too; such images count several times"]
 
 
 def _describe_look_alikes(counts: Mapping[str, int]) -> list[str]:

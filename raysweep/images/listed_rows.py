@@ -41,27 +41,36 @@ class Row(NamedTuple):
 
 
 class Values(Sequence[Any]):
-    """A column of any values, of which many are the same. Each distinct value is kept once.
+    """A column of any values, of which many are the same. Each distinct value is kept once, and 4 bytes a row.
+
+    As long as all values are the same, a row needs no memory.
 
     Attributes:
         distinct: The distinct values, each with its type, in the order in which they came.
     """
 
-    __slots__ = ("_known", "_numbers", "distinct")
+    __slots__ = ("_known", "_length", "_numbers", "distinct")
 
     def __init__(self, values: Iterable[Any] = ()) -> None:
         self.distinct: list[Any] = []
         self._known: dict[tuple[type, Any], int] = {}
-        self._numbers = array("i")
+        self._length = 0
+        self._numbers = array("i")  # empty as long as all are 0
         self.extend(values)
 
     def append(self, value: Any) -> None:
         """Adds a value."""
-        self._numbers.append(self._number_of(value))
+        number = self._number_of(value)
+        if number and not self._numbers:
+            self._numbers = array("i", bytes(4 * self._length))
+        if len(self.distinct) > 1:
+            self._numbers.append(number)
+        self._length += 1
 
     def extend(self, values: Iterable[Any]) -> None:
         """Adds values."""
-        self._numbers.extend(map(self._number_of, values))
+        for value in values:
+            self.append(value)
 
     def _number_of(self, value: Any) -> int:
         key = type(value), value
@@ -76,7 +85,9 @@ class Values(Sequence[Any]):
     @property
     def numbers(self) -> np.ndarray:
         """The number of each row's value among the distinct ones, int32 `(rows,)`; it is not to be kept."""
-        return np.frombuffer(self._numbers, np.int32) if self._numbers else np.empty(0, np.int32)
+        if not self._numbers:
+            return np.broadcast_to(np.int32(0), self._length)
+        return np.frombuffer(self._numbers, np.int32)
 
     def counts(self, rows: np.ndarray | None = None) -> dict[int, int]:
         """Returns how many rows have each distinct value, among all rows or those of a mask; without zeros."""
@@ -85,18 +96,22 @@ class Values(Sequence[Any]):
 
     def keep(self, is_kept: np.ndarray) -> None:
         """Takes out the rows that are not kept."""
-        self._numbers = array("i", self.numbers[is_kept].tobytes())
+        if self._numbers:
+            self._numbers = array("i", self.numbers[is_kept].tobytes())
+        self._length = int(is_kept.sum())
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._length
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return [self.distinct[place] for place in self._numbers[number]]
-        return self.distinct[self._numbers[number]]
+            return [self[place] for place in range(*number.indices(len(self)))]
+        return self.distinct[self._numbers[number] if self._numbers else 0]
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.distinct[number] for number in self._numbers)
+        if not self._numbers:
+            return repeat(self.distinct[0], self._length) if self._length else iter(())
+        return map(self.distinct.__getitem__, self._numbers)
 
 
 class Rows(Sequence[Row]):
@@ -106,24 +121,28 @@ class Rows(Sequence[Row]):
         paths, labels, splits, groups: What `Row` has in the singular.
     """
 
-    __slots__ = ("_images", "_positions", "_problems", "groups", "labels", "paths", "splits")
+    __slots__ = ("_images", "_length", "_positions", "_problems", "groups", "labels", "paths", "splits")
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self.paths = Texts()
         self.labels, self.splits, self.groups = Values(), Values(), Values()
-        self._positions = array("i")
+        self._positions = array("i")  # empty as long as all are -1
+        self._length = 0
         self._images: dict[int, bytes] = {}  # of few rows or none, by their numbers
         self._problems: dict[int, str] = {}
         self.extend(rows)
 
     def append(self, row: Row) -> None:
         """Adds a row."""
-        number = len(self._positions)
+        number, self._length = self._length, self._length + 1
         self.paths.append(row.path)
         self.labels.append(row.label)
         self.splits.append(row.split)
         self.groups.append(row.group)
-        self._positions.append(row.position)
+        if row.position >= 0 and not self._positions:
+            self._positions = array("i", [-1]) * number
+        if row.position >= 0 or self._positions:
+            self._positions.append(row.position)
         if row.inline is not None:
             self._images[number] = row.inline
         if row.problem is not None:
@@ -137,7 +156,9 @@ class Rows(Sequence[Row]):
     @property
     def positions(self) -> np.ndarray:
         """The position of each row in its Parquet file or -1, int32 `(rows,)`; it is not to be kept."""
-        return np.frombuffer(self._positions, np.int32) if self._positions else np.empty(0, np.int32)
+        if not self._positions:
+            return np.broadcast_to(np.int32(-1), self._length)
+        return np.frombuffer(self._positions, np.int32)
 
     @property
     def usable(self) -> np.ndarray:
@@ -163,7 +184,9 @@ class Rows(Sequence[Row]):
         numbers = np.cumsum(is_kept) - 1
         for values in (self.paths, self.labels, self.splits, self.groups):
             values.keep(is_kept)
-        self._positions = array("i", self.positions[is_kept].tobytes())
+        if self._positions:
+            self._positions = array("i", self.positions[is_kept].tobytes())
+        self._length = int(is_kept.sum())
         self._images = {int(numbers[row]): image for row, image in self._images.items() if is_kept[row]}
         self._problems = {int(numbers[row]): problem for row, problem in self._problems.items() if is_kept[row]}
 
@@ -172,13 +195,13 @@ class Rows(Sequence[Row]):
         images = [self._images.get(number) for number in range(start, stop)] if self._images else None
         columns = {
             "path": self.paths.to_arrow(start, stop),
-            "position": pa.array(self.positions[start:stop]),
+            "position": pa.array(np.ascontiguousarray(self.positions[start:stop])),
             "image": pa.nulls(stop - start) if images is None else pa.array(images, pa.large_binary()),
         }
         return pa.table(columns)
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return self._length
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
@@ -188,7 +211,7 @@ class Rows(Sequence[Row]):
             self.paths[number],
             self.labels[number],
             self.splits[number],
-            self._positions[number],
+            self._positions[number] if self._positions else -1,
             self._images.get(number),
             self._problems.get(number),
             self.groups[number],
@@ -198,7 +221,8 @@ class Rows(Sequence[Row]):
         images, problems = (
             map(kept.get, range(len(self))) if kept else repeat(None) for kept in (self._images, self._problems)
         )
-        return map(Row, self.paths, self.labels, self.splits, self._positions, images, problems, self.groups)
+        positions = self._positions or repeat(-1)
+        return map(Row, self.paths, self.labels, self.splits, positions, images, problems, self.groups)
 
 
 @dataclass

@@ -26,6 +26,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+EVERY_ROW = slice(None)
 FEW_IMAGES = 30  # with fewer, one image changes a split's accuracy by more than three points
 
 
@@ -48,7 +49,11 @@ def normalize_split(value: object) -> Split:
 
 
 def stratified_split(
-    labels: npt.NDArray[np.integer], groups: Together, fraction: float, seed: int
+    labels: npt.NDArray[np.integer],
+    groups: Together,
+    fraction: float,
+    seed: int,
+    among: npt.NDArray[np.bool_] | slice = EVERY_ROW,
 ) -> npt.NDArray[np.bool_]:
     """Takes about `fraction` of the rows of each class, and keeps the rows of each group together.
 
@@ -60,26 +65,34 @@ def stratified_split(
         groups: The group of each row, such as its copies: copies of one image must not be in different splits.
         fraction: Share of each class's rows to take, in [0, 1).
         seed: Determines which of the possible splits is made.
+        among: Mask `(rows,)` of the rows that can be taken; the others do not count.
 
     Returns:
         Mask `(rows,)` of the taken rows. Of a class with at least two groups, at least one is taken and one is left.
     """
     assert 0 <= fraction < 1
     assert len(labels) == len(groups.numbers)
-    sizes = np.bincount(groups.numbers)
-    classes = _commonest(labels, groups.numbers, len(sizes))
-    is_taken = np.zeros(len(sizes), np.bool_)
+    sizes = np.bincount(groups.numbers[among]).astype(np.int32)
+    classes = _commonest(labels[among], groups.numbers[among], len(sizes))
+    is_taken = np.zeros(int(groups.numbers.max(initial=0)) + 1, np.bool_)
     if fraction > 0:
         by_class = np.argsort(classes, kind="stable")  # groups without rows, whose class is -1, come first
-        starts = np.searchsorted(classes[by_class], np.unique(labels))
+        starts = np.searchsorted(classes[by_class], np.unique(classes[classes >= 0]))
         for members in np.split(by_class, starts)[1:]:
             is_taken[_choose(members, sizes, groups, fraction, seed)] = True
-    taken: npt.NDArray[np.bool_] = is_taken[groups.numbers]
-    return taken
+    return _only_among(is_taken[groups.numbers], among)
+
+
+def _only_among(taken: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_] | slice) -> npt.NDArray[np.bool_]:
+    return taken if isinstance(among, slice) else taken & among
 
 
 def grouped_split(
-    labels: npt.NDArray[np.integer], groups: Together, fraction: float, seed: int
+    labels: npt.NDArray[np.integer],
+    groups: Together,
+    fraction: float,
+    seed: int,
+    among: npt.NDArray[np.bool_] | slice = EVERY_ROW,
 ) -> npt.NDArray[np.bool_]:
     """Does what `stratified_split` does for groups whose rows may have different labels.
 
@@ -90,10 +103,10 @@ def grouped_split(
         Mask `(rows,)` of the taken rows. At least one group is taken and one is left, if there are two.
     """
     assert 0 <= fraction < 1
-    present, members = np.unique(groups.numbers, return_inverse=True)
+    present, members = np.unique(groups.numbers[among], return_inverse=True)
     names, places = np.unique([groups.name_of(number) for number in present.tolist()], return_inverse=True)
     members = places[members]
-    kinds, classes = np.unique(labels, return_inverse=True)
+    kinds, classes = np.unique(labels[among], return_inverse=True)
     if len(names) < 2 or fraction == 0:
         return np.zeros(len(labels), dtype=np.bool_)
     counts = np.zeros((len(names), len(kinds)))
@@ -109,7 +122,9 @@ def grouped_split(
                 taken[number], missing, has_changed = not taken[number], left, True
     if not taken.any():
         taken[counts.sum(axis=1).argmin()] = True
-    return taken[members]
+    mask = np.zeros(len(labels), dtype=np.bool_)
+    mask[among] = taken[members]
+    return mask
 
 
 def _draw(group: str, seed: int) -> bytes:
@@ -212,10 +227,9 @@ def settle_splits(
         raise DataError("data.validation_fraction and data.test_fraction leave nothing to train on")
     left = 1.0
     for split in derived:
-        train = np.flatnonzero(splits == 0)
         take = grouped_split if is_grouped else stratified_split
-        mask = take(labels[train], groups.among(train), fractions[split] / left, seed)
-        splits[train[mask]] = SPLITS.index(split)
+        mask = take(labels, groups, fractions[split] / left, seed, splits == 0)
+        splits[mask] = SPLITS.index(split)
         left -= fractions[split]
         if mask.any():
             present.add(split)

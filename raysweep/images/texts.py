@@ -1,5 +1,6 @@
 """Many texts, such as the paths of millions of images, in little more memory than their characters need."""
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -40,7 +41,10 @@ class Texts(Sequence[str]):
     def pack(self) -> None:
         """Packs what was added last too. Until more is added, several threads may then read the texts."""
         if self._recent:
-            chunk = pa.array(map(_encode, self._recent), pa.binary(), size=len(self._recent))
+            encoded = list(map(_encode, self._recent))
+            ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+            buffers = [None, _own_memory(ends.tobytes()), _own_memory(b"".join(encoded))]
+            chunk = pa.Array.from_buffers(pa.binary(), len(encoded), buffers)
             is_repetitive = len(set(self._recent)) <= len(self._recent) // 4
             self._add_chunk(chunk.dictionary_encode() if is_repetitive else chunk)
             self._recent = []
@@ -78,7 +82,9 @@ class Texts(Sequence[str]):
         order = pc.sort_indices(whole)
         self._chunks, self._ends = [], []
         for start in range(0, len(order), TEXTS_PER_CHUNK):
-            self._add_chunk(pa.concat_arrays(whole.take(order[start : start + TEXTS_PER_CHUNK]).chunks))
+            self.extend(map(_decode, whole.take(order[start : start + TEXTS_PER_CHUNK]).to_pylist()))
+        del whole, order
+        pa.default_memory_pool().release_unused()
 
     def keep(self, is_kept: np.ndarray) -> None:
         """Takes out the texts that are not kept, given a bool for each text."""
@@ -109,6 +115,13 @@ class Texts(Sequence[str]):
         return pa.chunked_array([chunk.cast(pa.string()) for chunk in chunks], pa.string())
 
 
+def _own_memory(data: bytes) -> pa.Buffer:
+    """Returns a copy in memory that the system gets back at once when it is freed, which Arrow and malloc keep."""
+    memory = mmap.mmap(-1, max(1, len(data)), access=mmap.ACCESS_COPY)
+    memory[: len(data)] = data
+    return pa.py_buffer(memory)[: len(data)]
+
+
 def _plain(chunk: pa.Array) -> pa.Array:
     return chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk
 
@@ -123,7 +136,7 @@ def _decode(text: bytes) -> str:
 
 def hashes_of(texts: Iterable[str]) -> np.ndarray:
     """Returns an int64 for each text, `(num_texts,)`, for this process. Two texts share one by a chance of 2^-64."""
-    return np.fromiter(map(hash, texts), np.int64)
+    return np.fromiter(map(hash, texts), np.int64, len(texts) if isinstance(texts, Sequence) else -1)
 
 
 class Lookup:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from raysweep.errors import DataError
 from raysweep.images import listing
 from raysweep.images.image_bytes import read_image_bytes
 from raysweep.images.index import load_index
+from raysweep.images.listed_rows import Listing, Row, Rows
 from raysweep.storage import filesystems
 from raysweep.storage.filesystems import open_filesystem
 
@@ -646,3 +648,35 @@ def test_a_row_of_a_parquet_file_does_not_repeat_its_path(tmp_path):
     assert set(column(index, "path")) == {str(folder / "x.parquet")}
     assert index.table.nbytes < 70 * len(index.table)
     assert_readable(index)
+
+
+def peak_bytes_a_row(make, num_rows):
+    tracemalloc.start()
+    make()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak / num_rows
+
+
+def test_no_python_object_is_kept_for_a_row_while_the_index_is_made(tmp_path, monkeypatch):
+    load_index(config(class_folders(tmp_path)), seed=0)  # imports modules
+    monkeypatch.setattr("raysweep.images.texts.TEXTS_PER_CHUNK", 256)
+    monkeypatch.setattr("raysweep.images.index.ROWS_AT_ONCE", 256)
+    monkeypatch.setattr("raysweep.images.contents.ROWS_AT_ONCE", 256)
+    rows = Rows(Row(f"/data/images/class_{number % 20}/{number:08}.png", str(number % 20)) for number in range(20_000))
+    monkeypatch.setattr("raysweep.images.index.list_source", lambda _: Listing(rows))
+    monkeypatch.setattr("raysweep.images.image_bytes.read_file", lambda path: png(0) + path.encode())
+    assert peak_bytes_a_row(lambda: load_index(config("x"), seed=0), 20_000) < 100
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_no_python_object_is_kept_for_a_line_of_a_table(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("raysweep.images.texts.TEXTS_PER_CHUNK", 256)
+    names = [f"images/class_{number % 20}/{number:08}.png" for number in range(20_000)]
+    lines = ["image,label", *(f"{name},a" for name in names)]
+    if suffix == ".jsonl":
+        lines = [json.dumps({"image": name, "label": "a"}) for name in names]
+    table = tmp_path / f"table{suffix}"
+    table.write_text("\n".join(lines))
+    size = table.stat().st_size / 20_000
+    assert peak_bytes_a_row(lambda: listing.list_source(config(table, max_bad_fraction=0.9)), 20_000) < 4 * size + 100
