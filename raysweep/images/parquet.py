@@ -29,6 +29,7 @@ from raysweep.images.tables import (
     row_of,
     with_problem,
 )
+from raysweep.images.texts import Texts
 from raysweep.storage.filesystems import open_filesystem
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _read_parquet_file(source: str, split: str | None, data: "DataConfig", listi
         groups = values[columns.group] if columns.group else repeat(None, len(labels))
         cells = values[columns.image] if holds_paths else _outer_paths(file, columns.image)
         metadata, row_groups = schema.metadata, _row_groups(file.metadata)
-    named = [name for name in map(cell_name, cells) if name]
+    named = Texts(name for name in map(cell_name, cells) if name)
     # Without names there is nothing to look for, not even a folder: all images lie in the file.
     paths, warnings = settle_paths(source, data, named) if named or holds_paths else (None, [])
     listing.warnings += [*derived, *warnings]
@@ -133,6 +134,7 @@ def _outer_paths(file: pq.ParquetFile, name: str) -> list[str | None]:
     if (
         not types.is_struct(field.type)
         or field.type.get_field_index("path") < 0
+        or types.is_null(field.type.field("path").type)
         or not _may_lack(file, f"{name}.bytes")
     ):
         return [None] * num_rows

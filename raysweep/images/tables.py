@@ -14,6 +14,7 @@ from raysweep.images.missing_images import settle_paths
 from raysweep.images.one_hot import add_label
 from raysweep.images.row_paths import RowPaths, cell_name
 from raysweep.images.text_tables import DELIMITERS, Record, parse_text_table
+from raysweep.images.texts import Texts
 from raysweep.storage.filesystems import open_filesystem, split_uri
 
 if TYPE_CHECKING:
@@ -118,17 +119,19 @@ def read_table(source: str, data: "DataConfig") -> Listing:
         table = parse_text_table(read_file(source, MAX_TABLE_BYTES), suffix)
     if not table.columns:
         raise DataError(f"{source}: the table is empty")
-    names = table.columns
+    names, parse = table.columns, table.parse
     derived: list[str] = []
     if lacks_label(names, data):
+        lines = list(parse())
         with reading(source):
-            names, derived = add_label(names, table.lines, columns_of_no_class(data))
+            names, derived = add_label(names, lines, columns_of_no_class(data))
+        parse = lines.__iter__ if derived else parse
     columns = find_columns(names, data, source)
-    records = [record for _, record in table.lines if isinstance(record, dict)]
-    images = [name for name in (cell_name(record.get(columns.image)) for record in records) if name]
+    records = (record for _, record in parse() if isinstance(record, dict))
+    images = Texts(name for name in (cell_name(record.get(columns.image)) for record in records) if name)
     with reading(source):
         paths, warnings = settle_paths(source, data, images)
-    rows = Rows(_text_row(f"{source} line {line}", record, columns, paths) for line, record in table.lines)
+    rows = Rows(_text_row(f"{source} line {line}", record, columns, paths) for line, record in parse())
     return Listing(rows, warnings=[*table.warnings, *derived, *warnings])
 
 

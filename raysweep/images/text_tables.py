@@ -2,9 +2,11 @@
 
 import codecs
 import csv
-import io
 import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from raysweep.errors import DataError
@@ -12,6 +14,8 @@ from raysweep.images.splits import count_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 NAMES_OF_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 
 Record = dict[str, Any] | str  # the cells of a line by column, or the reason why there are none
 
@@ -22,12 +26,13 @@ class TextTable:
 
     Attributes:
         columns: Names of the columns.
-        lines: Number of each line, and its record or the reason why there is none.
+        parse: Yields the number of each line, and its record or the reason why there is none. Lines are parsed each
+            time, not kept, because they need ten times the memory of their text.
         warnings: What was left out, and what was read in another way than the suffix says.
     """
 
     columns: list[str]
-    lines: list[tuple[int, Record]]
+    parse: Callable[[], Iterator[tuple[int, Record]]]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -61,53 +66,77 @@ def _delimited(text: str, usual: str) -> TextTable:
         text, first = rest, rest.partition("\n")[0]
     delimiter = usual if usual in first else max(NAMES_OF_DELIMITERS, key=first.count)
     delimiter = delimiter if delimiter in first else usual
-    table = TextTable([], [])
+    warnings = []
     if delimiter != usual:
-        table.warnings.append(f"the columns are separated by {NAMES_OF_DELIMITERS[delimiter]}")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        warnings.append(f"the columns are separated by {NAMES_OF_DELIMITERS[delimiter]}")
+    reader = csv.reader(_lines_of(text), delimiter=delimiter)
     try:
-        _read_records(reader, table)
+        header = _read_header(reader)
+        num_empty = 0
+        unnamed: set[int] = set()
+        for cells in reader:
+            filled = [place for place, cell in enumerate(cells) if cell.strip()]
+            num_empty += bool(cells) and not filled
+            if not _problem_of(cells, header):
+                unnamed.update(place for place in filled if not header[place])
     except csv.Error as error:
         raise DataError(f"line {reader.line_num}: {error}") from error
-    return table
-
-
-def _read_records(reader: Any, table: TextTable) -> None:
-    """Adds columns and lines. Spreadsheets export empty rows, and empty columns at the right: both are left out."""
-    header = next((names for names in ([cell.strip() for cell in cells] for cells in reader) if any(names)), [])
-    named = {place: name for place, name in enumerate(header) if name}
-    if len(set(named.values())) != len(named):
-        raise DataError(f"a column name stands twice in the header: {', '.join(named.values())}")
-    table.columns.extend(named.values())
-    num_empty = 0
-    unnamed: set[int] = set()
-    for cells in reader:
-        filled = [place for place, cell in enumerate(cells) if cell.strip()]
-        if not filled:
-            num_empty += bool(cells)
-        elif len(cells) <= max(named, default=0) or filled[-1] >= len(header):
-            table.lines.append((reader.line_num, f"{len(cells)} fields where the header has {len(header)}"))
-        else:
-            table.lines.append((reader.line_num, {name: cells[place] for place, name in named.items()}))
-            unnamed.update(place for place in filled if place not in named)
     if num_empty:
-        table.warnings.append(f"{num_empty} empty row{'s' * (num_empty > 1)} left out")
+        warnings.append(f"{num_empty} empty row{'s' * (num_empty > 1)} left out")
     if unnamed:
-        table.warnings.append(f"{count_of(unnamed, 'column')} without a name left out")
+        warnings.append(f"{count_of(unnamed, 'column')} without a name left out")
+    return TextTable(list(filter(None, header)), partial(_delimited_lines, text, delimiter), warnings)
+
+
+def _lines_of(text: str) -> Iterator[str]:
+    """Yields the lines of a text with their ends, as a file does that is opened with `newline=""`."""
+    return (match.group() for match in _LINE.finditer(text))
+
+
+def _read_header(reader: Iterator[list[str]]) -> list[str]:
+    header = next((names for names in ([cell.strip() for cell in cells] for cells in reader) if any(names)), [])
+    named = list(filter(None, header))
+    if len(set(named)) != len(named):
+        raise DataError(f"a column name stands twice in the header: {', '.join(named)}")
+    return header
+
+
+def _delimited_lines(text: str, delimiter: str) -> Iterator[tuple[int, Record]]:
+    """Yields lines. Spreadsheets export empty rows, and empty columns at the right: both are left out."""
+    reader = csv.reader(_lines_of(text), delimiter=delimiter)
+    header = _read_header(reader)
+    named = {place: name for place, name in enumerate(header) if name}
+    for cells in reader:
+        if any(cell.strip() for cell in cells):
+            problem = _problem_of(cells, header)
+            yield reader.line_num, problem or {name: cells[place] for place, name in named.items()}
+
+
+def _problem_of(cells: list[str], header: list[str]) -> str:
+    """Returns why a line that is not empty is no record; nothing if it is one."""
+    needed = max((place for place, name in enumerate(header) if name), default=0)
+    if len(cells) > needed and not any(cell.strip() for cell in cells[len(header) :]):
+        return ""
+    return f"{len(cells)} fields where the header has {len(header)}"
 
 
 def _json_lines(text: str) -> TextTable:
-    lines: list[tuple[int, Record]] = []
     columns: dict[str, None] = {}
-    # Not splitlines(), which would split at U+2028, a character that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        record = _json_record(line)
+    for _, record in _parsed_json_lines(text):
         if isinstance(record, dict):
             columns.update(dict.fromkeys(record))
-        lines.append((number, record))
-    return TextTable(list(columns), lines)
+    return TextTable(list(columns), partial(_parsed_json_lines, text))
+
+
+def _parsed_json_lines(text: str) -> Iterator[tuple[int, Record]]:
+    # Not splitlines(), which would split at U+2028, a character that JSON strings may contain.
+    start, number = 0, 0
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        line, start, number = text[start:end], end + 1, number + 1
+        if line.strip():
+            yield number, _json_record(line)
 
 
 def _json_record(line: str) -> Record:
