@@ -80,12 +80,13 @@ def _plan(experiment: Experiment) -> int:
         from raysweep.sweep.sweep import check_results_outlast_job
 
         check_results_outlast_job(experiment)
-    index = load_index(experiment.data, experiment.seed)
-    if not joins_cluster():
-        _print_lines(plan_lines(experiment, index, local_resources()))
-        return 0
     session = RaySession(verbose=False)
     try:
+        start_ray = (lambda: session.resources) if joins_cluster() else None  # a plan for this machine needs no Ray
+        index = load_index(experiment.data, experiment.seed, start_ray)
+        if not joins_cluster():
+            _print_lines(plan_lines(experiment, index, local_resources()))
+            return 0
         present = session.resources
         may_grow = experiment.resources.wait_for_nodes_s > 0
         plan = plan_lines(experiment, index, present, may_grow=may_grow)

@@ -64,7 +64,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
             recorder = start_recorder(experiment.tracking.uri, name, progress.say)
         stack.callback(recorder.close)
         progress.say(f"reading {experiment.data.source}")
-        index = load_index(experiment.data, experiment.seed)
+        index = load_index(experiment.data, experiment.seed, lambda: ray.resources)
         describe_index(index, progress)
         write_atomically(paths.resolved_experiment, resolved_yaml(experiment))
         # These import torch, which takes seconds.
