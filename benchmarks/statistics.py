@@ -151,7 +151,7 @@ def optimism_of_winner(rows: EqualRows, num_trials: int, num_rows: int, num_repe
 
 def run(options: Options) -> Iterator[Figure]:
     """Yields coverage of one model and of draws, false exclusions, and the optimism of a winner."""
-    repeats = 100 if options.quick else 2000
+    repeats = 100 if options.quick else 1000
     for num_rows in TEST_ROWS:
         coverages = {accuracy: exact_coverage(num_rows, accuracy) for accuracy in ACCURACIES}
         least = min(coverages, key=coverages.__getitem__)
@@ -164,7 +164,7 @@ def run(options: Options) -> Iterator[Figure]:
             share = false_exclusions(rows, num_rows, repeats, 0)
             yield make_figure("statistics", f"{kind}: any left out, n {num_rows}", share, "", "<= 0.07")
     for num_rows in TEST_ROWS[1:]:
-        yield from figures_of_winner(optimism_of_winner(EqualRows(0.9), 16, num_rows, repeats // 4, 0), num_rows)
+        yield from figures_of_winner(optimism_of_winner(EqualRows(0.9), 16, num_rows, repeats // 2, 0), num_rows)
 
 
 def coverages_of_draws(classes: NearestMeans, repeats: int) -> Iterator[Figure]:

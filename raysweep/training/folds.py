@@ -1,14 +1,11 @@
-"""Cross-validation: folds of rows, and what each fold's model says of the rows that it has not seen."""
+"""Folds of rows for cross-validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-
-Fit = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[Any]]
 
 
 def stratified_folds(
@@ -41,19 +38,3 @@ def stratified_folds(
         fold_of[group] = np.lexsort((filled.sum(1), growth))[0]
         filled[fold_of[group]] += shares[group]
     return fold_of[members]
-
-
-def cross_validate(fit: Fit, folds: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Returns what models say of rows that they did not train on, `(num_settings, num_rows)`.
-
-    The accuracy of the best setting is again too high: `bias_correction.corrected_score` corrects it.
-
-    Args:
-        fit: trains all settings on the rows of its first argument, and returns for each setting and each row of its
-            second argument a value, such as whether it is right: `(num_settings, num_held_out)`.
-        folds: fold of each row, as of `stratified_folds`.
-    """
-    held_out = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
-    assert len(held_out) > 1, "one fold leaves nothing to train on"
-    values = [fit(np.setdiff1d(np.arange(len(folds)), rows), rows) for rows in held_out]
-    return np.concatenate(values, 1)[:, np.argsort(np.concatenate(held_out))]
