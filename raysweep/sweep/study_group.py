@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from raysweep.cluster.resources import num_concurrent_trials, uses_gpu
+from raysweep.cluster.resources import uses_gpu
+from raysweep.cluster.session import cpus_and_memory_by_node
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.modes import Mode
+from raysweep.images.features import HALF_BYTES
+from raysweep.images.pass_processes import PROCESS_BYTES
 from raysweep.images.rows import Rows
 from raysweep.images.streaming import DECODING_CPUS
 from raysweep.storage.copies import location
@@ -19,11 +22,15 @@ from raysweep.sweep.caches import precision_of
 from raysweep.sweep.leaderboard_entry import BaselineEntry, LeaderboardEntry
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study import Study
+from raysweep.sweep.training_runs import TrainingRuns, bytes_of_trial, choose_runs
 from raysweep.training.augment import Augmentation
-from raysweep.training.loop import LoopOptions
+from raysweep.training.loop import CPU_MICRO_BATCH, LoopOptions
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import EpochReport, Job, TestResult, TestWork, TrainWork, TrialSpec, Work, WorkReport
 from raysweep.worker.tune_trial import initial_micro_batch_size
+
+# Weights x rows x epochs: about five seconds of one thread. With less, a second process does not repay its start.
+WORK_PER_PROCESS = 2**36
 
 
 class StudyGroup:
@@ -41,6 +48,9 @@ class StudyGroup:
         self.name, self.mode = self.first.name, self.first.config.mode
         self.num_running, self.is_tested = 0, False
         self.micro_batch_size: int | None = None  # the largest that fits; None before memory runs out
+        self.most_running: int | None = None  # training runs at a time; None if the CPUs are the limit
+        self.num_processes = 1  # that share the heads of a Population
+        self._parts: list[tuple[TrialSpec, ...]] = []  # of a Population, that have not been handed out
         self._lost_trials: list[TrialSpec] = []
         self._job: Job | None = None
 
@@ -67,13 +77,15 @@ class StudyGroup:
 
     def next_work(self) -> Work | None:
         """Returns the next piece of work; None while the rest depends on running work, or if none is left."""
-        # Populations run one after another, because the sampler learns from each.
-        if self.is_tested or (self.num_running and self.mode.trains_together):
-            return None
-        trials = [trial for study in self.studies if study.num_left for trial in study.ask()]
-        if trials:
+        if not self._parts:
+            # Populations run one after another, because the sampler learns from each.
+            most_running = 1 if self.mode.trains_together else self.most_running
+            if self.is_tested or (most_running and self.num_running >= most_running):
+                return None
+            self._parts = self._split([trial for study in self.studies if study.num_left for trial in study.ask()])
+        if self._parts:
             self.num_running += 1
-            return TrainWork(self.name, time.time(), tuple(trials), self.micro_batch_size)
+            return TrainWork(self.name, time.time(), self._parts.pop(0), self.micro_batch_size)
         if self.num_running:
             return None
         if lost := self._find_lost_trials():
@@ -86,6 +98,24 @@ class StudyGroup:
             return None
         self.num_running += 1
         return TestWork(self.name, time.time(), chosen, baselines)
+
+    def _split(self, trials: Sequence[TrialSpec]) -> list[tuple[TrialSpec, ...]]:
+        """Returns the parts of a Population: each trains in a process of one thread, and none waits for another.
+
+        The weights of a head do not depend on the heads that train beside it.
+        """
+        if not trials:
+            return []
+        num_parts = max(1, min(self.num_processes, len(trials), self._work_of(trials) // WORK_PER_PROCESS))
+        return [tuple(trials[start::num_parts]) for start in range(num_parts)]
+
+    def _work_of(self, trials: Sequence[TrialSpec]) -> int:
+        """Returns weights x rows x epochs of heads."""
+        job = self.job
+        draws = {name: study.draws for name, study in job.studies.items()}
+        num_rows = {name: len(job.rows["train"]) if one is None else one.train.size for name, one in draws.items()}
+        num_weights = job.num_classes * job.encoder.widest
+        return num_weights * sum(int(trial.setting["epochs"]) * num_rows[trial.study] for trial in trials)
 
     def _find_lost_trials(self) -> list[TrialSpec]:
         """Returns the best trials whose checkpoints are needed and cannot be read, each once."""
@@ -151,6 +181,7 @@ class StudyGroup:
         state, first = self.state, self.first
         experiment, spec = state.experiment, first.encoder.spec
         reads_features = self.mode.reads == "features"
+        runs = self._choose_runs(num_side_by_side)
         self._job = Job(
             mode=self.mode,
             studies={entry.name: entry.spec for entry in self.entries},
@@ -164,22 +195,42 @@ class StudyGroup:
             head=location(first.head) if first.head else None,
             resources=experiment.resources,
             use_gpu=uses_gpu(experiment.resources, state.resources),
-            num_threads=self._num_threads(num_side_by_side),
+            num_threads=runs.num_threads,
             gradient_checkpointing=self._checkpoints_gradients(),
             compile=experiment.train.compile,
             loop=loop_options(experiment, self.mode, state.ranking, precision_of(state, first.config)),
         )
         return self._job
 
-    def _num_threads(self, num_side_by_side: int) -> int:
-        """Returns the CPU threads of a worker, given the number of workers that may run at the same time."""
-        resources, present = self.state.experiment.resources, self.state.resources
-        num_concurrent = min(
-            num_concurrent_trials(resources, present, self.reserved_cpus),
-            num_side_by_side * (1 if self.mode.trains_together else max(1, self.first.num_left)),
+    def _choose_runs(self, num_side_by_side: int) -> TrainingRuns:
+        """Chooses how many training runs work at the same time, given the number of groups that do."""
+        resources, present, together = self.state.experiment.resources, self.state.resources, self.mode.trains_together
+        on_gpu = uses_gpu(resources, present)
+        worker_bytes = 0 if on_gpu else self._worker_bytes()
+        runs = choose_runs(
+            resources,
+            present,
+            [] if on_gpu else [memory for num_cpus, memory in cpus_and_memory_by_node() if num_cpus],
+            worker_bytes,
+            num_side_by_side * (1 if together else max(1, self.first.num_left)),
+            self.reserved_cpus,
         )
-        num_cpus = present.num_cpus - self.reserved_cpus
-        return max(1, num_cpus // max(len(present.cpus_by_node), num_concurrent * resources.num_workers))
+        if runs.is_memory_short:  # other groups take their share
+            self.most_running = max(1, runs.num_fitting // num_side_by_side)
+        if together and not on_gpu and resources.num_workers == 1:
+            self.num_processes = max(1, runs.num_fitting // num_side_by_side)
+        if not together and not on_gpu and self.first.num_left:
+            self.state.progress.say(f"{self.name}: trains {runs} on CPUs, about {worker_bytes / 1e9:.1f} GB each")
+        return runs
+
+    def _worker_bytes(self) -> int:
+        """Returns the memory of a worker on a CPU."""
+        experiment, encoder = self.state.experiment, self.first.encoder
+        if self.mode.reads == "features":
+            num_features = sum(encoder.spec.parts.values()) * sum(len(rows) for rows in self._rows().values())
+            return PROCESS_BYTES + min(int(experiment.resources.feature_memory_gb * 1e9), HALF_BYTES * num_features)
+        share = -(-experiment.train.batch_size // experiment.resources.num_workers)
+        return bytes_of_trial(encoder.model, min(share, experiment.train.micro_batch_size or CPU_MICRO_BATCH))
 
     def _checkpoints_gradients(self) -> bool:
         """Whether to use gradient checkpointing; warns if the experiment asks for it and the encoder cannot."""

@@ -17,7 +17,7 @@ from raysweep.storage.copies import exists, forget, local_path, location
 from raysweep.training.distributed import rank
 from raysweep.training.loop import train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
-from raysweep.training.population import Subsets, train_population
+from raysweep.training.population import train_population
 from raysweep.worker.inputs import (
     build_classifier,
     feature_set,
@@ -31,7 +31,6 @@ from raysweep.worker.job import EpochReport, Job, StudySpec, TrainLoopConfig, Tr
 
 Report = Callable[[dict[str, str]], None]
 
-WEIGHTS_PER_THREAD = 2**19  # weights of heads that train together, per CPU thread
 CONTEXT_BYTES = 600_000_000  # GPU memory that a process takes before its first tensor
 
 
@@ -97,7 +96,8 @@ def _train_heads(job: Job, trials: Sequence[TrialSpec], device: torch.device) ->
 def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], device: torch.device) -> list[TrialResult]:
     train, validation = (feature_set(job, split, device) for split in ("train", "validation"))
     subsets = subsets_of(study, device)
-    torch.set_num_threads(_num_threads(job, len(trials), subsets))
+    # Threads would wait for each other at every step; large Populations are shared among processes instead.
+    torch.set_num_threads(1)
     started = time.perf_counter()
     heads = train_population(
         train,
@@ -132,17 +132,6 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
             )
         )
     return results
-
-
-def _num_threads(job: Job, num_heads: int, subsets: Subsets | None) -> int:
-    """Returns the number of CPU threads for a Population.
-
-    Threads synchronise at every step, so small products gain nothing from more threads, and on a busy machine they get
-    slow: 64 trials on 1,034 x 1,280 features took 4 s with one thread, and 100 s with two at a load of 3.
-    """
-    num_draws = subsets.train.shape[0] if subsets else 1
-    num_weights = num_heads * num_draws * job.num_classes * job.encoder.widest
-    return max(1, min(job.num_threads, num_weights // WEIGHTS_PER_THREAD))
 
 
 def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local: bool, report: Report) -> TrialResult:

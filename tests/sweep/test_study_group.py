@@ -3,20 +3,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from jobs import SMALL_CNN, make_job, make_trial
+from jobs import SETTING, SMALL_CNN, make_job, make_trial
 
 from raysweep.cluster.resources import Resources
 from raysweep.encoders.build import build_encoder
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.modes import MODES
+from raysweep.images.pass_processes import PROCESS_BYTES
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.rows import Draws, SplitRows
 from raysweep.sweep import study_group as module
 from raysweep.sweep.leaderboard_entry import BaselineEntry
 from raysweep.sweep.study import Study
 from raysweep.sweep.study_group import StudyGroup
+from raysweep.sweep.training_runs import bytes_of_trial
 from raysweep.training.augment import Augmentation
-from raysweep.training.loop import LoopOptions
+from raysweep.training.loop import CPU_MICRO_BATCH, LoopOptions
 from raysweep.training.ranking import Ranking
 from raysweep.worker.job import EpochReport, TestResult, TestWork, TrialResult, WorkReport
 
@@ -67,7 +69,8 @@ class FakeBaseline(BaselineEntry):
     is_settled = False
 
     def __init__(self, name, is_settled=False):
-        self.name, self.config, self.is_settled = name, SimpleNamespace(baseline="knn"), is_settled
+        config = SimpleNamespace(baseline="knn", refit=False)
+        self.name, self.config, self.is_settled = name, config, is_settled
         self.failure, self.settled_with, self.seconds = None, None, 0.0
         self.folder, self.draws = Path("folder"), None
 
@@ -76,7 +79,7 @@ class FakeBaseline(BaselineEntry):
 
 
 def group_of(*studies, baselines=(), **job):
-    """A group whose job has been built; `job` are changes to it."""
+    """A group whose job has been built, for one process; `job` are changes to it."""
     group = StudyGroup(None, studies, baselines)
     group._job = make_job(group.mode.name, [study.name for study in studies], **job)
     return group
@@ -314,7 +317,7 @@ DRAWS = Draws(np.array([[1, 4], [0, 5]]), np.array([[0, 1, 2], [3, 4, 5]]))
 INDEX = IndexReference("index in the object store", None)
 
 
-def job_of(*studies, num_side_by_side=1, num_cpus=8, nodes=(), train=None, **resources):
+def build_group(*studies, num_side_by_side=1, num_cpus=8, num_gpus=0, nodes=(), train=None, **resources):
     experiment = Experiment.model_validate(
         {
             "name": "x",
@@ -324,12 +327,13 @@ def job_of(*studies, num_side_by_side=1, num_cpus=8, nodes=(), train=None, **res
             "resources": resources,
         }
     )
-    spec = build_encoder(SMALL_CNN, seed=0).spec
+    cnn, told = build_encoder(SMALL_CNN, seed=0), []
     for study in studies:
-        study.encoder = SimpleNamespace(spec=spec, put=lambda: "weights in the object store")
+        study.encoder = SimpleNamespace(spec=cnn.spec, model=cnn, put=lambda: "weights in the object store")
     state = SimpleNamespace(
         experiment=experiment,
-        resources=Resources(num_cpus, 0, nodes),
+        resources=Resources(num_cpus, num_gpus, nodes),
+        progress=SimpleNamespace(say=told.append, told=told),
         ranking=Ranking(experiment.metric, experiment.direction),
         index=SimpleNamespace(classes=("a", "b")),
         rows=ROWS,
@@ -338,7 +342,19 @@ def job_of(*studies, num_side_by_side=1, num_cpus=8, nodes=(), train=None, **res
     group = StudyGroup(state, studies, [FakeBaseline("knn")])
     job = group.build_job(num_side_by_side)
     assert group.job is job
-    return job
+    return group
+
+
+def job_of(*studies, **options):
+    return build_group(*studies, **options).job
+
+
+@pytest.fixture(autouse=True)
+def memory_by_node(monkeypatch):
+    """CPUs and free bytes of each node, as Ray says; more than enough, where a test does not change it."""
+    nodes = [(8, 1e12)]
+    monkeypatch.setattr(module, "cpus_and_memory_by_node", lambda: nodes)
+    return nodes
 
 
 def test_probes_read_all_rows_and_the_others_just_their_own():
@@ -404,7 +420,12 @@ def test_the_job_says_what_the_experiment_asks_for():
 
 def test_by_default_fine_tuning_may_stay_at_its_start_and_averages_weights():
     tuned, scratch = (job_of(FakeStudy("a", [1], mode=mode)).loop for mode in ("fine_tune", "from_scratch"))
-    assert (tuned.evaluates_start, tuned.freezes_batch_norm, tuned.ema_decay, tuned.patience) == (True, True, "auto", None)
+    assert (tuned.evaluates_start, tuned.freezes_batch_norm, tuned.ema_decay, tuned.patience) == (
+        True,
+        True,
+        "auto",
+        None,
+    )
     assert (scratch.evaluates_start, scratch.freezes_batch_norm, scratch.ema_decay) == (False, False, None)
 
 
@@ -431,6 +452,81 @@ def test_a_head_without_cpus_takes_none():
     assert job.num_threads == 8
     job = job_of(FakeStudy("a", [64]), num_cpus=16, nodes=((0, 0), (8, 0), (8, 0)))
     assert job.num_threads == 8
+
+
+@pytest.mark.parametrize(
+    ("num_fitting", "num_side_by_side", "num_running", "num_threads"),
+    [(9, 1, 8, 1), (4, 1, 4, 2), (2, 1, 2, 4), (0.5, 1, 1, 8), (4, 2, 2, 2)],
+)
+def test_fewer_trials_with_more_threads_run_at_once_where_memory_is_short(
+    memory_by_node, num_fitting, num_side_by_side, num_running, num_threads
+):
+    study = FakeStudy("tune", [1] * 8, mode="fine_tune")
+    one = bytes_of_trial(build_encoder(SMALL_CNN, seed=0), CPU_MICRO_BATCH)
+    memory_by_node[:] = [(0, 1e12), (8, num_fitting * one)]
+    group = build_group(study, num_side_by_side=num_side_by_side)
+    works = [group.next_work() for _ in range(num_running)]
+    assert all(works)
+    assert group.next_work() is None or num_fitting > 8, "the others would not fit"
+    assert group.job.num_threads == num_threads
+    finish(group, works[0])
+    assert num_running == 8 or group.next_work() is not None
+
+
+def test_a_person_is_told_how_trials_run_at_once(memory_by_node):
+    memory_by_node[:] = [(8, 1e12)]
+    (line,) = build_group(FakeStudy("tune", [1, 1], mode="fine_tune")).state.progress.told
+    assert line == "tune: trains 2 at a time x 4 threads on CPUs, about 0.7 GB each"
+    (line,) = build_group(FakeStudy("tune", [1] * 9, mode="fine_tune")).state.progress.told
+    assert "8 at a time x 1 thread on" in line
+    for silent in (
+        build_group(FakeStudy("tune", [], mode="fine_tune")),
+        build_group(FakeStudy("probe", [64])),
+        build_group(FakeStudy("tune", [1, 1], mode="fine_tune"), num_gpus=1),
+    ):
+        assert silent.state.progress.told == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    # A head has 2 classes of 4 features, and a process is worth nine rows of each epoch here. A study with draws has
+    # two heads of two rows each.
+    [
+        ({}, [2, 2, 2, 1]),
+        ({"num_cpus": 3}, [3, 2, 2]),
+        ({"num_side_by_side": 4}, [4, 3]),
+        ({"num_side_by_side": 8}, [7]),
+        ({"max_concurrent_trials": 1}, [7]),
+        ({"num_workers": 2}, [7]),
+        ({"num_gpus": 1}, [7]),
+    ],
+)
+def test_the_heads_of_a_large_population_are_shared_among_processes(monkeypatch, options, sizes):
+    monkeypatch.setattr(module, "WORK_PER_PROCESS", 9 * 8 * SETTING["epochs"])
+    studies = FakeStudy("all", [5, 1]), FakeStudy("5shot", [2, 1], draws=DRAWS)
+    group = build_group(*studies, **options)
+    works = [group.next_work() for _ in sizes]
+    assert [len(work.trials) for work in works] == sizes
+    shared = [("all", number) for number in range(5)] + [("5shot", number) for number in range(2)]
+    assert sorted(trial for work in works for trial in trials_of(work)) == sorted(shared)
+    for work in works:
+        assert group.next_work() is None, "the next settings follow from all results"
+        finish(group, work)
+    assert group.num_running == 0
+    assert trials_of(group.next_work())[0] == ("all", 5)
+
+
+def test_few_processes_share_a_population_where_memory_is_short(monkeypatch, memory_by_node):
+    monkeypatch.setattr(module, "WORK_PER_PROCESS", 1)
+    memory_by_node[:] = [(8, 2.5 * PROCESS_BYTES)]
+    group = build_group(FakeStudy("all", [6]))
+    assert [len(group.next_work().trials) for _ in range(2)] == [3, 3]
+    assert group.next_work() is None
+
+
+def test_a_small_population_stays_whole():
+    group = build_group(FakeStudy("all", [64]))
+    assert len(group.next_work().trials) == 64
 
 
 def streamed(name, sizes):

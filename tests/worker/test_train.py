@@ -17,7 +17,6 @@ from raysweep.images.rows import Draws
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.loop import evaluate_classifier
 from raysweep.training.population import train_population
-from raysweep.worker import train
 from raysweep.worker.inputs import build_classifier, feature_set, load_heads, pixel_set, subsets_of
 from raysweep.worker.job import EpochReport, StudySpec, TrainLoopConfig, from_tune
 from raysweep.worker.train import train_worker
@@ -111,15 +110,9 @@ def test_only_the_best_heads_of_each_study_are_kept(probe_job, tmp_path):
         assert load_checkpoint(Path(result.checkpoint))[1]["trial"] == result.number
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_draws", "expected"),
-    # Each head has 3 classes of 4 features, and a thread is worth 24 weights here.
-    [(1, 0, 1), (4, 0, 2), (5, 0, 2), (6, 0, 3), (99, 0, 4), (2, 2, 2), (3, 2, 3)],
-)
-def test_small_populations_take_few_threads(probe_job, monkeypatch, num_heads, num_draws, expected):
-    monkeypatch.setattr(train, "WEIGHTS_PER_THREAD", 24)
-    subsets = subsets_of(probe_job.studies["few"], CPU) if num_draws else None
-    assert train._num_threads(replace(probe_job, num_threads=4), num_heads, subsets) == expected
+def test_a_population_takes_one_thread(probe_job):
+    run(replace(probe_job, num_threads=3), *TRIALS)
+    assert torch.get_num_threads() == 1
 
 
 # Classifiers
@@ -132,6 +125,11 @@ def job(tmp_path):
     write_pixels(str(tmp_path / "cache"), np.arange(36), pixels)
     weights = {name: tensor.numpy() for name, tensor in ENCODER.state_dict().items()}
     return make_job("from_scratch", folder=str(tmp_path), cache=str(tmp_path / "cache"), weights=weights)
+
+
+def test_a_classifier_takes_the_threads_of_its_job(job):
+    run(replace(job, num_threads=3), make_trial(setting={"epochs": 1}))
+    assert torch.get_num_threads() == 3
 
 
 def test_a_classifier_reports_its_epochs_and_keeps_its_best(job, tmp_path):
