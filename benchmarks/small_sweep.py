@@ -80,7 +80,7 @@ class SmallSweep:
         self.num_runs += 1
         log = self.folder / f"stderr-{self.num_runs}.txt"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED_PREFIXES)}
-        environment = kept | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"} | environment
+        environment = kept | {"PYTHONPATH": str(ROOT)} | environment
         with log.open("w") as errors, (self.folder / f"stdout-{self.num_runs}.txt").open("w") as output:
             process = psutil.Popen(
                 [sys.executable, "-m", "raysweep.run", "digits.yaml", *arguments],
