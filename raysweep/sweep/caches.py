@@ -219,15 +219,19 @@ def precision_of(state: SweepState, config: RowConfig) -> str:
     """Returns the precision of a study, `fp32` or `bf16`: as configured; for `auto`, bf16 where it is faster.
 
     A GPU that supports bf16 is always faster with it. On a CPU the encoder pass is timed in both, unless features in
-    one of them are cached; training on a CPU uses fp32.
+    one of them are cached. Fine-tuning on a CPU uses the precision of these features, which later invocations find
+    again; without them, and from scratch, training on a CPU uses fp32.
     """
     wanted = state.experiment.train.precision
     if wanted != "auto":
         return wanted
     on_gpu = uses_gpu(state.experiment.resources, state.present)
-    if not config.reads_features:
-        return _gpu_precision(state) if on_gpu else "fp32"
+    if not config.reads_features and on_gpu:
+        return _gpu_precision(state)
     encoder = state.encoder(config)
+    if not config.reads_features:
+        starts_from_probe = isinstance(config, StudyConfig) and config.mode.starts_from == "best_probe"
+        return (starts_from_probe and _precision_of_cache(state, encoder)) or "fp32"
     if not encoder.precision:
         encoder.precision = _precision_of_cache(state, encoder)
     if not encoder.precision:

@@ -192,7 +192,7 @@ def test_a_precision_that_is_named_is_taken(precisions, num_gpus, precision):
     assert (precisions.measured, precisions.asked) == ([], [])
 
 
-def test_on_cpus_the_encoder_pass_is_measured_once_and_training_stays_in_fp32(precisions):
+def test_on_cpus_the_encoder_pass_is_measured_once_and_training_without_features_stays_in_fp32(precisions):
     state = precisions.state_with(0)
     assert [precision_of(state, config) for config in (FINE_TUNE, PROBE, PROBE)] == ["fp32", "bf16", "bf16"]
     assert precisions.measured == [("model", torch.device("cpu"), caches.TIMED_IMAGES)]
@@ -212,3 +212,14 @@ def test_features_that_are_there_settle_the_precision(precisions, num_gpus, prec
     write_json(state.paths.cache("features", precision) / "manifest.json", MANIFEST)
     assert precision_of(state, PROBE) == precision
     assert (precisions.measured, precisions.asked) == ([], [])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fine_tuning_on_cpus_takes_the_precision_of_the_features_and_training_from_scratch_does_not(
+    precisions, precision
+):
+    state = precisions.state_with(0)
+    write_json(state.paths.cache("features", precision) / "manifest.json", MANIFEST)
+    assert precision_of(state, FINE_TUNE) == precision
+    assert precision_of(state, replace(FINE_TUNE, mode=MODES["from_scratch"])) == "fp32"
+    assert precisions.measured == []
