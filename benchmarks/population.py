@@ -1,25 +1,33 @@
 """100 probe heads as one stacked parameter, compared with a Python loop over heads on each batch, and one by one.
 
-The loop over heads is as in DINOv2's eval/linear.py: one linear layer and one AdamW per head. Torch only.
+The loop over heads is as in DINOv2's eval/linear.py: one linear layer and one AdamW per head. Also a Population of 64
+as a sweep trains it, on a quiet machine and beside busy loops. Torch only.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.busy import busy_cores
 from benchmarks.figures import Figure, Options, make_figure
+from raysweep.cluster.resources import local_resources
 from raysweep.training.population import FeatureSet, train_population
 
 BATCH_SIZE, SEED, NUM_VALIDATION = 64, 0, 1_000
+# Rows, features, classes and epochs of a Population of 64; whether a sweep shares its heads among processes.
+POPULATIONS = {"small": ((1_034, 1_280, 3, 15), False), "large": ((2_000, 768, 100, 2), True)}
+NUM_HEADS, NUM_REPEATS = 64, 3
 SOURCES: dict[str, tuple[str, ...]] = {"cls": ("cls",)}
 
 
@@ -111,6 +119,50 @@ def compare(options: Options, device: torch.device, benchmark: str) -> Iterator[
     yield make_figure(benchmark, "one by one / stacked", statistics.median(single) / together, "x", ">= 15", **details)
 
 
+@cache
+def feature_sets(num_rows: int, num_features: int, num_classes: int) -> tuple[FeatureSet, FeatureSet]:
+    """Returns train and validation features, made once in each process."""
+    train, validation = (make_features(n, num_features, num_classes, torch.device("cpu")) for n in (num_rows, 300))
+    return train, validation
+
+
+def train_part(sizes: tuple[int, int, int, int], part: int, num_parts: int) -> None:
+    """Trains one part of a Population's heads; runs in a process of one thread, as in a sweep."""
+    torch.set_num_threads(1)
+    num_rows, num_features, num_classes, num_epochs = sizes
+    train, validation = feature_sets(num_rows, num_features, num_classes)
+    settings = make_settings(NUM_HEADS, num_epochs)[part::num_parts]
+    train_population(
+        train, validation, settings, sources=SOURCES, num_classes=num_classes, batch_size=BATCH_SIZE, seed=SEED
+    )
+
+
+def under_load(options: Options) -> Iterator[Figure]:
+    """Yields how much longer a Population takes beside one and beside two busy loops."""
+    for name, (sizes, is_shared) in POPULATIONS.items():
+        chosen = (100, 32, 3, 2) if options.quick else sizes
+        num_processes = local_resources().num_cpus if is_shared else 1
+        with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+            parts = [(chosen, part, num_processes) for part in range(num_processes)]
+
+            def train(parts: Sequence[tuple[Any, ...]] = parts, pool: ProcessPoolExecutor = pool) -> None:
+                list(pool.map(train_part, *zip(*parts, strict=True)))
+
+            train()  # starts the processes
+            seconds: dict[int, float] = {}
+            for num_loops in (0, 1, 2):
+                with busy_cores(num_loops):
+                    times = [seconds_of(train, torch.device("cpu")) for _ in range(NUM_REPEATS)]
+                seconds[num_loops] = statistics.median(times)
+        label = f"{name}, {num_processes} process{'es' if num_processes > 1 else ''}"
+        for num_loops, target in ((1, None), (2, "<= 2.2")):
+            ratio = seconds[num_loops] / seconds[0]
+            yield make_figure(
+                "population", f"{label}: load {num_loops} / load 0", ratio, "x", target, seconds=list(seconds.values())
+            )
+
+
 def run(options: Options) -> Iterator[Figure]:
     """Yields the comparison on the CPU."""
     yield from compare(options, torch.device("cpu"), "population")
+    yield from under_load(options)

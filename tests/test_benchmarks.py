@@ -16,6 +16,7 @@ from benchmarks.figures import Options, Skipped, make_figure, print_table
 from benchmarks.images import generate_images, repeat_images, source_images
 from benchmarks.schedulers import Ended, seconds_until
 from benchmarks.sweeps import DINOV2_SMALL, TINY_DINOV2, make_experiment, peak_memory_bytes, run_command
+from raysweep.cluster.resources import local_resources
 from raysweep.encoders import compiled
 from raysweep.encoders.build import build_encoder
 from raysweep.experiment.config import Experiment
@@ -129,11 +130,19 @@ def test_the_peak_of_memory_stays_after_it_was_given_back():
 
 
 def test_the_population_benchmark_yields_both_ratios(tmp_path):
-    loop, one_by_one = population.run(quick(tmp_path))
+    loop, one_by_one = population.compare(quick(tmp_path), torch.device("cpu"), "population")
     details = loop.details
     assert loop.value == pytest.approx(details["loop_s"][0] / details["stacked_s"][0])
     assert one_by_one.value == pytest.approx(details["one_by_one_s"][0] / details["stacked_s"][0])
     assert details["num_heads"] == 20
+
+
+def test_a_population_is_timed_beside_busy_loops(tmp_path, monkeypatch):
+    monkeypatch.setattr(population, "NUM_REPEATS", 1)
+    monkeypatch.setattr(population, "POPULATIONS", {"large": population.POPULATIONS["large"]})
+    one, two = population.under_load(quick(tmp_path))
+    quiet, beside_one, beside_two = one.details["seconds"]
+    assert (one.value, two.value) == (beside_one / quiet, beside_two / quiet)
 
 
 def test_the_loop_over_heads_learns():
@@ -170,12 +179,23 @@ def test_without_a_gpu_a_stand_in_runs_the_same_code_and_says_so(tmp_path, monke
     assert values["images that repay it"] == pytest.approx(expected)
 
 
-def test_both_fine_tuning_loops_train(tmp_path, monkeypatch):
+@pytest.mark.end_to_end
+def test_both_fine_tuning_loops_are_compared_on_a_quiet_and_on_a_busy_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(fine_tune, "NUM_PAIRS", 1)
-    found = {figure.name.partition(": ")[2]: figure for figure in fine_tune.run(quick(tmp_path))}
-    hand, ours = found["hand-written loop"].value, found["raysweep"].value
-    assert min(hand, ours) > 0
-    assert found["raysweep / hand-written"].value == pytest.approx(ours / hand)
+    monkeypatch.setattr(fine_tune, "ROWS_AT_ONCE", (8,))
+    found = {figure.name: figure for figure in fine_tune.run(quick(tmp_path))}
+    for name in ("dinov2-small, quiet", "dinov2-small, busy"):
+        hand, ours = found[f"{name}: hand-written loop"].value, found[f"{name}: raysweep"].value
+        assert found[f"{name}: raysweep / hand-written"].value == pytest.approx(ours / hand)
+        tried = found[f"{name}: raysweep"].details["tried"]
+        num_cpus = local_resources().num_cpus
+        for layout in (f"1 x {num_cpus}", f"{num_cpus} x 1", f"{num_cpus} x 1 together"):
+            assert tried[f"{layout}, fp32, 8"] > 0
+        assert max(tried, key=tried.get) == found[f"{name}: raysweep"].details["best"]
+
+
+def test_the_hand_written_loop_trains():
     model = fine_tune.make_model(TINY_DINOV2, torch.device("cpu"))
     before = model.head.weight.clone()
     pixels, labels = fine_tune.make_pixels(8, model.encoder.preprocessing.training_size, torch.device("cpu"))
@@ -245,9 +265,10 @@ def test_a_folder_is_an_encoder_too(tmp_path):
         assert record.encoder_block(name) == {"type": "auto", "pretrained_model_name_or_path": place}
 
 
+@pytest.mark.ray
 def test_an_index_is_measured_on_disk_and_of_made_up_rows(tmp_path):
     found = {figure.name: figure for figure in index.run(quick(tmp_path))}
-    assert found["speed, on disk"].value > 0
+    assert all(found[f"speed, {name}"].value > 0 for name in ("on disk", "on disk by tasks", "Parquet by tasks"))
     assert found["kept, made up"].value < found["peak, made up"].value
     assert found["kept, made up"].details["num_rows"] == 1_000
 
