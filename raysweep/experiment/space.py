@@ -125,7 +125,7 @@ RULES: Mapping[str, Rule] = {
     "weight_decay": Rule("Decoupled weight decay (AdamW); 0 or more.", at_least=0),
     "layer_decay": Rule("Learning rate of a block over that of the block above it; in (0, 1].", above=0, at_most=1),
     "augmentation_strength": Rule(
-        "Scales train.augmentation, from 0 (crops of the whole image, no mixing) to 1 (as configured).",
+        "Scales train.augmentation, from 0 (the centre crop of evaluation, no mixing) to 1 (as configured).",
         at_least=0,
         at_most=1,
     ),

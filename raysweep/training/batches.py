@@ -117,8 +117,7 @@ class EpochInputs:
         if self.augmentation is None:
             return self.preprocessing.normalize(self.preprocessing.centre_crop(pixels)), labels
         size, augmentation = self.preprocessing.output_size, self.augmentation
-        scale, flip = augmentation.min_crop_scale, augmentation.horizontal_flip
-        inputs = self.preprocessing.normalize(random_resized_crop(pixels, self.crops[reads], size, scale, flip))
+        inputs = self.preprocessing.normalize(random_resized_crop(pixels, self.crops[reads], size, augmentation))
         if self.mixing is None:
             return inputs, labels
         masks = mixing_masks(self.mixing[reads[: len(micro_batch.rows)]], size)

@@ -19,7 +19,7 @@ def noise(num_rows, height=40, width=40):
 
 
 def crop(pixels, draws, size=(32, 32), min_scale=0.35, horizontal_flip=True):
-    return random_resized_crop(pixels, draws, size, min_scale, horizontal_flip)
+    return random_resized_crop(pixels, draws, size, Augmentation(min_scale, horizontal_flip))
 
 
 def boxes(draws, min_scale, side=128, size=64):
@@ -171,9 +171,33 @@ def test_mixing_follows_seed_and_epoch_alone():
     assert not torch.equal(drawn(1, 2), drawn(2, 2))
 
 
-@pytest.mark.parametrize(("strength", "scale", "share"), [(0.0, 1.0, 0.0), (0.5, 0.675, 0.5), (1.0, 0.35, 1.0)])
-def test_strength_moves_the_crop_and_the_mixing(strength, scale, share):
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_strength_moves_the_crop_and_the_mixing(strength):
     scaled = mixes(mixup=0.2).scaled(strength)
-    assert (scaled.min_crop_scale, scaled.mixing_share) == (pytest.approx(scale), share)
+    assert (scaled.strength, scaled.mixing_share) == (strength, strength)
     assert scaled.horizontal_flip
     assert scaled.mixes == (strength > 0)
+
+
+@pytest.mark.parametrize(("side", "size"), [(40, (32, 32)), (37, (32, 32)), (37, (32, 20)), (32, (32, 32))])
+def test_without_strength_the_crop_is_that_of_evaluation(side, size):
+    images = noise(6, side, side)
+    draws = augmentation_draws(6, 1, 2)
+    found = random_resized_crop(images, draws, size, Augmentation(0.3, horizontal_flip=False).scaled(0.0))
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    assert torch.equal(found, images[:, top : top + size[0], left : left + size[1]])
+
+
+def test_half_the_strength_is_half_the_way_from_the_centre_crop_to_the_random_one():
+    """A ramp shows where a crop begins: its first pixel moves linearly with the strength."""
+    ramp = torch.arange(0, 250, 2, dtype=torch.uint8)
+    images = ramp[None, None, :, None].expand(1, len(ramp), len(ramp), 3)
+    draws = augmentation_draws(1, 3, 4)
+    augmentation = Augmentation(0.2, horizontal_flip=False)
+    first = [
+        int(random_resized_crop(images, draws, (75, 75), augmentation.scaled(strength))[0, 0, 0, 0])
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert first[0] == 2 * 25
+    assert first[2] != first[0]
+    assert first[1] == pytest.approx((first[0] + first[2]) / 2, abs=1)
