@@ -128,6 +128,13 @@ def test_threads_share_what_was_compiled(calls):
     assert all(torch.equal(features, first[0]) for features in [*first, *second])
 
 
+def test_many_encoders_of_one_pass_are_all_compiled(calls):
+    for number in range(10):  # of one family, each of another width
+        block = {**ENCODERS["dinov2"], "config": {**TINY, "hidden_size": 16 + 4 * number}}
+        assert isinstance(compile_it(build_encoder(block, 0).requires_grad_(False)), CompiledEncoder)
+        assert calls == {"compiled": number + 1, "ran": number + 1}
+
+
 @pytest.mark.parametrize(
     ("device", "num_images"), [("cpu", MIN_IMAGES - 1), ("meta", MIN_IMAGES), ("cuda", MIN_IMAGES)]
 )
