@@ -7,6 +7,7 @@ tasks and actors is in `pass_tasks`.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 64, 512
 MIN_BLOCKS, MAX_BLOCKS = 8, 2_000  # the minimum lets the progress be seen with few images too
 GPU_BLOCK = 256  # rows that a GPU actor gets at once: several batches, so that uploads and forward passes overlap
+# Decoded images that wait for each GPU: some seconds of its work. More would only fill the object store.
+MAX_WAITING_IMAGES = 16_384
 
 Request = FeatureRequest | PixelRequest
 Progress = Callable[[int, int], None]
@@ -257,7 +260,7 @@ def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tal
 
 def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processors: _Processors) -> ray.data.Dataset:
     """Returns a Ray Dataset that yields a report for every row; nothing runs yet."""
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
 
     num_gpus, processes = processors.num_gpus, processors.processes
     targets = tuple(_target(request, key) for request in requests)
@@ -280,7 +283,7 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
         # late, after every block, that another node is free.
         actors: dict[str, Any] = {"compute": ActorPoolStrategy(**size), "num_cpus": processes.num_threads}
         return map_blocks(blocks, DecoderEncoderActor, fn_constructor_args=(job,), **actors)
-    return map_blocks(
+    dataset = map_blocks(
         map_blocks(blocks, partial(decode_block, job=job)),
         EncoderActor,
         fn_constructor_args=(job,),
@@ -290,6 +293,17 @@ def _dataset(requests: Sequence[Request], key: str, index: ImageIndex, processor
         num_gpus=1,
         batch_size=GPU_BLOCK,
     )
+    image_bytes = sum(math.prod(geometry.shape) for geometry in job.encoded_geometries)
+    num_bytes = image_bytes * (num_gpus * MAX_WAITING_IMAGES + _cluster_cpus() * 2 * ranges[0]["size"])
+    # Decoding on all CPUs goes on as long as there is room, and then at the speed of the GPUs.
+    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=num_bytes)
+    return dataset
+
+
+def _cluster_cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def _block_size(num_rows: int) -> int:

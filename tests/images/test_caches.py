@@ -384,6 +384,19 @@ def test_gpu_actors_give_the_same_features_from_pixels_decoded_elsewhere(
 
 
 @pytest.mark.ray
+def test_decoding_stays_a_bounded_number_of_images_ahead_of_gpus(ray_cluster, tmp_path, monkeypatch, index, encoder):
+    import ray
+
+    monkeypatch.setattr(passes, "MAX_WAITING_IMAGES", 1_000)
+    requests = [feature_request(tmp_path, encoder)]
+    for num_gpus in (1, 4):
+        processors = passes._Processors(num_gpus, PassProcesses())
+        options = passes._dataset(requests, "key", index, processors).context.execution_options
+        in_progress = int(ray.cluster_resources()["CPU"]) * 2 * 3  # rows of a block of the 25
+        assert options.resource_limits.object_store_memory == 32 * 32 * 3 * (num_gpus * 1_000 + in_progress)
+
+
+@pytest.mark.ray
 def test_only_missing_caches_are_made(shared_pass, tmp_path, index, encoder):
     def never(_done, _total):
         raise AssertionError("a pass was made")
