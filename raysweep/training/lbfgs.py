@@ -12,7 +12,7 @@ NUM_PAIRS = 8
 MAX_STEPS = 500
 MAX_HALVINGS = 30
 SUFFICIENT_DECREASE = 1e-4
-LEAST_VALUE = 1e-3
+LEAST_DECREASE = 1e-7
 # Relative error of a value from float32 products: a step that changes the value by less is accepted.
 ROUNDING = 1e-7
 
@@ -51,8 +51,8 @@ class _State:
 def minimize(objective: Objective, start: Tensor, scale: Tensor, tolerance: float) -> Tensor:
     """Minimises every problem from its own start; those that are solved leave the batch.
 
-    A problem is solved when the decrease that the next step promises is at most `tolerance` times its value, or
-    `tolerance` times `LEAST_VALUE` where the value is smaller: that of rows of one class has no minimum.
+    A problem is solved when the decrease that the next step promises is at most `tolerance` times its value, or at
+    most `LEAST_DECREASE`: values are expected to be of order 1, and some have no minimum but come near to 0.
 
     Args:
         objective: values and gradients.
@@ -68,7 +68,7 @@ def minimize(objective: Objective, start: Tensor, scale: Tensor, tolerance: floa
     for _ in range(MAX_STEPS):
         steps = -_newton_steps(state)
         promised = -_dot(state.gradients, steps).double() / 2
-        is_open = promised > tolerance * state.values.abs().clamp(min=LEAST_VALUE)
+        is_open = promised > (tolerance * state.values.abs()).clamp(min=LEAST_DECREASE)
         if not is_open.all():
             solved = ~is_open
             solutions[state.problems[solved]] = state.points[solved]

@@ -234,7 +234,7 @@ CASES = {
     ),
     "baselines": (
         BLOCK + "baselines: [knn, kmeans, knn]\n",
-        ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, ridge, logistic"],
+        ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, logistic, ridge"],
     ),
     "baselines repeated": (
         BLOCK + "baselines: [ridge, ridge]\n",

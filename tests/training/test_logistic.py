@@ -18,7 +18,7 @@ SOURCES = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
 
 def make_set(num_rows, seed, num_features=30):
     generator = torch.Generator().manual_seed(seed)
-    centers = 0.7 * torch.randn(3, num_features, generator=torch.Generator().manual_seed(7))
+    centers = 0.4 * torch.randn(3, num_features, generator=torch.Generator().manual_seed(7))
     labels = torch.arange(num_rows) % 3
     scales = torch.logspace(0, -1.5, num_features)
     parts = {
@@ -156,3 +156,16 @@ def test_rows_of_one_class_need_few_steps(monkeypatch):
     logits = head(TEST.source(("cls",), torch.arange(900)))
     assert logits.isfinite().all()
     assert (logits.argmax(1) == 0).all()
+
+
+def test_strengths_are_weaker_where_one_direction_holds_nearly_all_the_variance():
+    def hidden(features):
+        common = 20 * torch.randn(len(features.labels), 1, generator=torch.Generator().manual_seed(4))
+        return FeatureSet({"cls": features.parts["cls"].float() + common}, features.labels)
+
+    sources = {"cls": ("cls",)}
+    asked = BaselineTask(hidden(TRAIN), hidden(VALIDATION), hidden(TEST), sources, 3, None, Ranking(), 3, False)
+    result = run_logistic(asked)
+    assert result.setting["strength"] < STRENGTHS[0]
+    assert result.num_settings == 3 * 3 + 13 + 12
+    assert (result.test_logits[0].argmax(1) == TEST.labels).float().mean() > 0.6
