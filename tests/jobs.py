@@ -66,18 +66,18 @@ def make_trial(number=0, study="study", setting=None, continues=None, stop_file=
     return TrialSpec(study, number, SETTING | (setting or {}), continues, stop_file)
 
 
-def make_result(trial=None, accuracy=0.5, loss=1.0, num_epochs=1, **changes):
+def make_result(trial=None, accuracy=0.5, loss=None, num_epochs=1, **changes):
     """The result of a trial that got the same in every epoch.
 
     Args:
         trial: TrialSpec; one of the study `study` when left out.
         accuracy: `val/accuracy`.
-        loss: `val/loss`.
+        loss: `val/loss`; if left out, the lower the higher the accuracy is.
         num_epochs: epochs that it trained for.
         changes: fields of TrialResult.
     """
     trial = trial or make_trial()
-    epoch = {"val/accuracy": accuracy, "val/loss": loss, "time/epoch_s": 0.1}
+    epoch = {"val/accuracy": accuracy, "val/loss": 1.5 - accuracy if loss is None else loss, "time/epoch_s": 0.1}
     values = {
         "study": trial.study,
         "number": trial.number,

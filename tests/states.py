@@ -57,7 +57,8 @@ def make_index(num_per_class=40):
     """Three classes; of each one's rows half are train, a quarter validation, a quarter test."""
     labels, quarter = np.repeat(np.arange(3, dtype=np.int32), num_per_class), num_per_class // 4
     splits = (["train"] * 2 * quarter + ["validation"] * quarter + ["test"] * quarter) * 3
-    table = pa.table({"row_id": np.arange(len(labels)), "label": labels, "split": splits})
+    hashes = pa.array([bytes(32)] * len(labels), pa.binary(32))
+    table = pa.table({"row_id": np.arange(len(labels)), "label": labels, "split": splits, "content_hash": hashes})
     return ImageIndex(table, ("a", "b", "c"), (), (), len(labels), "fingerprint")
 
 

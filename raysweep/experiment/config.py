@@ -87,7 +87,11 @@ class Experiment(Section):
     modes: tuple[ModeName, ...] | None = list_of(None, description="Modes to study (default: what suits each encoder).")
     encoders: tuple[EncoderConfig, ...] = list_of(description="The encoders to compare.")
     search: SearchConfig = Field(default_factory=SearchConfig, description="What to search in each mode.")
-    metric: ValidationMetric = Field(default="val/accuracy", description="What trials are ranked by.")
+    metric: ValidationMetric = Field(
+        default="val/accuracy",
+        description="What studies are ranked by; trials too, but by val/loss where this is val/accuracy, which many "
+        "share.",
+    )
     train: TrainConfig = Field(default_factory=TrainConfig, description="Training loop.")
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Workers, CPUs and GPUs.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")

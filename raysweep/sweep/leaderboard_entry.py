@@ -30,6 +30,9 @@ from raysweep.sweep.outcome import (
 from raysweep.sweep.state import SweepState
 from raysweep.worker.job import Job, StudySpec, TestResult
 
+# A higher number makes all studies anew: rows that were chosen or computed in different ways cannot be compared.
+METHOD = 2
+
 
 class LeaderboardEntry(ABC):
     """A study or a baseline: its classifier is chosen on the validation split and then tested once.
@@ -186,7 +189,7 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
     return [
         [state.index.fingerprint, sorted(state.bad_rows)],
         [encoder.spec.to_dict(), encoder.weights, config.kind, config.shots, num_draws],
-        [experiment.metric, experiment.seed],
+        [METHOD, experiment.metric, experiment.seed],
         # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]

@@ -18,7 +18,7 @@ from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location
 from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
-from raysweep.sweep.leaderboard_entry import LeaderboardEntry, open_baseline
+from raysweep.sweep.leaderboard_entry import METHOD, LeaderboardEntry, open_baseline
 from raysweep.sweep.near_copies import warn_of_near_copies
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
@@ -127,7 +127,7 @@ def start_sweep_run(state: SweepState) -> str:
         for name in ("num_trials", "time_budget_s", "population", "baselines", "refit"):
             block.pop(name, None)
     root, recorder = location(state.paths.root), state.recorder
-    key = signature([state.index.fingerprint, settings])
+    key = signature([METHOD, state.index.fingerprint, settings])
     name, tags = state.experiment.name, environment_tags(root)
     run_id, _ = recorder.call(Tracker.start_run, key, name, "sweep", None, tags)
     counts = {split: sum(by_class.values()) for split, by_class in state.index.counts().items()}

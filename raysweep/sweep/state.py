@@ -74,7 +74,7 @@ class SweepState:
 
     @property
     def ranking(self) -> Ranking:
-        """How epochs, trials, baselines and studies are ranked."""
+        """How studies and baselines are ranked; `within_study` says how their trials and epochs are."""
         return Ranking(self.experiment.metric, self.experiment.direction)
 
     @cached_property

@@ -69,7 +69,9 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
         state.journal = open_store(state.paths.optuna_journal, state.progress.warn)
     store = database or state.journal
     assert store is not None
-    found = open_optuna_study(store, name, block, space, state.ranking, experiment.seed, train.warmup_fraction)
+    found = open_optuna_study(
+        store, name, block, space, state.ranking.within_study, experiment.seed, train.warmup_fraction
+    )
     study = Study(state, config, cache, key, draws, run_id, found, head)
     study.log_earlier_trials()
     study.files.remove_leftovers()
@@ -106,7 +108,8 @@ class Study(LeaderboardEntry):
         super().__init__(state, config, cache, key, draws, run_id)
         self.optuna_study, self.head = optuna_study, head
         self.files = TrialFiles(self.folder, state.paths, optuna_study)
-        self.progress = StudyProgress(state.progress, self.name, self.folder, optuna_study)
+        metric = state.ranking.metric
+        self.progress = StudyProgress(state.progress, self.name, self.folder, optuna_study, metric)
         self.num_left = optuna_study.num_remaining
         self.waiting: dict[int, optuna.trial.Trial] = {}
         self.histories: dict[int, list[Mapping[str, float]]] = {}  # logged epochs of trials that still run
@@ -212,7 +215,7 @@ class Study(LeaderboardEntry):
             return
         trial, history = self.waiting.pop(number), self.histories.pop(number, [])
         if result is None and number in self.stopped:
-            result = stopped_result(trial, self.name, history, self.state.ranking)
+            result = stopped_result(trial, self.name, history, self.state.ranking.within_study)
         elif result is None:
             result = TrialResult(self.name, number, dict(trial.params), error=reason)
         if result.checkpoint:

@@ -198,7 +198,7 @@ class StudyGroup:
             num_threads=runs.num_threads,
             gradient_checkpointing=self._checkpoints_gradients(),
             compile=experiment.train.compile,
-            loop=loop_options(experiment, self.mode, state.ranking, precision_of(state, first.config)),
+            loop=loop_options(experiment, self.mode, state.ranking.within_study, precision_of(state, first.config)),
         )
         return self._job
 

@@ -21,11 +21,12 @@ class StudyProgress:
         name: name of the study.
         folder: folder of the study.
         optuna_study: its trials in Optuna.
+        metric: the metric that is shown.
     """
 
-    def __init__(self, progress: Progress, name: str, folder: Path, optuna_study: OptunaStudy) -> None:
+    def __init__(self, progress: Progress, name: str, folder: Path, optuna_study: OptunaStudy, metric: str) -> None:
         self._progress, self._name, self._folder, self._optuna_study = progress, name, folder, optuna_study
-        self._metric, self._scheduler = optuna_study.ranking.metric, optuna_study.block.scheduler
+        self._metric, self._scheduler = metric, optuna_study.block.scheduler
         self.num_done, self.total = optuna_study.num_done, optuna_study.block.num_trials
         self._errors: set[str] = set()
         self._stage: Stage | None = None

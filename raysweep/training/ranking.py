@@ -21,6 +21,14 @@ class Ranking:
     metric: str = "val/accuracy"
     direction: Direction = "maximize"
 
+    @property
+    def within_study(self) -> Ranking:
+        """How the trials, epochs and settings of one study are ranked: by loss where studies are ranked by accuracy.
+
+        Accuracy counts hits, so many trials share the highest one. The loss tells them apart (docs/decisions/0033).
+        """
+        return Ranking("val/loss", "minimize") if self.metric == "val/accuracy" else self
+
     def key(self, metrics: Mapping[str, float], tie_breaker: str = "val/loss") -> tuple[float, float]:
         """Returns a sort key; the largest key is the best, and values that are not finite come last.
 

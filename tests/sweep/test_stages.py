@@ -155,8 +155,8 @@ def test_the_winner_has_a_model_and_the_most_training_images():
     assert winner_of(outcome_of("knn", 0.9, has_model=False), outcome_of("b", 0.9, shots=10)) is None
 
 
-def test_a_sweep_of_before_keeps_its_run(tmp_path):
+def test_a_sweep_of_this_method_keeps_its_run(tmp_path):
     state = make_state(tmp_path)
     stages.start_sweep_run(state)
     (sent,) = state.recorder.of(Tracker.start_run)
-    assert sent[0] == "dcffa806bff52bc9", "the key as the first version made it, without the keys that came later"
+    assert sent[0] == "84124e50819168b2", "the key as it was when METHOD was raised"

@@ -404,7 +404,7 @@ def test_the_job_says_what_the_experiment_asks_for():
     assert job.loop == LoopOptions(
         batch_size=32,
         seed=42,
-        ranking=Ranking(),
+        ranking=Ranking("val/loss", "minimize"),
         patience=7,
         evaluates_start=True,
         precision="fp32",

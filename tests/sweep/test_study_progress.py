@@ -32,7 +32,7 @@ def shown(tmp_path):
     """The progress of a study, its trials, its notes, and what the terminal has."""
     console = Console(file=io.StringIO(), width=200)
     optuna_study = FakeOptunaStudy()
-    progress = StudyProgress(Progress(console), "study", tmp_path, optuna_study)
+    progress = StudyProgress(Progress(console), "study", tmp_path, optuna_study, "val/accuracy")
     notes, show = [], progress.show
     progress.show = lambda note: (notes.append(note), show(note))
     return SimpleNamespace(progress=progress, trials=optuna_study, notes=notes, text=console.file.getvalue)

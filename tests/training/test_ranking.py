@@ -75,3 +75,15 @@ def test_a_ranking_is_a_value():
     assert pickle.loads(pickle.dumps(ranking)) == ranking == Ranking("val/loss", "minimize") != Ranking()
     with pytest.raises(FrozenInstanceError):
         ranking.metric = "val/accuracy"
+
+
+@pytest.mark.parametrize(
+    ("studies", "trials"),
+    [
+        (Ranking(), Ranking("val/loss", "minimize")),
+        (Ranking("val/macro_f1"), Ranking("val/macro_f1")),
+        (Ranking("val/loss", "minimize"), Ranking("val/loss", "minimize")),
+    ],
+)
+def test_within_a_study_accuracy_gives_way_to_loss(studies, trials):
+    assert studies.within_study == trials
