@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import distributed, nn
 
 from benchmarks import fine_tune
+from raysweep.cluster.session import DEFAULTS_OF_OWN_RAY
 
 
 @dataclass(frozen=True, order=True)
@@ -77,9 +79,11 @@ def serve(
 
 
 class TrainingProcesses:
-    """Processes that do the same epoch side by side."""
+    """Processes that do the same epoch side by side, with the environment of a sweep's processes."""
 
     def __init__(self, layout: Layout, block: dict[str, Any], num_rows: int, folder: Path) -> None:
+        for name, value in DEFAULTS_OF_OWN_RAY.items():
+            os.environ.setdefault(name, value)
         context = multiprocessing.get_context("spawn")
         folder.mkdir()
         self.layout, self.pipes, self.members = layout, [], []

@@ -44,6 +44,10 @@ DEFAULTS_OF_OWN_RAY = {
     "RAY_worker_niceness": "0",
     # Threads that spin while they wait take the CPUs from what they wait for (docs/decisions/0026).
     "OMP_WAIT_POLICY": "PASSIVE",
+    # glibc would give large activations back to the system after every layer, and ask for them again.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_ARENA_MAX": "1",
 }
 
 
