@@ -188,7 +188,9 @@ class TrainConfig(Section):
         "the whole share; halved when a GPU runs out of memory).",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where that is faster; training on CPUs stays fp32."
+        default="auto",
+        description="auto: bf16 where that is faster; on CPUs, fine_tune takes the precision of its features, and "
+        "from_scratch stays fp32.",
     )
     early_stopping_patience: Count | None = Field(
         default=None,
