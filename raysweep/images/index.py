@@ -72,6 +72,8 @@ class ImageIndex:
         image_column: Column of the images in Parquet files, None where there are none; for `read_image_bytes`.
         derived_splits: Splits that the source did not have. Their rows were taken from train.
         decode_options: How the images are decoded.
+        groups: int32 `(rows,)`; rows with the same number belong together: by `data.group`, or as copies of one image.
+            None if each row stands alone.
     """
 
     table: pa.Table
@@ -83,6 +85,7 @@ class ImageIndex:
     image_column: str | None = None
     derived_splits: tuple[str, ...] = ()
     decode_options: DecodeOptions = DEFAULT_OPTIONS
+    groups: np.ndarray | None = None
 
     @cached_property
     def row_signature(self) -> str:
@@ -144,6 +147,7 @@ def load_index(data: "DataConfig", seed: int, start_ray: Callable[[], object] | 
         image_column=listing.image_column,
         derived_splits=derived,
         decode_options=options,
+        groups=together.numbers if int(together.numbers.max()) + 1 < len(rows) else None,
     )
 
 

@@ -24,17 +24,19 @@ class SplitRows:
     Attributes:
         ids: int64 `(num_rows,)`, row ids.
         labels: int64 `(num_rows,)`, indices into the classes.
+        groups: int32 `(num_rows,)`, `ImageIndex.groups` of these rows.
     """
 
     ids: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, places: Any) -> SplitRows:
         """Returns the rows at some positions, given as anything that can index a numpy array."""
-        return SplitRows(self.ids[places], self.labels[places])
+        return SplitRows(self.ids[places], self.labels[places], None if self.groups is None else self.groups[places])
 
 
 Rows = Mapping[Split, SplitRows]
@@ -64,7 +66,8 @@ def select_rows(index: ImageIndex, bad_rows: Sequence[BadRow]) -> Rows:
     Raises:
         DataError: a split has no usable image.
     """
-    everything = SplitRows(*(index.table[name].to_numpy().astype(np.int64) for name in ("row_id", "label")))
+    ids, labels = (index.table[name].to_numpy().astype(np.int64) for name in ("row_id", "label"))
+    everything = SplitRows(ids, labels, index.groups)
     splits = np.array(index.table["split"].to_pylist())
     usable = ~np.isin(everything.ids, [row.row_id for row in bad_rows])
     rows: dict[Split, SplitRows] = {}

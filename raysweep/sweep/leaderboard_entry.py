@@ -190,6 +190,8 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
         [state.index.fingerprint, sorted(state.bad_rows)],
         [encoder.spec.to_dict(), encoder.weights, config.kind, config.shots, num_draws],
         [METHOD, experiment.metric, experiment.seed],
+        # Folds keep groups together, also where the splits are those of the source.
+        *([] if experiment.data.group is None else [experiment.model_dump()["data"]["group"]]),
         # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]

@@ -55,7 +55,7 @@ class FeatureRows(Protocol):
 class FeatureSet:
     """Cached features of one split: `parts[name]` is `(num_rows, num_features)`, labels `(num_rows,)` int64.
 
-    Rows with the same number in `groups`, int64 `(num_rows,)`, belong together; without it, each row stands alone.
+    Rows with the same number in `groups`, integers `(num_rows,)`, belong together; without it, each row stands alone.
     """
 
     parts: Mapping[str, FeatureRows]

@@ -98,7 +98,9 @@ def feature_set(job: Job, split: Split, device: torch.device) -> FeatureSet:
         return load_features(fetched(job.cache), rows.ids, list(job.encoder.parts), budget)
 
     parts = _load_once(f"{job.data_key}/{split}", load)
-    return FeatureSet({name: part.to(device) for name, part in parts.items()}, torch.from_numpy(rows.labels).to(device))
+    groups = None if rows.groups is None else torch.from_numpy(rows.groups).to(device)
+    on_device = {name: part.to(device) for name, part in parts.items()}
+    return FeatureSet(on_device, torch.from_numpy(rows.labels).to(device), groups)
 
 
 def pixel_set(job: Job, split: Split, device: torch.device) -> PixelSet:

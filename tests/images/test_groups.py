@@ -84,6 +84,22 @@ def test_a_pattern_for_the_paths_keeps_a_group_in_one_split(folder, pattern):
     check_groups(table, [patient for patient, _, _ in names()])
 
 
+def test_the_index_says_which_rows_belong_together(folder):
+    index = load_index(DataConfig(source=str(folder), group={"pattern": "p([0-9]+)_"}), seed=0)
+    patients = [path.rpartition("/")[2][:3] for path in index.table["path"].to_pylist()]
+    assert len(set(zip(patients, index.groups.tolist(), strict=True))) == NUM_PATIENTS
+    assert len(set(index.groups.tolist())) == NUM_PATIENTS
+    assert load_index(DataConfig(source=str(folder)), seed=0).groups is None
+
+
+def test_copies_of_one_image_belong_together(folder):
+    (folder / "a" / "copy.png").write_bytes((folder / "a" / "p01_v0.png").read_bytes())
+    index = load_index(DataConfig(source=str(folder)), seed=0)
+    paths = [path.rpartition("/")[2] for path in index.table["path"].to_pylist()]
+    assert index.groups[paths.index("copy.png")] == index.groups[paths.index("p01_v0.png")]
+    assert len(set(index.groups.tolist())) == 3 * NUM_PATIENTS
+
+
 def test_without_groups_the_patients_cross_the_splits(folder):
     index = load_index(DataConfig(source=str(write_csv(folder))), seed=0)
     with pytest.raises(AssertionError):

@@ -56,6 +56,14 @@ def test_rows_are_taken_with_their_labels(places):
     assert len(taken) == 2
 
 
+def test_groups_go_with_their_rows():
+    index = index_of()
+    grouped = replace(index, groups=np.arange(len(index.table), dtype=np.int32) // 2)
+    rows = select_rows(grouped, [BadRow(100, "a.jpg", "truncated")])
+    assert all((some.groups == (some.ids - 100) // 2).all() for some in rows.values())
+    assert all(some.groups is None for some in select_rows(index, []).values())
+
+
 # Few-shot draws
 
 

@@ -135,6 +135,13 @@ def test_features_are_those_of_the_splits_rows(probe_job):
         assert feature_set(probe_job, split, CPU).parts["pooled"] is found.parts["pooled"], "they are loaded once"
 
 
+def test_features_know_which_rows_belong_together(probe_job):
+    assert feature_set(probe_job, "train", CPU).groups is None
+    rows = {split: replace(some, groups=some.ids.astype(np.int32) // 3) for split, some in probe_job.rows.items()}
+    found = feature_set(replace(probe_job, rows=rows), "train", CPU)
+    assert found.groups.tolist() == rows["train"].groups.tolist()
+
+
 @pytest.mark.parametrize(("num_bytes", "kind"), [(288, torch.Tensor), (287, DiskRows)])
 def test_all_splits_share_the_memory_for_features(probe_job, num_bytes, kind):
     resources = probe_job.resources.model_copy(update={"feature_memory_gb": num_bytes / 1e9})
