@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raysweep.encoders.head import Head
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.folds import stratified_folds
 from raysweep.training.metrics import MetricSums, validation_metrics
 from raysweep.training.population import FeatureRows, FeatureSet, Subsets
@@ -67,7 +68,7 @@ class BaselineTask:
         """Returns row numbers in train and in validation, one pair for each classifier."""
         device = self.train.labels.device
         if self.subsets is None:
-            return [(all_rows(self.train), _thinned(all_rows(self.validation), MAX_VALIDATION_ROWS))]
+            return [(all_rows(self.train), thinned(all_rows(self.validation), MAX_VALIDATION_ROWS))]
         pairs = zip(self.subsets.train, self.subsets.validation, strict=True)
         return [(train.to(device), validation.to(device)) for train, validation in pairs]
 
@@ -76,7 +77,7 @@ class BaselineTask:
 
         They make none if there are fewer groups than folds, and in a few-shot study.
         """
-        rows = _thinned(all_rows(self.train), MAX_FOLD_ROWS)
+        rows = thinned(all_rows(self.train), MAX_FOLD_ROWS)
         groups = None if self.train.groups is None else [str(group) for group in self.train.groups[rows].tolist()]
         if self.subsets is not None or len(rows if groups is None else set(groups)) < NUM_FOLDS:
             return None
@@ -106,6 +107,7 @@ class BaselineResult:
         validation: metrics on the validation split of classifiers that are fitted to train alone, means over the
             subsets.
         test_logits: float32 `(num_test, num_classes)` per subset, on the CPU; for `knn` log-probabilities.
+        temperatures: one per subset, fitted on the validation rows of classifiers that are fitted to train alone.
         heads: one per subset, on the CPU; none for `knn`.
         seconds: wall time.
         num_settings: number of compared settings.
@@ -114,6 +116,7 @@ class BaselineResult:
     setting: dict[str, Any]
     validation: dict[str, float]
     test_logits: list[Tensor]
+    temperatures: tuple[float, ...]
     heads: tuple[Head, ...]
     seconds: float
     num_settings: int
@@ -136,16 +139,24 @@ def head_result(
         started: `time.perf_counter()` when the baseline began.
     """
     parts = task.sources[setting["features"]]
-    heads, metrics = [], []
+    heads, metrics, temperatures = [], [], []
     for rows, seen in task.draws():
         heads.append(fit_head(task.train, rows))
-        metrics.append(metrics_of(_apply(heads[-1], task.validation, parts, seen), task.validation.labels[seen]))
+        logits, labels = apply_head(heads[-1], task.validation, parts, seen), task.validation.labels[seen]
+        metrics.append(metrics_of(logits, labels))
+        temperatures.append(fit_temperature(logits, labels))
     if task.refits:
         both = joined(task.train, task.validation)
         heads, setting = [fit_head(both, all_rows(both))], setting | REFITTED
-    logits = [_apply(head, task.test, parts, all_rows(task.test)).cpu() for head in heads]
-    on_cpu = tuple(head.cpu() for head in heads)
-    return BaselineResult(setting, mean_of(metrics), logits, on_cpu, time.perf_counter() - started, num_settings)
+    return BaselineResult(
+        setting=setting,
+        validation=mean_of(metrics),
+        test_logits=[apply_head(head, task.test, parts, all_rows(task.test)).cpu() for head in heads],
+        temperatures=tuple(temperatures),
+        heads=tuple(head.cpu() for head in heads),
+        seconds=time.perf_counter() - started,
+        num_settings=num_settings,
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ def all_rows(features: FeatureSet) -> Tensor:
     return torch.arange(len(features.labels), device=features.labels.device)
 
 
-def _thinned(rows: Tensor, limit: int) -> Tensor:
+def thinned(rows: Tensor, limit: int) -> Tensor:
     """Returns at most `limit` rows, evenly spaced."""
     return rows[:: max(1, -(-len(rows) // limit))]
 
@@ -196,6 +207,7 @@ def metrics_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return validation_metrics(sums.compute())
 
 
-def _apply(head: Head, features: FeatureSet, parts: Sequence[str], rows: Tensor) -> Tensor:
+def apply_head(head: Head, features: FeatureSet, parts: Sequence[str], rows: Tensor) -> Tensor:
+    """Returns the logits `(len(rows), num_classes)` of some rows of features."""
     with torch.no_grad():
         return torch.cat([head(features.source(parts, chunk)) for chunk in rows.split(CHUNK_ROWS)])

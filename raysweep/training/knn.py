@@ -19,6 +19,7 @@ from raysweep.training.baseline_task import (
     mean_of,
     metrics_of,
 )
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.population import FeatureSet
 
 NEIGHBOURS = (10, 20)
@@ -35,18 +36,18 @@ def run_knn(task: BaselineTask) -> BaselineResult:
     started = time.perf_counter()
     draws, validation = task.draws(), task.validation
     counts = sorted({min(count, len(draws[0][0])) for count in NEIGHBOURS})
-    best = None
+    labels, best = [validation.labels[seen] for _, seen in draws], None
     for source, parts in task.sources.items():
         nearest = [_neighbours(task.train, rows, validation, seen, parts, counts[-1]) for rows, seen in draws]
         for count in counts:
             votes = [_votes(*near, count, task.num_classes) for near in nearest]
-            labels = [validation.labels[seen] for _, seen in draws]
             metrics = mean_of([metrics_of(*each) for each in zip(votes, labels, strict=True)])
             rank = task.ranking.key(metrics)
             if best is None or rank > best[0]:
-                best = rank, count, source, metrics
+                best = rank, count, source, metrics, votes
     assert best is not None, "an encoder has at least one feature source"
-    _, count, source, metrics = best
+    _, count, source, metrics, votes = best
+    temperatures = tuple(fit_temperature(*each) for each in zip(votes, labels, strict=True))
     setting, known, rows_of = {"k": count, "features": source}, task.train, [rows for rows, _ in draws]
     if task.refits:
         known, setting = joined(known, validation), setting | REFITTED
@@ -54,8 +55,15 @@ def run_knn(task: BaselineTask) -> BaselineResult:
     parts, seen = task.sources[source], all_rows(task.test)
     nearest = [_neighbours(known, rows, task.test, seen, parts, count) for rows in rows_of]
     logits = [_votes(*near, count, task.num_classes).cpu() for near in nearest]
-    num_settings = len(task.sources) * len(counts)
-    return BaselineResult(setting, metrics, logits, (), time.perf_counter() - started, num_settings)
+    return BaselineResult(
+        setting=setting,
+        validation=metrics,
+        test_logits=logits,
+        temperatures=temperatures,
+        heads=(),
+        seconds=time.perf_counter() - started,
+        num_settings=len(task.sources) * len(counts),
+    )
 
 
 def _neighbours(

@@ -16,16 +16,12 @@ from torch.nn import functional as F
 from raysweep.encoders.families import NORMALIZATIONS
 from raysweep.encoders.head import Head
 from raysweep.training.baseline_task import BaselineResult, BaselineTask, HeldOut, head_result
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.eigenbasis import CHUNK_ROWS, Eigenbasis, fit_eigenbasis
 from raysweep.training.population import FeatureSet
 
 # Unit: the mean eigenvalue of the covariance. Twelve per decade, from almost no to almost complete shrinkage.
 STRENGTHS = tuple(10 ** (step / 12) for step in range(-60, 37))
-# Unit: the standard deviation of the scores. Few held-out rows cannot justify a temperature below the first.
-TEMPERATURES = tuple(10 ** (step / 8) for step in range(-12, 13))
-# Weight of an added row whose target is uniform over the classes. On 133 rows of 3 classes, at 99 % accuracy, the test
-# loss was 76 % above its minimum with weight 0, 10 % with 0.3, 39 % with 1; if classes overlap, it hardly matters.
-UNIFORM_ROW_WEIGHT = 0.3
 # Folds that sources and normalisations are compared on, before the strengths of the best are compared on all.
 FIRST_FOLDS = 2
 # The limit for scores (rows x strengths x classes) in memory.
@@ -60,7 +56,7 @@ def run_ridge(task: BaselineTask) -> BaselineResult:
     strength = STRENGTHS[int(_mean_errors(paths, held_out).argmin())]
     scores = [path.scores(held, [strength])[:, 0] for path, held in zip(paths, held_out, strict=True)]
     labels = [held.features.labels[held.rows] for held in held_out]
-    temperature = calibrated_temperature(torch.cat(scores), torch.cat(labels))
+    temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
 
     def fit_head(features: FeatureSet, rows: Tensor) -> Head:
         path = fit_ridge_path(features, rows, task.sources[source], normalize, task.num_classes)
@@ -119,17 +115,3 @@ def fit_ridge_path(
     for chunk in rows.split(CHUNK_ROWS):
         products.addmm_(basis.inputs(train, chunk).T, F.one_hot(train.labels[chunk], num_classes) - prior)
     return RidgePath(basis, prior, basis.vectors.T @ products)
-
-
-def calibrated_temperature(scores: Tensor, labels: Tensor) -> float:
-    """Returns the temperature with the lowest cross-entropy for scores `(num_rows, num_classes)`.
-
-    The added uniform row keeps logits bounded if all of a few rows are right, as the targets of Platt 1999 do.
-    """
-    spread = float(scores.std(correction=0)) or 1.0
-    label_scores, mean_score, losses = scores.gather(1, labels[:, None]).sum(), scores.mean(), []
-    for temperature in (spread * factor for factor in TEMPERATURES):
-        normalizers = (scores / temperature).logsumexp(1)
-        uniform_row_loss = normalizers.mean() - mean_score / temperature
-        losses.append(normalizers.sum() - label_scores / temperature + UNIFORM_ROW_WEIGHT * uniform_row_loss)
-    return spread * TEMPERATURES[int(torch.stack(losses).argmin())]

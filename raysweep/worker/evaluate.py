@@ -9,11 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from raysweep.encoders.head import Classifier
 from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
+from raysweep.images.splits import Split
 from raysweep.storage.copies import local_path, location
-from raysweep.training.baseline_task import BaselineTask
+from raysweep.training.baseline_task import MAX_VALIDATION_ROWS, BaselineTask, all_rows, apply_head, thinned
 from raysweep.training.baselines import RUN_BASELINE
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
 from raysweep.training.loop import predict_rows
@@ -29,7 +32,6 @@ from raysweep.worker.inputs import (
 from raysweep.worker.job import BaselineFit, Job, StudySpec, TestResult, TestWork
 
 FEATURES_PER_THREAD = 2**22  # elements of the train features that a baseline reads
-TEST_ROWS = 4096  # per forward pass of a probe's heads
 
 
 def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
@@ -44,8 +46,8 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
         reset_memory_peaks(device)
         try:
             if name in work.checkpoints:
-                logits = _probe_logits if job.mode.reads == "features" else _classifier_logits
-                result = TestResult(_evaluate(job, logits(job, work.checkpoints[name], device)))
+                test = _test_probe if job.mode.reads == "features" else _test_classifier
+                result = TestResult(test(job, job.studies[name], work.checkpoints[name], device))
             else:
                 result = _run_baseline(job, job.studies[name], device)
         except Exception as error:  # the other studies may still have results
@@ -56,13 +58,13 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
     return tested
 
 
-def _evaluate(job: Job, logits: Sequence[Tensor]) -> TestMetrics:
-    found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels)
-    if broken := [name for name, value in found.values.items() if not math.isfinite(value)]:
+def _evaluate(job: Job, logits: Sequence[Tensor], temperatures: Sequence[float]) -> TestMetrics:
+    found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels, temperatures)
+    if not math.isfinite(found.values["loss"]):  # and then most others are not either
         num_bad = sum(int((~one.isfinite()).any(1).sum()) for one in logits)
         raise TrialError(
-            f"{', '.join(broken)} on the test split are not finite numbers: the classifier's outputs overflow for "
-            f"{num_bad} of its {found.num_rows} images"
+            f"the loss on the test split is not a finite number: the classifier's outputs overflow for {num_bad} of "
+            f"its {found.num_rows} images"
         )
     return found
 
@@ -95,24 +97,34 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
         seconds=result.seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    return TestResult(_evaluate(job, result.test_logits), fit=fit)
+    return TestResult(_evaluate(job, result.test_logits, result.temperatures), fit=fit)
 
 
-def _classifier_logits(job: Job, checkpoint: str, device: torch.device) -> list[Tensor]:
+def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch.device) -> TestMetrics:
     model = build_classifier(job)
     model.load_state_dict(load_checkpoint(local_path(checkpoint))[0])
-    images = pixel_set(job, "test", device)
-    rows = torch.arange(len(images.labels))
-    return [torch.cat([logits.cpu() for _, logits in predict_rows(model.to(device), images, rows, job.loop)])]
+    model.to(device)
+    validation = thinned(torch.arange(len(job.rows["validation"])), MAX_VALIDATION_ROWS)
+    held_out = _classifier_logits(job, model, "validation", validation, device)
+    temperature = fit_temperature(held_out, torch.from_numpy(job.rows["validation"].labels)[validation])
+    test = torch.arange(len(job.rows["test"]))
+    return _evaluate(job, [_classifier_logits(job, model, "test", test, device)], [temperature])
+
+
+def _classifier_logits(job: Job, model: Classifier, split: Split, rows: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([logits.cpu() for _, logits in predict_rows(model, pixel_set(job, split, device), rows, job.loop)])
 
 
 @torch.inference_mode()
-def _probe_logits(job: Job, checkpoint: str, device: torch.device) -> list[Tensor]:
+def _test_probe(job: Job, study: StudySpec, checkpoint: str, device: torch.device) -> TestMetrics:
     heads, source = load_heads(local_path(checkpoint))
-    features, parts = feature_set(job, "test", device), job.encoder.parts_of(source)
-    logits: list[list[Tensor]] = [[] for _ in heads]
-    for rows in torch.arange(len(features.labels), device=device).split(TEST_ROWS):
-        inputs = features.source(parts, rows)
-        for head, scores in zip(heads, logits, strict=True):
-            scores.append(head.to(device)(inputs).cpu())
-    return [torch.cat(scores) for scores in logits]
+    parts, subsets = job.encoder.parts_of(source), subsets_of(study, device)
+    validation, test = (feature_set(job, split, device) for split in ("validation", "test"))
+    seen = thinned(all_rows(validation), MAX_VALIDATION_ROWS)
+    temperatures, logits = [], []
+    for number, head in enumerate(heads):
+        rows = seen if subsets is None else subsets.validation[number]
+        held_out = apply_head(head.to(device), validation, parts, rows)
+        temperatures.append(fit_temperature(held_out, validation.labels[rows]))
+        logits.append(apply_head(head, test, parts, all_rows(test)).cpu())
+    return _evaluate(job, logits, temperatures)

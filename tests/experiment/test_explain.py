@@ -177,6 +177,10 @@ CASES = {
         MINIMAL + "metric: accuracy\n",
         ["metric (line 3): unknown value 'accuracy'; did you mean 'val/accuracy'?"],
     ),
+    "metric of test": (
+        MINIMAL + "metric: val/balanced_acuracy\n",
+        ["metric (line 3): unknown value 'val/balanced_acuracy'; did you mean 'val/balanced_accuracy'?"],
+    ),
     "use_gpu": (
         MINIMAL
         + "resources: {use_gpu: maybe, num_workers: 0, gpus_per_worker: 0, max_concurrent_trials: 1.5, cpus_per_worker: half}\n",

@@ -6,7 +6,14 @@ import pytest
 from pydantic import ValidationError
 
 from raysweep.experiment.config import Experiment, experiment_schema
-from raysweep.experiment.metrics import METRICS, VALIDATION_METRICS, Direction, ValidationMetric, validation_key
+from raysweep.experiment.metrics import (
+    METRICS,
+    TEST_METRICS,
+    VALIDATION_METRICS,
+    Direction,
+    ValidationMetric,
+    validation_key,
+)
 
 
 def experiment(**keys):
@@ -14,10 +21,13 @@ def experiment(**keys):
 
 
 def test_the_table():
-    assert list(METRICS.items()) == [("accuracy", "maximize"), ("macro_f1", "maximize"), ("loss", "minimize")]
+    assert {name for name, direction in TEST_METRICS.items() if direction == "minimize"} == {
+        "brier", "loss", "ece", "calibrated_ece"
+    }  # fmt: skip
+    assert set(TEST_METRICS) - set(METRICS) == {"auroc", "ece", "calibrated_ece"}
     assert set(METRICS.values()) <= set(get_args(Direction))
     assert validation_key("macro_f1") == "val/macro_f1"
-    assert list(VALIDATION_METRICS) == ["val/accuracy", "val/macro_f1", "val/loss"]
+    assert list(VALIDATION_METRICS) == [f"val/{name}" for name in METRICS]
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -27,7 +37,7 @@ def test_an_experiment_may_rank_by_every_metric(name):
     assert found.direction == METRICS[name]
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "test/accuracy", "val/f1"])
+@pytest.mark.parametrize("metric", ["accuracy", "test/accuracy", "val/f1", "val/auroc", "val/ece"])
 def test_other_metrics_are_refused(metric):
     with pytest.raises(ValidationError):
         experiment(metric=metric)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from sklearn.metrics import f1_score, log_loss
+from sklearn.metrics import balanced_accuracy_score, brier_score_loss, f1_score, log_loss
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -13,12 +13,13 @@ from raysweep.encoders.families import NORMALIZATIONS
 from raysweep.experiment.studies import BASELINES
 from raysweep.training import baseline_task, baselines, eigenbasis, knn, ridge
 from raysweep.training.baseline_task import REFITTED, BaselineTask, HeldOut
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.folds import stratified_folds
 from raysweep.training.knn import run_knn
 from raysweep.training.logistic import run_logistic
 from raysweep.training.population import FeatureSet, Subsets
 from raysweep.training.ranking import Ranking
-from raysweep.training.ridge import STRENGTHS, calibrated_temperature, run_ridge
+from raysweep.training.ridge import STRENGTHS, run_ridge
 
 SOURCES = {"cls": ("cls",), "cls+mean": ("cls", "mean")}
 
@@ -100,10 +101,16 @@ def test_neighbours_choose_the_setting_that_is_best_on_validation():
         for count in (10, 20):
             votes = sklearn_votes(inputs(TRAIN, source), inputs(VALIDATION, source), TRAIN.labels.numpy(), count)
             smoothed = (count * votes + 1 / 4) / (count + 1)
+            first = (-smoothed.round(6)).argsort(1, kind="stable")[:, :3]  # of equal votes, the first class
             rows[count, source] = {
                 "val/accuracy": (votes.argmax(1) == VALIDATION.labels.numpy()).mean(),
                 "val/macro_f1": f1_score(VALIDATION.labels, votes.argmax(1), average="macro"),
                 "val/loss": log_loss(VALIDATION.labels, smoothed),
+                "val/balanced_accuracy": balanced_accuracy_score(VALIDATION.labels, votes.argmax(1)),
+                "val/top_k_accuracy": np.mean(
+                    [label in row for label, row in zip(VALIDATION.labels, first, strict=True)]
+                ),
+                "val/brier": brier_score_loss(VALIDATION.labels, smoothed),
             }
     for metric, direction in (("val/accuracy", "maximize"), ("val/macro_f1", "maximize"), ("val/loss", "minimize")):
         result = run(run_knn, ranking=Ranking(metric, direction))
@@ -196,14 +203,23 @@ def test_ridge_is_calibrated():
         assert torch.nn.functional.cross_entropy(result.test_logits[0] * factor, TEST.labels) > loss
 
 
-def test_a_temperature_has_the_lowest_loss():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % 4
-    scores = torch.eye(4)[labels] * 0.2 + 0.1 * torch.randn(400, 4, generator=generator)
-    temperature = calibrated_temperature(scores, labels)
-    loss = torch.nn.functional.cross_entropy(scores / temperature, labels)
-    for factor in (0.7, 1.4):  # a step of the grid is a third
-        assert torch.nn.functional.cross_entropy(scores / temperature * factor, labels) > loss
+@pytest.mark.parametrize("function", [run_knn, run_ridge, run_logistic])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_temperature_is_fitted_on_validation_to_a_classifier_of_train_alone(function, refit):
+    on_validation = run(function, test=VALIDATION)
+    (temperature,) = run(function, refit=refit).temperatures
+    assert temperature == pytest.approx(fit_temperature(on_validation.test_logits[0], VALIDATION.labels), rel=1e-4)
+
+
+@pytest.mark.parametrize("function", [run_knn, run_ridge, run_logistic])
+def test_each_draw_has_a_temperature_of_its_own_validation_rows(function):
+    on_validation = run(function, test=VALIDATION, subsets=SUBSETS)
+    expected = [
+        fit_temperature(logits[rows], VALIDATION.labels[rows])
+        for logits, rows in zip(on_validation.test_logits, SUBSETS.validation, strict=True)
+    ]
+    assert run(function, subsets=SUBSETS).temperatures == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == len(SUBSETS.validation)
 
 
 def test_few_rows_that_are_all_right_do_not_make_it_certain():
@@ -288,7 +304,7 @@ def test_ridge_is_fitted_to_each_subset_alone_with_one_setting():
         labels.append(VALIDATION.labels[seen])
         paths.append(path)
     assert result.setting["strength"] == STRENGTHS[int(torch.stack(errors).mean(0).argmin())]
-    temperature = calibrated_temperature(torch.cat(scores), torch.cat(labels))
+    temperature = fit_temperature(torch.cat(scores), torch.cat(labels))
     for path, logits, head in zip(paths, result.test_logits, result.heads, strict=True):
         expected = path.head(result.setting["strength"], temperature)
         torch.testing.assert_close(head.weight, expected.weight, atol=1e-4, rtol=1e-4)

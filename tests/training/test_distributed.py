@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raysweep.encoders.base import Encoder
 from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
+from raysweep.experiment.metrics import VALIDATION_METRICS
 from raysweep.training import distributed
 from raysweep.training.augment import Augmentation
 from raysweep.training.checkpoint import load_checkpoint
@@ -166,7 +167,7 @@ def workers(tmp_path_factory):
 
 
 def losses(history):
-    measured = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1", "train/learning_rate")
+    measured = ("train/loss", "train/learning_rate", *VALIDATION_METRICS)
     return [{name: epoch[name] for name in measured if name in epoch} for epoch in history]
 
 

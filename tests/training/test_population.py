@@ -2,7 +2,13 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    top_k_accuracy_score,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -86,6 +92,9 @@ def train_alone(setting, num_rows):
                 "val/loss": F.cross_entropy(logits, validation.labels).item(),
                 "val/accuracy": accuracy_score(validation.labels, predicted),
                 "val/macro_f1": f1_score(validation.labels, predicted, average="macro"),
+                "val/balanced_accuracy": balanced_accuracy_score(validation.labels, predicted),
+                "val/top_k_accuracy": top_k_accuracy_score(validation.labels, logits, k=NUM_CLASSES - 1),
+                "val/brier": brier_score_loss(validation.labels, logits.double().softmax(1)),
             }
         )
     return layer, history

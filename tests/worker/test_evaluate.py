@@ -12,8 +12,10 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
+from raysweep.training import baseline_task
 from raysweep.training.baseline_task import BaselineTask
 from raysweep.training.baselines import RUN_BASELINE
+from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
@@ -56,21 +58,30 @@ def save(path, heads):
     return str(path)
 
 
-def scores(job, heads):
-    features = feature_set(job, "test", CPU).source(("pooled",), torch.arange(12))
+def scores(job, heads, split="test"):
+    features = feature_set(job, split, CPU).source(("pooled",), torch.arange(12))
     return [head(features).detach().numpy() for head in heads]
 
 
 @pytest.mark.parametrize("rows_at_once", [5, 4096])
 def test_probes_are_tested_by_the_heads_that_they_chose(job, tmp_path, monkeypatch, rows_at_once):
-    monkeypatch.setattr(evaluate, "TEST_ROWS", rows_at_once)
+    monkeypatch.setattr(baseline_task, "CHUNK_ROWS", rows_at_once)
     one, two = make_heads(1), make_heads(2)
     chosen = {"probe-few": save(tmp_path / "few", two), "probe-all": save(tmp_path / "all", one)}
     found = run_test(job, test_work(checkpoints=chosen))
     labels = job.rows["test"].labels
     assert list(found) == ["probe-few", "probe-all"]
-    assert found["probe-all"].metrics == evaluate_test(scores(job, one), labels)
-    assert found["probe-few"].metrics == evaluate_test(scores(job, two), labels)
+    # Each head has a temperature of the validation rows that it was chosen on.
+    seen = {"probe-all": [np.arange(12)], "probe-few": DRAWS.validation}
+    for name, heads in (("probe-all", one), ("probe-few", two)):
+        held_out = [
+            validation_scores[rows]
+            for validation_scores, rows in zip(scores(job, heads, "validation"), seen[name], strict=True)
+        ]
+        targets = [job.rows["validation"].labels[rows] for rows in seen[name]]
+        fitted = [fit_temperature(*map(torch.from_numpy, pair)) for pair in zip(held_out, targets, strict=True)]
+        assert found[name].metrics.temperatures == pytest.approx(fitted, rel=1e-5)
+        assert found[name].metrics == evaluate_test(scores(job, heads), labels, found[name].metrics.temperatures)
     assert (found["probe-all"].metrics.num_seeds, found["probe-few"].metrics.num_seeds) == (1, 2)
     for result in found.values():
         assert (result.fit, result.error, result.peak_gpu_memory_bytes) == (None, None, 0)
@@ -93,7 +104,9 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
         assert fit.validation == pytest.approx(expected.validation, abs=1e-5)
         logits = [one.numpy() for one in expected.test_logits]
         labels = job.rows["test"].labels
-        assert result.metrics.values == pytest.approx(evaluate_test(logits, labels).values, abs=1e-5)
+        assert result.metrics.values == pytest.approx(
+            evaluate_test(logits, labels, expected.temperatures).values, abs=1e-5
+        )
         assert result.metrics.num_seeds == (2 if shots == "few" else 1)
         assert min(fit.seconds, fit.peak_memory_bytes) > 0
         assert result.error is None
@@ -145,8 +158,11 @@ def test_a_classifier_is_tested_with_the_weights_of_its_checkpoint(tmp_path):
     job = replace(job, head=save(tmp_path / "probe", make_heads(1)))
     (result,) = run_test(job, test_work(checkpoints={"study": str(tmp_path / "best.safetensors")})).values()
     logits = predict_logits(tuned, torch.from_numpy(pixels[24:]))
-    expected = evaluate_test(logits.numpy(), job.rows["test"].labels)
+    held_out = predict_logits(tuned, torch.from_numpy(pixels[12:24]))
+    temperature = fit_temperature(held_out, torch.from_numpy(job.rows["validation"].labels))
+    expected = evaluate_test(logits.numpy(), job.rows["test"].labels, [temperature])
     assert result.error is None
+    assert result.metrics.temperatures == (pytest.approx(temperature, rel=1e-3),)
     assert result.metrics.values == pytest.approx(expected.values, abs=1e-4)
     assert result.metrics.confusion_matrix == expected.confusion_matrix
 
@@ -158,7 +174,7 @@ def test_a_head_that_overflows_fails_its_own_test(job, tmp_path):
     chosen = {"probe-all": save(tmp_path / "broken", [broken]), "probe-few": save(tmp_path / "fine", [fine])}
     found = run_test(job, test_work(checkpoints=chosen))
     assert found["probe-all"].error == (
-        "TrialError: accuracy, macro_f1, loss on the test split are not finite numbers: the classifier's outputs "
-        "overflow for 12 of its 12 images"
+        "TrialError: the loss on the test split is not a finite number: the classifier's outputs overflow for 12 of "
+        "its 12 images"
     )
     assert found["probe-few"].error is None
