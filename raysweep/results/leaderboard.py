@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raysweep.errors import printable
+from raysweep.experiment.metrics import TEST_METRICS
 from raysweep.experiment.space import Setting
 from raysweep.storage.paths import write_csv, write_json
 from raysweep.training.best_set import may_be_best
@@ -23,8 +24,21 @@ UNEVEN = 2.0  # the largest class has this many times the images of the smallest
 
 
 @dataclass(frozen=True, slots=True)
+class ClassMetrics:
+    """Metrics of one class on test.
+
+    Attributes:
+        precision: share of the images that are predicted to be of the class which are; None if none is predicted.
+        recall: share of the images of the class that are predicted to be; None if there are none.
+    """
+
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the leaderboard; the fields are its columns.
+    """One row of the leaderboard; the fields are its columns, and so is each of `test_metrics`.
 
     Attributes:
         study: name of the study or baseline.
@@ -54,6 +68,9 @@ class Row:
             naming it.
         test_smallest_class: share of the test images that are of the smallest class.
         is_recommended: whether it took the least time to train of the rows that may be the best.
+        test_metrics: metrics on test (`experiment.metrics.TEST_METRICS`), columns `test_<name>`; empty if an earlier
+            version tested it.
+        test_per_class: metrics by class, not in the CSV table; empty as well.
     """
 
     study: str
@@ -81,6 +98,8 @@ class Row:
     test_largest_class: float = 0.0
     test_smallest_class: float = 0.0
     is_recommended: bool = False
+    test_metrics: Mapping[str, float] = field(default_factory=dict)
+    test_per_class: Mapping[str, ClassMetrics] = field(default_factory=dict)
 
     @property
     def is_uneven(self) -> bool:
@@ -116,11 +135,23 @@ def rank_rows(
 
 
 def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> None:
-    """Writes the rows as a JSON list, and as a CSV table with `best_params` as JSON."""
-    records = [asdict(row) for row in rows]
+    """Writes the rows as a JSON list, and as a CSV table: with `best_params` as JSON, without `test_per_class`."""
+    records = [_record(row) for row in rows]
     write_json(json_path, records)
+    columns = [name for name in _COLUMNS if name != "test_per_class"]
     cells = [{**record, "best_params": json.dumps(record["best_params"])} for record in records]
-    write_csv(csv_path, [column.name for column in fields(Row)], [list(record.values()) for record in cells])
+    write_csv(csv_path, columns, [[record[name] for name in columns] for record in cells])
+
+
+_FIELDS = [column.name for column in fields(Row) if column.name != "test_metrics"]
+_COLUMNS = [*_FIELDS, *(name for name in map("test_{}".format, TEST_METRICS) if name not in _FIELDS)]
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """Returns the row's columns by name; a metric that is not known or not defined is None."""
+    values = asdict(row)
+    metrics = {f"test_{name}": value for name, value in values.pop("test_metrics").items()}
+    return {name: values.get(name, metrics.get(name)) for name in _COLUMNS}
 
 
 def render_leaderboard(rows: Sequence[Row]) -> Table:

@@ -37,6 +37,7 @@ def export_model(
     classes: Sequence[str],
     about: dict[str, Any],
     options: DecodeOptions = DEFAULT_OPTIONS,
+    temperature: float = 1.0,
 ) -> None:
     """Writes a model folder, and replaces an older one completely.
 
@@ -47,6 +48,7 @@ def export_model(
         classes: class names, in the order of the logits.
         about: origin of the model, JSON-able.
         options: how its images were decoded.
+        temperature: divides the logits before the softmax.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -60,6 +62,7 @@ def export_model(
             "encoder": classifier.encoder.spec.to_dict(),
             "head": classifier.head.spec(),
             "features": classifier.source,
+            "temperature": temperature,
             "checksum": checksum_of(temporary / WEIGHTS),
             "about": about,
         }
@@ -85,11 +88,13 @@ class Model:
         classifier: the encoder and the head.
         labels: the class names.
         decode_options: how images are decoded, as those that the model was trained on.
+        temperature: divides the logits before the softmax; models of earlier versions have 1.
     """
 
     classifier: Classifier
     labels: tuple[str, ...]
     decode_options: DecodeOptions = DEFAULT_OPTIONS
+    temperature: float = 1.0
 
     def preprocess(self, image: bytes) -> np.ndarray:
         """Decodes and resizes an encoded image to uint8 `(height, width, 3)`.
@@ -107,8 +112,9 @@ class Model:
         return torch.cat(results) if results else torch.empty(0, len(self.labels))
 
     def probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns float32 softmax probabilities `(len(pixels), num_classes)` of images from `preprocess`."""
-        return self.logits(pixels).softmax(-1).numpy()
+        """Returns float64 probabilities `(len(pixels), num_classes)` of images from `preprocess`."""
+        # In float32, probabilities of classes with almost equal logits could become equal, and argmax another class.
+        return (self.logits(pixels).double() / self.temperature).softmax(-1).numpy()
 
 
 def load_model(folder: Path) -> Model:
@@ -137,7 +143,8 @@ def load_model(folder: Path) -> Model:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         ways = "the sweep that made it exports it again"
         raise RaysweepError(f"{folder}: the exported model is damaged ({reason}); {ways}") from error
-    return Model(classifier.eval().requires_grad_(False), description.labels, options)
+    classifier.eval().requires_grad_(False)
+    return Model(classifier, description.labels, options, description.temperature)
 
 
 def is_intact(folder: Path) -> bool:
@@ -182,7 +189,7 @@ class PyfuncModel:
                 pixels.append(self.model.preprocess(bytes(image)))
             except DataError as error:
                 raise DataError(f"row {row}: {error}") from error
-        probabilities = self.model.probabilities(pixels).astype(float)
+        probabilities = self.model.probabilities(pixels)
         columns = {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.model.labels)}
         labels = [self.model.labels[i] for i in probabilities.argmax(1)]
         return pd.DataFrame({"label": labels, "probability": probabilities.max(1), **columns})

@@ -90,6 +90,7 @@ class ModelDescription(BaseModel):
         head: shape and normalisation of the head.
         features: the feature source that the head reads.
         images: how images are decoded; None for the default.
+        temperature: divides the logits before the softmax.
         checksum: CRC-32 of `model.safetensors`; None in models of earlier versions.
         about: origin of the model.
     """
@@ -102,6 +103,7 @@ class ModelDescription(BaseModel):
     head: HeadPart
     features: str
     images: dict[str, Any] | None = None
+    temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     checksum: int | None = None
     about: dict[str, Any] = {}
 

@@ -58,7 +58,7 @@ class LoggedOutcome:
 
     Attributes:
         metrics: final metrics.
-        confusion_matrix: `labels` and `counts`.
+        confusion_matrix: `labels` and `counts`, and `precision` and `recall` of each class.
         tags: best setting and best trial.
         classes: class names, in the order of the logits.
         checkpoint: location of the weights; None if there are none.

@@ -17,7 +17,7 @@ from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
-from raysweep.results.leaderboard import Row, describe_setting
+from raysweep.results.leaderboard import ClassMetrics, Row, describe_setting
 from raysweep.results.model import DESCRIPTION, export_model, is_intact
 from raysweep.results.tracking import LoggedOutcome, Tracker
 from raysweep.storage.copies import local_path, location
@@ -227,6 +227,8 @@ def _row(
         model_path=None,
         test_largest_class=_class_shares(test.confusion_matrix)[-1],
         test_smallest_class=_class_shares(test.confusion_matrix)[0],
+        test_metrics=test.values,
+        test_per_class=dict(zip(state.index.classes, _class_metrics(test.confusion_matrix), strict=True)),
     )
 
 
@@ -234,6 +236,18 @@ def _class_shares(confusion_matrix: Sequence[Sequence[int]]) -> list[float]:
     """Returns the share of each class in the test split, the smallest first."""
     counts = sorted(sum(row) for row in confusion_matrix)
     return [count / sum(counts) for count in counts]
+
+
+def _class_metrics(confusion_matrix: Sequence[Sequence[int]]) -> list[ClassMetrics]:
+    """Returns precision and recall of each class, from the counts of all few-shot draws together."""
+    predicted = [sum(column) for column in zip(*confusion_matrix, strict=True)]
+    return [
+        ClassMetrics(
+            precision=row[number] / predicted[number] if predicted[number] else None,
+            recall=row[number] / sum(row) if any(row) else None,
+        )
+        for number, row in enumerate(confusion_matrix)
+    ]
 
 
 def _val_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -255,9 +269,16 @@ def _export(
     test: TestMetrics,
     more: Mapping[str, Any],
 ) -> None:
-    """Writes the study's model folder. The test accuracy in it is that of the exported draw."""
+    """Writes the study's model folder. Test accuracy and temperature in it are those of the exported draw."""
     about = {"study": config.name, "key": key, **more, "setting": setting, "test_accuracy": test.accuracies[0]}
-    export_model(state.paths.model(config.name), classifier, state.index.classes, about, state.index.decode_options)
+    export_model(
+        state.paths.model(config.name),
+        classifier,
+        state.index.classes,
+        about,
+        state.index.decode_options,
+        test.temperatures[0],
+    )
 
 
 def _add_encoder_weights(checkpoint: Path, classifier: Classifier) -> None:
@@ -281,19 +302,25 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
     row, test = outcome.row, outcome.test
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
+    temperature = {"val/temperature": test.temperatures[0]} if test.temperatures else {}
     cost = {
         "time/train_s": row.train_seconds,
         "memory/peak_bytes": row.peak_memory_bytes,
         "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
         "train/images_per_second": row.images_per_second,
     }
-    classes = list(state.index.classes)
+    classes, per_class = list(state.index.classes), _class_metrics(test.confusion_matrix)
     tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
     if outcome.best_trial is not None:
         tags["raysweep.best_trial"] = str(outcome.best_trial)
     logged = LoggedOutcome(
-        metrics={**outcome.validation, **tested, **interval, **cost},
-        confusion_matrix={"labels": classes, "counts": test.confusion_matrix},
+        metrics={**outcome.validation, **tested, **interval, **temperature, **cost},
+        confusion_matrix={
+            "labels": classes,
+            "counts": test.confusion_matrix,
+            "precision": [one.precision for one in per_class],
+            "recall": [one.recall for one in per_class],
+        },
         tags=tags,
         classes=classes,
         checkpoint=outcome.checkpoint,

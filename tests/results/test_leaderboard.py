@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from raysweep.experiment.metrics import TEST_METRICS
 from raysweep.results.leaderboard import (
+    ClassMetrics,
     Row,
     describe_seconds,
     describe_setting,
@@ -106,13 +108,39 @@ def test_a_row_of_which_it_is_not_known_where_it_is_right_is_not_left_out():
 def test_the_files_hold_the_same_rows(rows, tmp_path):
     write_leaderboard(rows, tmp_path / "new" / "board.json", tmp_path / "new" / "board.csv")
     from_json = json.loads((tmp_path / "new" / "board.json").read_text())
-    assert from_json == [asdict(row) for row in rows]
+    columns = [column.name for column in fields(Row) if column.name != "test_metrics"]
+    assert [{name: row[name] for name in columns} for row in from_json] == [
+        {name: value for name, value in asdict(row).items() if name != "test_metrics"} for row in rows
+    ]
     with (tmp_path / "new" / "board.csv").open(newline="") as file:
         from_csv = list(csv.DictReader(file))
-    assert list(from_json[0]) == list(from_csv[0]) == [column.name for column in fields(Row)]
+    assert [name for name in from_json[0] if name != "test_per_class"] == list(from_csv[0])
+    assert list(from_json[0])[: len(columns)] == columns
     assert [row["study"] for row in from_csv] == ["best", "close", "worst"]
     assert json.loads(from_csv[0]["best_params"]) == rows[0].best_params
     assert float(from_csv[0]["test_accuracy"]) == 0.90
+
+
+def test_each_metric_of_test_is_a_column_and_those_of_a_class_are_in_the_json(tmp_path):
+    metrics = {name: number / 16 for number, name in enumerate(TEST_METRICS, start=1)}
+    per_class = {"cat": ClassMetrics(0.5, 0.25), "dog": ClassMetrics(None, 0.0)}
+    accuracies = {"test_accuracy": metrics["accuracy"], "test_macro_f1": metrics["macro_f1"]}
+    row = make_row("a", 0.5, **accuracies, test_metrics=metrics, test_per_class=per_class)
+    of_one_class = replace(row, test_metrics={name: metrics[name] for name in metrics if name != "auroc"})
+    earlier = make_row("b", 0.5)
+    write_leaderboard([row, of_one_class, earlier], tmp_path / "board.json", tmp_path / "board.csv")
+    from_json = json.loads((tmp_path / "board.json").read_text())
+    with (tmp_path / "board.csv").open(newline="") as file:
+        from_csv = list(csv.DictReader(file))
+    for name, value in metrics.items():
+        assert from_json[0][f"test_{name}"] == float(from_csv[0][f"test_{name}"]) == value
+    assert [one["test_auroc"] for one in (from_json[1], from_csv[1])] == [None, ""]
+    assert [one["test_brier"] for one in (from_json[2], from_csv[2])] == [None, ""]
+    assert from_json[2]["test_macro_f1"] == 0.5
+    assert from_json[0]["test_per_class"] == {
+        "cat": {"precision": 0.5, "recall": 0.25}, "dog": {"precision": None, "recall": 0.0}
+    }  # fmt: skip
+    assert "test_per_class" not in from_csv[0]
 
 
 def test_a_figure_that_is_not_json_is_refused_before_a_file_is_touched(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import DataError, EncoderError, RaysweepError
 from raysweep.images.decode import DecodeOptions, decode_image
 from raysweep.images.pixel_depth import WhiteLevels
-from raysweep.results.model import PyfuncModel, export_model, is_intact, load_model, remove_unfinished
+from raysweep.results.model import Model, PyfuncModel, export_model, is_intact, load_model, remove_unfinished
 from raysweep.training.loop import predict_logits
 
 MOBILENET = Path(__file__).resolve().parents[2].parent / "shared" / "weights" / "mobilenet_v2"
@@ -167,6 +168,36 @@ def test_an_export_says_where_it_comes_from(exported):
     assert encoder_from_spec(EncoderSpec.from_dict(description["encoder"])).spec == spec
 
 
+# Temperature
+
+
+def test_a_temperature_divides_the_logits_and_changes_no_label(tmp_path):
+    export_model(tmp_path / "model", make_classifier(), CLASSES, {}, temperature=2.5)
+    model = load_model(tmp_path / "model")
+    pixels = [model.preprocess(image_bytes(number)) for number in range(20)]
+    logits = model.logits(pixels).double().numpy()
+    expected = np.exp(logits / 2.5) / np.exp(logits / 2.5).sum(1, keepdims=True)
+    np.testing.assert_allclose(model.probabilities(pixels), expected, rtol=1e-6)
+    assert np.array_equal(model.probabilities(pixels).argmax(1), logits.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 31.0])
+def test_almost_equal_logits_keep_their_order(exported, monkeypatch, temperature):
+    model = replace(load_model(exported), temperature=temperature)
+    logits = torch.tensor([[0.01, 0.010000001, 0.0]])
+    assert logits.argmax() == 1
+    monkeypatch.setattr(Model, "logits", lambda *_: logits)
+    assert model.probabilities([]).argmax() == 1
+
+
+def test_a_model_of_an_earlier_version_has_temperature_one(exported):
+    edit(exported, temperature=None)
+    model = load_model(exported)
+    pixels = [model.preprocess(image_bytes())]
+    assert model.temperature == 1.0
+    np.testing.assert_allclose(model.probabilities(pixels), model.logits(pixels).softmax(-1).numpy(), rtol=1e-6)
+
+
 # Folders that are no models
 
 
@@ -225,6 +256,8 @@ TAMPERED = {
     "an unknown key": lambda folder: preprocessing(folder, code="x"),
     "an unknown part": lambda folder: part(folder, "encoder", sources={"pooled": ["other"]}),
     "a part of no size": lambda folder: part(folder, "encoder", parts={"pooled": -1}),
+    "temperature zero": lambda folder: edit(folder, temperature=0),
+    "no temperature": lambda folder: edit(folder, temperature=float("nan")),
     "other features": lambda folder: edit(folder, features="other"),
     "labels of numbers": lambda folder: edit(folder, labels=[1, 2, 3]),
     "a label that is no text": lambda folder: edit(folder, labels=["\ud800", "b", "c"]),

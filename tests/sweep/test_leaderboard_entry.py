@@ -1,17 +1,22 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from jobs import make_job
+from sklearn.metrics import precision_recall_fscore_support
 from states import CACHE, FakeRecorder, make_state, make_tested
 
 from raysweep.encoders.head import Head
+from raysweep.experiment.metrics import TEST_METRICS
 from raysweep.images.index import BadRow
+from raysweep.results.leaderboard import ClassMetrics
 from raysweep.results.model import load_model
 from raysweep.results.tracking import Tracker
 from raysweep.sweep.leaderboard_entry import open_baseline
 from raysweep.sweep.study import open_study
+from raysweep.training.evaluation import evaluate_test
 from raysweep.worker.inputs import save_heads
 from raysweep.worker.job import BaselineFit
 
@@ -107,13 +112,48 @@ def test_a_baseline_that_is_a_head_is_exported(open_state, tmp_path):
     baseline = baseline_of(open_state(recorder), "ridge")
     save_heads(tmp_path / "best.safetensors", [Head(4, 3)], "pooled", {})
     setting = {"strength": 0.3, "features": "pooled", "normalize": "none"}
-    baseline.settle(baseline_result(setting, str(tmp_path / "best.safetensors")), JOB)
+    tested = baseline_result(setting, str(tmp_path / "best.safetensors"))
+    tested = replace(tested, metrics=replace(tested.metrics, temperatures=(0.25,)))
+    baseline.settle(tested, JOB)
     outcome = baseline.conclude()
     assert outcome.model_uri == "models:/m-1"
-    assert load_model(baseline.state.paths.model("dinov2-ridge")).labels == ("a", "b", "c")
+    model = load_model(baseline.state.paths.model("dinov2-ridge"))
+    assert (model.labels, model.temperature) == (("a", "b", "c"), 0.25)
+    ((_, logged),) = recorder.of(Tracker.log_outcome)
+    assert logged.metrics["val/temperature"] == 0.25
     again = baseline_of(open_state(), "ridge")
     assert again.is_settled
     assert again.conclude().row.best_params == setting
+
+
+def test_a_row_has_every_metric_and_those_of_each_class(open_state):
+    recorder = FakeRecorder()
+    baseline = baseline_of(open_state(recorder), "knn")
+    tested = baseline_result({"k": 10})
+    # Nothing is predicted as c, and no row is of b.
+    counts = ((6, 2, 0), (0, 0, 0), (1, 1, 0))
+    baseline.settle(replace(tested, metrics=replace(tested.metrics, confusion_matrix=counts)), JOB)
+    row = baseline.conclude().row
+    assert row.test_metrics == tested.metrics.values
+    assert row.test_per_class == {
+        "a": ClassMetrics(6 / 7, 6 / 8), "b": ClassMetrics(0.0, None), "c": ClassMetrics(None, 0.0)
+    }  # fmt: skip
+    ((_, logged),) = recorder.of(Tracker.log_outcome)
+    assert {name: logged.metrics[f"test/{name}"] for name in TEST_METRICS} == row.test_metrics
+    assert logged.confusion_matrix == {
+        "labels": ["a", "b", "c"], "counts": counts, "precision": [6 / 7, 0.0, None], "recall": [6 / 8, None, 0.0]
+    }  # fmt: skip
+
+
+def test_precision_and_recall_are_those_of_scikit_learn(open_state):
+    baseline = baseline_of(open_state(), "knn")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(60, 3)).astype(np.float32), rng.integers(0, 3, 60)
+    baseline.settle(replace(baseline_result({"k": 10}), metrics=evaluate_test(logits, labels)), JOB)
+    found = baseline.conclude().row.test_per_class
+    precision, recall, _, _ = precision_recall_fscore_support(labels, logits.argmax(1))
+    assert [one.precision for one in found.values()] == pytest.approx(precision, abs=1e-6)
+    assert [one.recall for one in found.values()] == pytest.approx(recall, abs=1e-6)
 
 
 def test_a_worker_is_told_which_baseline_it_is(open_state):

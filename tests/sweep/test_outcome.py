@@ -5,7 +5,7 @@ import pytest
 from states import make_tested
 
 from raysweep.errors import DataError
-from raysweep.results.leaderboard import Row
+from raysweep.results.leaderboard import ClassMetrics, Row
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.outcome import Outcome, read_outcome, write_outcome
 from raysweep.training.evaluation import TestMetrics
@@ -71,7 +71,12 @@ BASELINE = Outcome(
 )
 
 
-@pytest.mark.parametrize("outcome", [PROBE, BASELINE, replace(PROBE, test=make_tested().metrics)])
+NOW = make_tested().metrics
+PER_CLASS = {"a": ClassMetrics(0.5, None), "b": ClassMetrics(None, 1.0)}
+TESTED = replace(PROBE, test=NOW, row=replace(ROW, test_metrics=NOW.values, test_per_class=PER_CLASS))
+
+
+@pytest.mark.parametrize("outcome", [PROBE, BASELINE, TESTED])
 def test_an_outcome_is_read_as_it_was_written(tmp_path, outcome):
     path = tmp_path / "new" / "result.json"
     assert read_outcome(path) is None
