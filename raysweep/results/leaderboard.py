@@ -36,6 +36,18 @@ class ClassMetrics:
     recall: float | None
 
 
+def class_metrics(confusion_matrix: Sequence[Sequence[int]]) -> list[ClassMetrics]:
+    """Returns precision and recall of each class, from counts: row true class, column predicted class."""
+    predicted = [sum(column) for column in zip(*confusion_matrix, strict=True)]
+    return [
+        ClassMetrics(
+            precision=row[number] / predicted[number] if predicted[number] else None,
+            recall=row[number] / sum(row) if any(row) else None,
+        )
+        for number, row in enumerate(confusion_matrix)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of the leaderboard; the fields are its columns, and so is each of `test_metrics`.

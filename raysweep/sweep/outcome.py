@@ -17,7 +17,7 @@ from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
-from raysweep.results.leaderboard import ClassMetrics, Row, describe_setting
+from raysweep.results.leaderboard import Row, class_metrics, describe_setting
 from raysweep.results.model import DESCRIPTION, export_model, is_intact
 from raysweep.results.tracking import LoggedOutcome, Tracker
 from raysweep.storage.copies import local_path, location
@@ -228,7 +228,7 @@ def _row(
         test_largest_class=_class_shares(test.confusion_matrix)[-1],
         test_smallest_class=_class_shares(test.confusion_matrix)[0],
         test_metrics=test.values,
-        test_per_class=dict(zip(state.index.classes, _class_metrics(test.confusion_matrix), strict=True)),
+        test_per_class=dict(zip(state.index.classes, class_metrics(test.confusion_matrix), strict=True)),
     )
 
 
@@ -236,18 +236,6 @@ def _class_shares(confusion_matrix: Sequence[Sequence[int]]) -> list[float]:
     """Returns the share of each class in the test split, the smallest first."""
     counts = sorted(sum(row) for row in confusion_matrix)
     return [count / sum(counts) for count in counts]
-
-
-def _class_metrics(confusion_matrix: Sequence[Sequence[int]]) -> list[ClassMetrics]:
-    """Returns precision and recall of each class, from the counts of all few-shot draws together."""
-    predicted = [sum(column) for column in zip(*confusion_matrix, strict=True)]
-    return [
-        ClassMetrics(
-            precision=row[number] / predicted[number] if predicted[number] else None,
-            recall=row[number] / sum(row) if any(row) else None,
-        )
-        for number, row in enumerate(confusion_matrix)
-    ]
 
 
 def _val_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -309,7 +297,7 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
         "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
         "train/images_per_second": row.images_per_second,
     }
-    classes, per_class = list(state.index.classes), _class_metrics(test.confusion_matrix)
+    classes, per_class = list(state.index.classes), class_metrics(test.confusion_matrix)
     tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
     if outcome.best_trial is not None:
         tags["raysweep.best_trial"] = str(outcome.best_trial)
