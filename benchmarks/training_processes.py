@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 
 from benchmarks import fine_tune
-from raysweep.cluster.session import DEFAULTS_OF_OWN_RAY
+from raysweep.cluster.own_ray import PROCESS_SETTINGS
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +82,7 @@ class TrainingProcesses:
     """Processes that do the same epoch side by side, with the environment of a sweep's processes."""
 
     def __init__(self, layout: Layout, block: dict[str, Any], num_rows: int, folder: Path) -> None:
-        for name, value in DEFAULTS_OF_OWN_RAY.items():
+        for name, value in PROCESS_SETTINGS.items():
             os.environ.setdefault(name, value)
         context = multiprocessing.get_context("spawn")
         folder.mkdir()

@@ -81,8 +81,10 @@ def test_frozen_is_frozen_and_trainable_trains_everything(tmp_path):
         ],
         "search": {
             "linear_probe": {"num_trials": 2, "space": {"epochs": 2}, "baselines": []},
-            "fine_tune": {"num_trials": 1, "space": {"learning_rate": 1e-3, "epochs": 1, "layer_decay": 1.0}},
+            "fine_tune": {"num_trials": 1, "space": {"learning_rate": 1e-3, "epochs": 3, "layer_decay": 1.0}},
         },
+        # Else the statistics would stay, too; and the start, whose statistics are wrong here, could be the best.
+        "train": {"freeze_batch_norm": False, "ema_decay": None},
     }
     (tmp_path / "bn.yaml").write_text(yaml.safe_dump(experiment))
     command = [sys.executable, "-m", "raysweep.run", "bn.yaml"]

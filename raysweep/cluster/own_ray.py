@@ -41,6 +41,15 @@ SECONDS_BETWEEN_CHECKS = 0.02  # Ray's C++ code ends this process without a word
 # Ray would use these instead of its own: another cluster's database, ports, token, or settings of a job.
 NOT_OURS = ("RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR",
             "RAY_RUNTIME_ENV_HOOK", "RAY_OVERRIDE_RESOURCES", "RAY_NAMESPACE")  # fmt: skip
+# For Ray's processes alone, not for this one and what it starts later. Values that the user has set are kept.
+PROCESS_SETTINGS = {
+    # Threads that spin while they wait take the CPUs from what they wait for (docs/decisions/0026).
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # glibc would give large activations back to the system after every layer, and ask for them again.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 @contextmanager
@@ -169,6 +178,7 @@ def _own_settings() -> Iterator[None]:
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own |= {name: os.environ.get(name, value) for name, value in PROCESS_SETTINGS.items()}
     before = {name: os.environ.pop(name, None) for name in (*NOT_OURS, *own, RECONNECT)}
     os.environ.update(own)
     # Ray has read its settings, if it was imported or started before.

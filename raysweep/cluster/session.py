@@ -42,12 +42,6 @@ DEFAULTS_OF_OWN_RAY = {
     "RAY_preload_python_modules": "torch,ray.tune,ray.train.torch,raysweep.worker.train,raysweep.worker.evaluate",
     # Ray's default is niceness 15: workers would hardly run while other programs use the CPUs.
     "RAY_worker_niceness": "0",
-    # Threads that spin while they wait take the CPUs from what they wait for (docs/decisions/0026).
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc would give large activations back to the system after every layer, and ask for them again.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_ARENA_MAX": "1",
 }
 
 

@@ -81,12 +81,18 @@ def check_listing(listing: Listing, options: DecodeOptions, start_ray: Callable[
         _check_in_threads(listing, usable, options, checked)
         return checked
     start_ray()
+    import ray
+
+    if not ray.cluster_resources().get("CPU"):  # no task would ever run; the sweep says later that it needs CPUs
+        _check_in_threads(listing, usable, options, checked)
+        return checked
     _check_in_tasks(listing, usable, options, checked)
     # A file may be readable on this node alone, or a node may have lost its network: this process has the last word.
     again = np.zeros(len(usable), np.bool_)
     again[checked.unread] = True
     for row in checked.unread:
         del checked.problems[row]
+    checked.unread.clear()
     _check_in_threads(listing, again, options, checked)
     return checked
 
@@ -117,8 +123,9 @@ def _check_in_tasks(listing: Listing, wanted: np.ndarray, options: DecodeOptions
                 running[task.remote(_for_every_node(_locators(listing, part)), listing.image_column, options)] = part
             if not running:
                 return
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
-            checked.fill(running.pop(done), ray.get(done))
+            found, _ = ray.wait(list(running), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            for done in found:
+                checked.fill(running.pop(done), ray.get(done))
     except ray.exceptions.RayError:
         from raysweep.images.pass_errors import raising_own_errors  # imports torch
 

@@ -178,6 +178,11 @@ class SweepPaths:
         return self.root / "experiment.resolved.yaml"
 
     @property
+    def precisions(self) -> Path:
+        """The precision that was chosen for the features of each encoder."""
+        return self.root / "precisions.json"
+
+    @property
     def near_copies(self) -> Path:
         """Images of validation and test that have a near copy in train."""
         return self.root / "near_copies.json"

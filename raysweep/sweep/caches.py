@@ -23,6 +23,7 @@ from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.streaming import DECODING_CPUS
 from raysweep.storage.copies import fetch, is_bucket, remove
+from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.encoder_card import LazyEncoder
 from raysweep.sweep.state import SweepState
 
@@ -219,8 +220,8 @@ def precision_of(state: SweepState, config: RowConfig) -> str:
     """Returns the precision of a study, `fp32` or `bf16`: as configured; for `auto`, bf16 where it is faster.
 
     A GPU that supports bf16 is always faster with it. On a CPU the encoder pass is timed in both, unless features in
-    one of them are cached. Fine-tuning on a CPU uses the precision of these features, which later invocations find
-    again; without them, and from scratch, training on a CPU uses fp32.
+    one of them are cached. The choice is kept with the sweep, because its studies depend on it. Fine-tuning on a CPU
+    uses the precision of this sweep's features; without them, and from scratch, training on a CPU uses fp32.
     """
     wanted = state.experiment.train.precision
     if wanted != "auto":
@@ -231,13 +232,20 @@ def precision_of(state: SweepState, config: RowConfig) -> str:
     encoder = state.encoder(config)
     if not config.reads_features:
         starts_from_probe = isinstance(config, StudyConfig) and config.mode.starts_from == "best_probe"
-        return (starts_from_probe and _precision_of_cache(state, encoder)) or "fp32"
+        return (starts_from_probe and encoder.precision) or "fp32"
     if not encoder.precision:
-        encoder.precision = _precision_of_cache(state, encoder)
-    if not encoder.precision:
-        cpu = torch.device("cpu")
-        encoder.precision = _gpu_precision(state) if on_gpu else faster_precision(encoder.model, cpu, TIMED_IMAGES)
+        key = _feature_folder(state, encoder, "auto").name
+        kept = read_json(state.paths.precisions) if state.paths.precisions.exists() else {}
+        if key not in kept:
+            write_json(state.paths.precisions, kept | {key: _choose_precision(state, encoder, on_gpu)})
+        encoder.precision = str(read_json(state.paths.precisions)[key])
     return encoder.precision
+
+
+def _choose_precision(state: SweepState, encoder: LazyEncoder, on_gpu: bool) -> str:
+    if found := _precision_of_cache(state, encoder):
+        return found
+    return _gpu_precision(state) if on_gpu else faster_precision(encoder.model, torch.device("cpu"), TIMED_IMAGES)
 
 
 def _precision_of_cache(state: SweepState, encoder: LazyEncoder) -> str:

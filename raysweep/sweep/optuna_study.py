@@ -37,7 +37,8 @@ from raysweep.worker.job import TrialResult, field_values
 if TYPE_CHECKING:
     import optuna
 
-MAX_STARTUP_TRIALS = 10  # random trials before TPE begins, Optuna's default; fewer where the budget is small
+# Trials that TPE waits for: a quarter of the budget, so that a small one is not all chance. Optuna's default is 10.
+MIN_STARTUP_TRIALS, MAX_STARTUP_TRIALS = 2, 10
 HEAD = "head"  # user attribute of a study: signature of the weights of its best head, by number of the trial
 
 
@@ -94,7 +95,7 @@ class OptunaStudy:
 
         self.study, self.block, self.space, self.ranking = study, block, dict(space), ranking
         self.distributions = {name: distribution_of(dimension) for name, dimension in space.items()}
-        num_startup = min(MAX_STARTUP_TRIALS, max(len(block.mode.recommendations), block.num_trials // 4))
+        num_startup = min(MAX_STARTUP_TRIALS, max(MIN_STARTUP_TRIALS, block.num_trials // 4))
         self._sampler = SettingSampler(block.sampler, seed, self.distributions, ranking.direction, num_startup)
         self._results: dict[int, TrialResult] = {}
         self._read_results()

@@ -207,16 +207,14 @@ class StudyGroup:
         resources, present, together = self.state.experiment.resources, self.state.resources, self.mode.trains_together
         on_gpu = uses_gpu(resources, present)
         worker_bytes = 0 if on_gpu else self._worker_bytes()
-        runs = choose_runs(
-            resources,
-            present,
-            [] if on_gpu else [memory for num_cpus, memory in cpus_and_memory_by_node() if num_cpus],
-            worker_bytes,
-            num_side_by_side * (1 if together else max(1, self.first.num_left)),
-            self.reserved_cpus,
-        )
-        if runs.is_memory_short:  # other groups take their share
-            self.most_running = max(1, runs.num_fitting // num_side_by_side)
+        nodes = [] if on_gpu else cpus_and_memory_by_node()
+        num_wanted = num_side_by_side * (1 if together else max(1, self.first.num_left))
+        runs = choose_runs(resources, present, nodes, worker_bytes, num_wanted, self.reserved_cpus)
+        # Other groups take their share of the memory, also if it is not short for this one alone.
+        share = [(num_cpus, free / num_side_by_side) for num_cpus, free in nodes]
+        own = choose_runs(resources, present, share, worker_bytes, num_wanted, self.reserved_cpus)
+        if own.is_memory_short:
+            self.most_running = own.num_fitting
         if together and not on_gpu and resources.num_workers == 1:
             self.num_processes = max(1, runs.num_fitting // num_side_by_side)
         if not together and not on_gpu and self.first.num_left:

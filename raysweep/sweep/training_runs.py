@@ -41,7 +41,7 @@ class TrainingRuns:
 def choose_runs(
     resources: ResourcesConfig,
     present: Resources,
-    memory_by_node: Sequence[float],
+    nodes: Sequence[tuple[int, float]],
     worker_bytes: float,
     num_wanted: int,
     reserved_cpus: int = 0,
@@ -54,18 +54,22 @@ def choose_runs(
     Args:
         resources: resources of one run, as configured.
         present: resources of all nodes.
-        memory_by_node: free bytes of the nodes that have CPUs; empty for no limit, as on GPUs.
+        nodes: CPUs and free bytes of each node; empty for no limit of memory, as on GPUs.
         worker_bytes: memory of one worker.
         num_wanted: number of runs that there is work for.
         reserved_cpus: CPUs that runs must leave free.
     """
     num_fitting = by_cpus = num_concurrent_trials(resources, present, reserved_cpus)
-    if memory_by_node:
-        num_workers = sum(int(memory // worker_bytes) for memory in memory_by_node)
+    if nodes:
+        # A node with much memory and few CPUs does not make up for one with many CPUs and little memory.
+        num_workers = sum(
+            min(num_cpus // resources.cpus_per_worker, int(memory // worker_bytes)) for num_cpus, memory in nodes
+        )
         num_fitting = max(1, min(by_cpus, num_workers // resources.num_workers))
     num_expected = min(num_fitting, num_wanted)
     num_cpus = present.num_cpus - reserved_cpus
     num_threads = num_cpus // max(len(present.cpus_by_node), num_expected * resources.num_workers)
+    num_threads = min(num_threads, *(num_cpus for num_cpus in present.cpus_by_node if num_cpus), num_cpus)
     return TrainingRuns(num_fitting, num_fitting < by_cpus, num_expected, max(1, num_threads))
 
 

@@ -184,7 +184,12 @@ JOB = """
 
 @pytest.mark.ray
 def test_others_on_the_machine_get_no_work_and_no_files(session, temporary):
-    process, told = session(RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="known-to-others", RAY_GCS_SERVER_PORT="1")
+    process, told = session(
+        RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="known-to-others", RAY_GCS_SERVER_PORT="1", OMP_WAIT_POLICY="ACTIVE"
+    )
+    assert told["worker"]["OMP_WAIT_POLICY"] == told["driver"]["OMP_WAIT_POLICY"] == "ACTIVE", "a user's value is kept"
+    assert told["worker"]["MALLOC_ARENA_MAX"] == "1"
+    assert "MALLOC_ARENA_MAX" not in told["driver"], "the settings of Ray's processes are not those of this one"
     assert told["gcs"].startswith("127.0.0.1:")
     running = processes_in(temporary)
     assert set(told["processes"]) == {"gcs_server", "raylet"}  # no dashboard, autoscaler or monitor of logs

@@ -160,15 +160,12 @@ def test_tune_copies_no_secret_into_the_environment_of_its_actors(address, monke
 def test_settings_of_other_programs_do_not_change_what_our_code_relies_on(monkeypatch):
     for name in cluster.NEEDED_SETTINGS:
         monkeypatch.setenv(name, "other")
-    kept = {"RAY_worker_niceness": "7", "OMP_WAIT_POLICY": "ACTIVE"}
+    kept = {"RAY_worker_niceness": "7"}
     for name, value in kept.items():
         monkeypatch.setenv(name, value)
     cluster._set_environment(verbose=False)
     assert {name: os.environ[name] for name in cluster.NEEDED_SETTINGS} == cluster.NEEDED_SETTINGS
     assert {name: os.environ[name] for name in kept} == kept
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    cluster._set_environment(verbose=False)
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 LEAVE = """

@@ -86,7 +86,7 @@ def test_two_nodes_give_what_this_machine_gives(sweeps):
     assert sweeps["local"].returncode == 0, sweeps["local"].stdout + sweeps["local"].stderr
     here = json.loads((sweeps["folder"] / "runs" / "digits" / "leaderboard.json").read_text())
     there = json.loads(fetch(local_path("s3://sweeps/team/digits/leaderboard.json")).read_text())
-    assert len(here) == len(STUDIES) + 2
+    assert len(here) == len(STUDIES) + 3  # and three baselines
     assert [{key: row[key] for key in SAME} for row in there] == [{key: row[key] for key in SAME} for row in here]
 
 
@@ -120,7 +120,7 @@ def test_mlflow_has_every_run_once(sweeps):
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     levels = {level: [run for run in runs if run.data.tags["raysweep.level"] == level] for level in
               ("sweep", "study", "trial")}  # fmt: skip
-    assert [len(found) for found in levels.values()] == [1, len(STUDIES) + 2, sum(STUDIES.values())]
+    assert [len(found) for found in levels.values()] == [1, len(STUDIES) + 3, sum(STUDIES.values())]
     assert {run.info.status for run in runs} == {"FINISHED"}
     trial = levels["trial"][0]
     assert client.get_metric_history(trial.info.run_id, "val/accuracy")

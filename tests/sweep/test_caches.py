@@ -220,6 +220,19 @@ def test_fine_tuning_on_cpus_takes_the_precision_of_the_features_and_training_fr
 ):
     state = precisions.state_with(0)
     write_json(state.paths.cache("features", precision) / "manifest.json", MANIFEST)
+    assert precision_of(state, FINE_TUNE) == "fp32"  # the features may be of another experiment in this storage
+    assert precision_of(state, PROBE) == precision
     assert precision_of(state, FINE_TUNE) == precision
     assert precision_of(state, replace(FINE_TUNE, mode=MODES["from_scratch"])) == "fp32"
     assert precisions.measured == []
+
+
+def test_features_of_another_sweep_do_not_change_the_precision_of_this_one(precisions):
+    state = precisions.state_with(0)
+    write_json(state.paths.cache("features", "fp32") / "manifest.json", MANIFEST)
+    assert precision_of(state, PROBE) == "fp32"
+    write_json(state.paths.cache("features", "bf16") / "manifest.json", MANIFEST)
+    again = precisions.state_with(0)
+    assert [precision_of(again, config) for config in (PROBE, FINE_TUNE)] == ["fp32", "fp32"]
+    other = replace(precisions.state_with(0), paths=SweepPaths(again.paths.storage, "other"))
+    assert precision_of(other, PROBE) == "bf16"

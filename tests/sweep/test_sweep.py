@@ -221,7 +221,7 @@ def test_a_new_store_is_told_everything_again(run_here, finished: Path):
     assert "0 new trials" in done.stderr
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{finished}/other.db")
     runs = client.search_runs([client.get_experiment_by_name("digits").experiment_id], max_results=1000)
-    assert sorted(run.data.tags["raysweep.level"] for run in runs) == ["study"] * 5 + ["sweep"] + ["trial"] * 27
+    assert sorted(run.data.tags["raysweep.level"] for run in runs) == ["study"] * 6 + ["sweep"] + ["trial"] * 27
     for row in leaderboard(finished).values():
         assert client.get_run(row["mlflow_run_id"]).data.metrics["test/accuracy"] == row["test_accuracy"]
 

@@ -22,6 +22,9 @@ from raysweep.sweep.training_runs import bytes_of_trial, choose_runs, trained_ac
         ((4, 4), [40, 40], 9, {}, (8, 8, 1)),
         ((4, 4), [20, 19], 9, {}, (3, 3, 2)),
         ((4, 4), [40, 40], 1, {}, (8, 1, 4)),
+        ((4, 4), [640, 10], 8, {}, (5, 5, 1)),
+        ((1, 16), [640, 40], 17, {}, (5, 5, 1)),
+        ((2, 16), [640, 640], 1, {}, (18, 1, 2)),
         ((8,), [80], 8, {"num_workers": 2}, (4, 4, 1)),
         ((8,), [50], 8, {"num_workers": 2}, (2, 2, 2)),
         ((8,), [80], 8, {"max_concurrent_trials": 2}, (2, 2, 4)),
@@ -33,11 +36,12 @@ def test_a_run_takes_one_thread_unless_there_are_few_runs_or_memory_is_short(
 ):
     present = Resources(sum(nodes), 0, tuple((num_cpus, 0) for num_cpus in nodes))
     config = ResourcesConfig(**resources)
-    runs = choose_runs(config, present, memory, 10, num_wanted)
+    pairs = list(zip(nodes, memory, strict=True)) if memory else []
+    runs = choose_runs(config, present, pairs, 10, num_wanted)
     assert (runs.num_fitting, runs.num_expected, runs.num_threads) == expected
     limit = choose_runs(config, present, [], 10, num_wanted)
     assert runs.is_memory_short is (runs.num_fitting < limit.num_fitting)
-    assert choose_runs(config, present, memory, 10, num_wanted, 1).num_fitting <= runs.num_fitting
+    assert choose_runs(config, present, pairs, 10, num_wanted, 1).num_fitting <= runs.num_fitting
 
 
 def test_a_trial_needs_memory_for_its_process_its_weights_and_the_activations_of_its_images():
