@@ -122,7 +122,8 @@ def start_sweep_run(state: SweepState) -> str:
     """Starts the sweep's MLflow run, or reopens the existing run; returns its id."""
     # Between invocations of one sweep, the budget, the resources and the storage may change.
     settings = state.experiment.model_dump(exclude={"tracking", "resources", "storage"})
-    settings["data"] = {name: settings["data"][name] for name in KEYED_DATA}
+    group = [] if settings["data"]["group"] is None else ["group"]  # the folds depend on it
+    settings["data"] = {name: settings["data"][name] for name in (*KEYED_DATA, *group)}
     for block in settings["search"].values():
         for name in ("num_trials", "time_budget_s", "population", "baselines", "refit"):
             block.pop(name, None)

@@ -65,7 +65,7 @@ class StudyProgress:
             value = self._optuna_study.best().final[self._metric]
         except TrialError:
             return "no trial has succeeded yet"
-        return ", ".join(filter(None, [f"best {self._metric} {value:.3f}", self._describe_stopped()]))
+        return ", ".join(filter(None, [f"best trial: {self._metric} {value:.3f}", self._describe_stopped()]))
 
     def _describe_stopped(self) -> str:
         num_stopped = sum(result.pruned for result in self._optuna_study.results)

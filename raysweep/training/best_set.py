@@ -14,8 +14,9 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from raysweep.training.intervals import CONFIDENCE, NUM_RESAMPLES
+from raysweep.training.intervals import CONFIDENCE
 
+NUM_RESAMPLES = 2_000
 CHUNK_VALUES = 2**22  # elements of the largest array
 # Two normal standard errors, as between two classifiers on many rows. Resamples of very few rows may be all alike.
 LEAST_CRITICAL = 1.96

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
 CONFIDENCE = 0.95
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-NUM_RESAMPLES = 2_000
 
 
 def accuracy_interval(hits: npt.NDArray[np.bool_]) -> tuple[float, float]:
@@ -37,7 +34,7 @@ def accuracy_interval(hits: npt.NDArray[np.bool_]) -> tuple[float, float]:
         return clopper_pearson(accuracy * num_rows, num_rows)
     row_freedom = max(num_rows - 1, 1)
     freedom = variance**2 / (draws**2 / (num_draws - 1) + rows**2 / row_freedom)
-    lowered = (stdtrit(row_freedom, TAILS[1]) / stdtrit(freedom, TAILS[1])) ** 2
+    lowered = min(1.0, (stdtrit(row_freedom, TAILS[1]) / stdtrit(freedom, TAILS[1])) ** 2)
     effective = min(accuracy * (1 - accuracy) / variance * lowered, hits.size)
     return clopper_pearson(accuracy * effective, effective)
 
@@ -49,22 +46,4 @@ def clopper_pearson(num_right: float, num_rows: float) -> tuple[float, float]:
     num_wrong = num_rows - num_right
     low = betaincinv(num_right, num_wrong + 1, TAILS[0]) if num_right > 0 else 0.0
     high = betaincinv(num_right + 1, num_wrong, TAILS[1]) if num_wrong > 0 else 1.0
-    return float(low), float(high)
-
-
-def bootstrap_interval(
-    metric: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]], num_rows: int, seed: int
-) -> tuple[float, float]:
-    """Returns the 95 % percentile bootstrap interval (Efron 1979) of a metric that is no share of hits, as macro F1.
-
-    No exact interval is known for such metrics. This one covers less than 95 % for few rows or values near 0 or 1.
-
-    Args:
-        metric: gets how often each row is drawn, `(num_resamples, num_rows)`; returns its values `(num_resamples,)`.
-        num_rows: number of test rows.
-        seed: seed of the resamples.
-    """
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), NUM_RESAMPLES)
-    low, high = np.quantile(metric(counts), TAILS)
     return float(low), float(high)

@@ -113,7 +113,8 @@ class LogisticFit:
         """
         problems = [(strength, fold) for strength in strengths for fold in range(NUM_FOLDS)]
         losses = [piece.held_out_losses(points) for piece, points in self._solved(problems, folds, FOLD_TOLERANCE)]
-        return torch.cat(losses).view(len(strengths), NUM_FOLDS).sum(1) / len(folds)
+        # What is not a number would otherwise win.
+        return torch.cat(losses).view(len(strengths), NUM_FOLDS).sum(1).nan_to_num(nan=torch.inf) / len(folds)
 
     def parameters(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights `(num_classes * num_problems, rank)` and biases `(num_classes * num_problems, 1)`."""

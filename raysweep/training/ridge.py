@@ -67,7 +67,8 @@ def run_ridge(task: BaselineTask) -> BaselineResult:
 
 
 def _mean_errors(paths: Sequence[RidgePath], held_out: Sequence[HeldOut]) -> Tensor:
-    return torch.stack([path.squared_errors(held) for path, held in zip(paths, held_out, strict=True)]).mean(0)
+    errors = torch.stack([path.squared_errors(held) for path, held in zip(paths, held_out, strict=True)]).mean(0)
+    return errors.nan_to_num(nan=torch.inf)  # what is not a number would otherwise win
 
 
 @dataclass(frozen=True)

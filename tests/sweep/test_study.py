@@ -292,7 +292,7 @@ def test_a_stopped_trial_is_told_logged_and_shown_as_such_and_leaves_no_weights(
     assert not last.parent.exists()
     assert shown[1:] == ["trial 1 stopped after epoch 1 (asha)"]
     study.tell(good.number, result_of(good, 0.7, "/trials/0"), "unused")
-    assert shown[2:] == ["best val/accuracy 0.700, 1 of 2 trials stopped early"]
+    assert shown[2:] == ["best trial: val/accuracy 0.700, 1 of 2 trials stopped early"]
     (*_, logged), _ = state.recorder.of(Tracker.log_trial)
     assert (logged.status, logged.error, logged.history, logged.first_epoch) == ("KILLED", None, [], 1)
     assert logged.final["val/accuracy"] == 0.4

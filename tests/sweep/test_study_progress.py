@@ -57,7 +57,7 @@ def test_the_end_of_the_last_running_trial_shows_the_best_so_far(shown):
     assert shown.notes == [
         "trial 0 stopped after epoch 1 (asha)",
         "no trial has succeeded yet",
-        "best val/accuracy 0.750, 1 of 4 trials stopped early",
+        "best trial: val/accuracy 0.750, 1 of 4 trials stopped early",
     ]
     shown.progress.finish()
     assert "study: 1 of 4 trials stopped early (asha)" in shown.text()

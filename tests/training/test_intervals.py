@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import f1_score
 
 from benchmarks.statistics import SIMULATED, draws_coverage, exact_coverage
-from raysweep.training.intervals import accuracy_interval, bootstrap_interval, clopper_pearson
+from raysweep.training.intervals import accuracy_interval, clopper_pearson
 
 
 def answers(num_right, num_rows):
@@ -70,18 +69,3 @@ def test_an_interval_stays_within_what_an_accuracy_can_be():
     assert 0 <= low < hits.mean() < high <= 1
     low, high = accuracy_interval(np.array([[True], [False]]))
     assert 0 <= low < 0.5 < high <= 1
-
-
-def test_a_metric_that_is_no_share_of_hits_is_resampled():
-    rng = np.random.default_rng(3)
-    labels, predicted = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
-
-    def macro_f1(counts):
-        return np.array([f1_score(labels, predicted, average="macro", sample_weight=count) for count in counts[:500]])
-
-    rows = rng.integers(0, 60, (500, 60))
-    textbook = [f1_score(labels[each], predicted[each], average="macro") for each in rows]
-    expected = np.quantile(textbook, [0.025, 0.975])
-    found = bootstrap_interval(macro_f1, 60, seed=0)
-    assert found == pytest.approx(expected, abs=0.03)
-    assert found == bootstrap_interval(macro_f1, 60, seed=0)
