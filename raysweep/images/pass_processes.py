@@ -64,22 +64,26 @@ def bytes_of_process(encoders: Sequence[Encoder]) -> int:
     return PROCESS_BYTES + max((num_images * activation_bytes(encoder) for encoder in encoders), default=0)
 
 
-# no_grad, not inference_mode: training must be able to use what a model caches in its first call.
-@torch.no_grad()
 def activation_bytes(encoder: Encoder) -> int:
     """Returns the bytes that a forward pass of one image needs beside the weights, from the outputs of all layers."""
-    largest = 0
+    return LAYERS_HELD * max(output_bytes(encoder, list(encoder.modules())), default=0)
+
+
+# no_grad, not inference_mode: training must be able to use what a model caches in its first call.
+@torch.no_grad()
+def output_bytes(encoder: Encoder, modules: Sequence[nn.Module]) -> list[int]:
+    """Returns the bytes of each tensor that some modules of an encoder give in a forward pass of one image."""
+    found: list[int] = []
 
     def note(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal largest
         if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
+            found.append(output.numel() * output.element_size())
 
-    hooks = [module.register_forward_hook(note) for module in encoder.modules()]
+    hooks = [module.register_forward_hook(note) for module in modules]
     try:
         images = torch.zeros(1, *encoder.preprocessing.output_size, 3, dtype=torch.uint8)
         encoder(encoder.preprocessing.normalize(images))
     finally:
         for hook in hooks:
             hook.remove()
-    return LAYERS_HELD * largest
+    return found

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from raysweep.cluster.resources import Resources, num_concurrent_trials
 from raysweep.encoders.base import Encoder
 from raysweep.experiment.sections import ResourcesConfig
-from raysweep.images.pass_processes import PROCESS_BYTES
+from raysweep.images.pass_processes import PROCESS_BYTES, output_bytes
 
 # Weights, gradients, both moments of AdamW, and the moving average, each float32.
 BYTES_PER_WEIGHT = 4 * 5
@@ -84,22 +81,6 @@ def bytes_of_trial(encoder: Encoder, num_images: int) -> int:
     return PROCESS_BYTES + BYTES_PER_WEIGHT * num_weights + num_images * trained_activation_bytes(encoder)
 
 
-@torch.no_grad()
 def trained_activation_bytes(encoder: Encoder) -> int:
     """Returns the bytes that a forward pass of one image keeps for the backward pass: the outputs of all layers."""
-    total = 0
-
-    def note(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal total
-        if isinstance(output, Tensor):
-            total += output.numel() * output.element_size()
-
-    layers = [module for module in encoder.modules() if not list(module.children())]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        images = torch.zeros(1, *encoder.preprocessing.output_size, 3, dtype=torch.uint8)
-        encoder(encoder.preprocessing.normalize(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
+    return sum(output_bytes(encoder, [module for module in encoder.modules() if not list(module.children())]))
