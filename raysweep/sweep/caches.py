@@ -237,8 +237,9 @@ def precision_of(state: SweepState, config: RowConfig) -> str:
         key = _feature_folder(state, encoder, "auto").name
         kept = read_json(state.paths.precisions) if state.paths.precisions.exists() else {}
         if key not in kept:
-            write_json(state.paths.precisions, kept | {key: _choose_precision(state, encoder, on_gpu)})
-        encoder.precision = str(read_json(state.paths.precisions)[key])
+            kept[key] = _choose_precision(state, encoder, on_gpu)
+            write_json(state.paths.precisions, kept)
+        encoder.precision = str(kept[key])
     return encoder.precision
 
 

@@ -90,8 +90,8 @@ def average_weights(model: Classifier, decay: float | Literal["auto"] | None, nu
             torch._foreach_copy_(averages, values)
             return
         # In host memory; to read `num_averaged` would wait for the GPU.
-        num_steps = int(average.n_averaged)
-        get_ema_multi_avg_fn(min(most, (1 + num_steps) / (10 + num_steps)))(averages, values, num_averaged)
+        num_done = int(average.n_averaged)
+        get_ema_multi_avg_fn(min(most, (1 + num_done) / (10 + num_done)))(averages, values, num_averaged)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
     return average
