@@ -46,7 +46,8 @@ class StudyGroup:
         self.state, self.studies, self.baselines = state, list(studies), list(baselines)
         self.first = self.studies[0]
         self.name, self.mode = self.first.name, self.first.config.mode
-        self.num_running, self.is_tested = 0, False
+        self.num_running, self.is_tested = 0, False  # pieces of training
+        self._open_baselines = [entry for entry in baselines if not entry.is_settled]
         self.micro_batch_size: int | None = None  # the largest that fits; None before memory runs out
         self.most_running: int | None = None  # training runs at a time; None if the CPUs are the limit
         self.num_processes = 1  # that share the heads of a Population
@@ -76,28 +77,44 @@ class StudyGroup:
         return self._job
 
     def next_work(self) -> Work | None:
-        """Returns the next piece of work; None while the rest depends on running work, or if none is left."""
-        if not self._parts:
-            # Populations run one after another, because the sampler learns from each.
-            most_running = 1 if self.mode.trains_together else self.most_running
-            if self.is_tested or (most_running and self.num_running >= most_running):
-                return None
-            self._parts = self._split([trial for study in self.studies if study.num_left for trial in study.ask()])
+        """Returns the next piece of work; None while the rest depends on running work, or if none is left.
+
+        Baselines wait for no trial. They run beside the trials where a worker is free, otherwise with the test.
+        """
+        work = self._next_training()
+        if work is None and self.num_running and not self._is_memory_taken and (names := self._take_baselines()):
+            return TestWork(self.name, time.time(), {}, names)
+        return work or self._next_test()
+
+    def _next_training(self) -> TrainWork | None:
+        trials: tuple[TrialSpec, ...] = ()
         if self._parts:
-            self.num_running += 1
-            return TrainWork(self.name, time.time(), self._parts.pop(0), self.micro_batch_size)
-        if self.num_running:
-            return None
-        if lost := self._find_lost_trials():
-            self._lost_trials = []
-            self.num_running += 1
-            return TrainWork(self.name, time.time(), tuple(lost), self.micro_batch_size)
-        chosen = self.choose()
-        baselines = tuple(entry.name for entry in self.baselines if not entry.is_settled)
-        if not chosen and not baselines:
+            trials = self._parts.pop(0)
+        # Populations run one after another, because the sampler learns from each.
+        elif not (self.is_tested or self._is_memory_taken or (self.mode.trains_together and self.num_running)):
+            trials, *self._parts = self._split([t for study in self.studies if study.num_left for t in study.ask()])
+        if not trials and not self.num_running and not self.is_tested:
+            trials, self._lost_trials = tuple(self._find_lost_trials()), []
+        if not trials:
             return None
         self.num_running += 1
-        return TestWork(self.name, time.time(), chosen, baselines)
+        return TrainWork(self.name, time.time(), trials, self.micro_batch_size)
+
+    def _next_test(self) -> TestWork | None:
+        if self.num_running or self.is_tested:
+            return None
+        chosen, names = self.choose(), self._take_baselines()
+        return TestWork(self.name, time.time(), chosen, names) if chosen or names else None
+
+    @property
+    def _is_memory_taken(self) -> bool:
+        return self.most_running is not None and self.num_running >= self.most_running
+
+    def _take_baselines(self) -> tuple[str, ...]:
+        """Returns the names of the baselines that have work left, once."""
+        names = tuple(entry.name for entry in self._open_baselines)
+        self._open_baselines = []
+        return names
 
     def _split(self, trials: Sequence[TrialSpec]) -> list[tuple[TrialSpec, ...]]:
         """Returns the parts of a Population: each trains in a process of one thread, and none waits for another.
@@ -105,7 +122,7 @@ class StudyGroup:
         The weights of a head do not depend on the heads that train beside it.
         """
         if not trials:
-            return []
+            return [()]
         num_parts = max(1, min(self.num_processes, len(trials), self._work_of(trials) // WORK_PER_PROCESS))
         return [tuple(trials[start::num_parts]) for start in range(num_parts)]
 
@@ -151,7 +168,7 @@ class StudyGroup:
 
     def take(self, work: Work, report: WorkReport) -> None:
         """Records the report of a piece of work from `next_work`."""
-        self.num_running -= 1
+        self.num_running -= isinstance(work, TrainWork)
         entries = {entry.name: entry for entry in self.entries}
         for name in work.studies:
             entries[name].seconds += (time.time() - work.started) / len(work.studies)
@@ -208,7 +225,7 @@ class StudyGroup:
         on_gpu = uses_gpu(resources, present)
         worker_bytes = 0 if on_gpu else self._worker_bytes()
         nodes = [] if on_gpu else cpus_and_memory_by_node()
-        num_wanted = num_side_by_side * (1 if together else max(1, self.first.num_left))
+        num_wanted = num_side_by_side * (1 + bool(self._open_baselines) if together else max(1, self.first.num_left))
         runs = choose_runs(resources, present, nodes, worker_bytes, num_wanted, self.reserved_cpus)
         # Other groups take their share of the memory, also if it is not short for this one alone.
         share = [(num_cpus, free / num_side_by_side) for num_cpus, free in nodes]
