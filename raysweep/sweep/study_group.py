@@ -31,6 +31,8 @@ from raysweep.worker.tune_trial import initial_micro_batch_size
 
 # Weights x rows x epochs: about five seconds of one thread. With less, a second process does not repay its start.
 WORK_PER_PROCESS = 2**36
+# Elements of the train features: baselines that read more take longer than a second process needs to start.
+FEATURES_PER_PROCESS = 2**22
 
 
 class StudyGroup:
@@ -79,12 +81,13 @@ class StudyGroup:
     def next_work(self) -> Work | None:
         """Returns the next piece of work; None while the rest depends on running work, or if none is left.
 
-        Baselines wait for no trial. They run beside the trials where a worker is free, otherwise with the test.
+        Baselines wait for no trial: long ones run beside the trials where a worker is free, others with the test.
         """
-        work = self._next_training()
-        if work is None and self.num_running and not self._is_memory_taken and (names := self._take_baselines()):
-            return TestWork(self.name, time.time(), {}, names)
-        return work or self._next_test()
+        if work := self._next_training():
+            return work
+        if self.num_running and self._open_baselines and self._are_baselines_long and not self._is_memory_taken:
+            return TestWork(self.name, time.time(), {}, self._take_baselines())
+        return self._next_test()
 
     def _next_training(self) -> TrainWork | None:
         trials: tuple[TrialSpec, ...] = ()
@@ -105,6 +108,10 @@ class StudyGroup:
             return None
         chosen, names = self.choose(), self._take_baselines()
         return TestWork(self.name, time.time(), chosen, names) if chosen or names else None
+
+    @property
+    def _are_baselines_long(self) -> bool:
+        return len(self.job.rows["train"]) * self.job.encoder.widest >= FEATURES_PER_PROCESS
 
     @property
     def _is_memory_taken(self) -> bool:
@@ -225,7 +232,7 @@ class StudyGroup:
         on_gpu = uses_gpu(resources, present)
         worker_bytes = 0 if on_gpu else self._worker_bytes()
         nodes = [] if on_gpu else cpus_and_memory_by_node()
-        num_wanted = num_side_by_side * (1 + bool(self._open_baselines) if together else max(1, self.first.num_left))
+        num_wanted = num_side_by_side * (1 if together else max(1, self.first.num_left))
         runs = choose_runs(resources, present, nodes, worker_bytes, num_wanted, self.reserved_cpus)
         # Other groups take their share of the memory, also if it is not short for this one alone.
         share = [(num_cpus, free / num_side_by_side) for num_cpus, free in nodes]

@@ -125,7 +125,13 @@ def test_other_studies_hand_out_as_many_as_run_at_once():
     assert (last.group, last.checkpoints, last.baselines) == ("tune", {"tune": "best.safetensors"}, ())
 
 
-def test_baselines_run_beside_the_trials():
+@pytest.fixture
+def long_baselines(monkeypatch):
+    monkeypatch.setattr(module, "FEATURES_PER_PROCESS", 1)
+
+
+@pytest.mark.usefixtures("long_baselines")
+def test_long_baselines_run_beside_the_trials():
     group = group_of(FakeStudy("a", [2, 2]), baselines=[FakeBaseline("knn"), FakeBaseline("done", is_settled=True)])
     first, beside = group.next_work(), group.next_work()
     assert trials_of(first) == [("a", 0), ("a", 1)]
@@ -142,6 +148,7 @@ def test_baselines_run_beside_the_trials():
     assert group.next_work() is None
 
 
+@pytest.mark.usefixtures("long_baselines")
 def test_the_test_does_not_wait_for_baselines():
     group = group_of(FakeStudy("a", [2]), baselines=[FakeBaseline("knn")])
     first, beside = group.next_work(), group.next_work()
@@ -150,6 +157,15 @@ def test_the_test_does_not_wait_for_baselines():
     assert (test.checkpoints, test.baselines, beside.baselines) == ({"a": "best.safetensors"}, (), ("knn",))
 
 
+def test_short_baselines_wait_for_the_test():
+    group = group_of(FakeStudy("a", [2]), baselines=[FakeBaseline("knn")])
+    first = group.next_work()
+    assert group.next_work() is None
+    finish(group, first)
+    assert group.next_work().baselines == ("knn",)
+
+
+@pytest.mark.usefixtures("long_baselines")
 def test_baselines_wait_for_memory():
     group = group_of(FakeStudy("a", [2]), baselines=[FakeBaseline("knn")])
     group.most_running = 1
@@ -467,8 +483,8 @@ def test_by_default_fine_tuning_may_stay_at_its_start_and_averages_weights():
 @pytest.mark.parametrize(
     ("mode", "num_left", "num_side_by_side", "resources", "expected"),
     [
-        ("linear_probe", 64, 1, {}, 4),  # the baselines run beside the probes
-        ("linear_probe", 64, 2, {}, 2),
+        ("linear_probe", 64, 1, {}, 8),
+        ("linear_probe", 64, 2, {}, 4),
         ("linear_probe", 64, 20, {}, 1),
         ("fine_tune", 3, 1, {}, 2),
         ("fine_tune", 0, 1, {}, 8),
@@ -483,9 +499,9 @@ def test_cpus_are_divided_among_what_runs_at_once(mode, num_left, num_side_by_si
 
 
 def test_a_head_without_cpus_takes_none():
-    job = job_of(FakeStudy("a", [1], mode="fine_tune"), nodes=((0, 0), (8, 0)))
+    job = job_of(FakeStudy("a", [64]), nodes=((0, 0), (8, 0)))
     assert job.num_threads == 8
-    job = job_of(FakeStudy("a", [1], mode="fine_tune"), num_cpus=16, nodes=((0, 0), (8, 0), (8, 0)))
+    job = job_of(FakeStudy("a", [64]), num_cpus=16, nodes=((0, 0), (8, 0), (8, 0)))
     assert job.num_threads == 8
 
 
@@ -544,7 +560,6 @@ def test_the_heads_of_a_large_population_are_shared_among_processes(monkeypatch,
     assert [len(work.trials) for work in works] == sizes
     shared = [("all", number) for number in range(5)] + [("5shot", number) for number in range(2)]
     assert sorted(trial for work in works for trial in trials_of(work)) == sorted(shared)
-    assert group.next_work().baselines == ("knn",)
     for work in works:
         assert group.next_work() is None, "the next settings follow from all results"
         finish(group, work)
