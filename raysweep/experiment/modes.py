@@ -22,9 +22,8 @@ class Mode:
         trains: Which weights are trained: the head's, or all.
         trains_together: Whether trials share one Train run as a Population; otherwise each trial has its own run.
         trains_every_draw: Whether a few-shot study trains on every random draw of its images, or on the first only.
-        gives_heads: Whether fine-tuning starts from the best head of this mode.
-        starts_from: The weights before the first step. `best_probe` is the pretrained encoder with the head of the
-            best linear probe, or with a new head where no probe ran.
+        starts_from: The weights before the first step. `best_head` is the pretrained encoder with the best head of its
+            linear probe and baselines, or with a new head where none of them ran.
         dimensions: What a search may vary, in the order of the resolved YAML.
         default_space: What is searched when the experiment names no dimension. `features` stands in none of them: it
             defaults to every feature source that the encoder has.
@@ -37,8 +36,7 @@ class Mode:
     trains: Literal["head", "all"]
     trains_together: bool
     trains_every_draw: bool
-    gives_heads: bool
-    starts_from: Literal["pretrained", "best_probe", "random"]
+    starts_from: Literal["pretrained", "best_head", "random"]
     dimensions: tuple[str, ...]
     default_space: Mapping[str, Dimension]
     recommendations: tuple[Setting, ...]
@@ -63,7 +61,6 @@ MODES: Mapping[ModeName, Mode] = {
             trains="head",
             trains_together=True,
             trains_every_draw=True,
-            gives_heads=True,
             starts_from="pretrained",
             dimensions=_HEAD_DIMENSIONS,
             default_space={
@@ -85,8 +82,7 @@ MODES: Mapping[ModeName, Mode] = {
             trains="all",
             trains_together=False,
             trains_every_draw=False,
-            gives_heads=False,
-            starts_from="best_probe",
+            starts_from="best_head",
             dimensions=_ALL_DIMENSIONS,
             default_space={
                 "learning_rate": FloatRange(low=1e-6, high=1e-3, log=True),
@@ -121,7 +117,6 @@ MODES: Mapping[ModeName, Mode] = {
             trains="all",
             trains_together=False,
             trains_every_draw=False,
-            gives_heads=False,
             starts_from="random",
             dimensions=_ALL_DIMENSIONS,
             default_space={

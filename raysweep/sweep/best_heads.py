@@ -1,53 +1,64 @@
-"""The best heads of linear probes, from which fine-tuning starts (LP-FT: Kumar et al. 2022)."""
+"""The heads from which fine-tuning starts: the best of each encoder (LP-FT: Kumar et al. 2022)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from raysweep.encoders.base import weights_signature
 from raysweep.errors import TrialError
-from raysweep.experiment.studies import StudyConfig
-from raysweep.sweep.optuna_study import OptunaStudy
-from raysweep.sweep.state import SweepState
+from raysweep.experiment.studies import RowConfig, StudyConfig
+from raysweep.sweep.state import StartHead, SweepState
 from raysweep.worker.inputs import load_heads
 
 
-def first_head(state: SweepState, config: StudyConfig) -> Path | None:
-    """Returns the head that a study starts from: that of the best probe of the same encoder and shots."""
-    if config.mode.starts_from != "best_probe":
+def first_head(state: SweepState, config: StudyConfig) -> StartHead | None:
+    """Returns the head that a study starts from: the best one of the same encoder and shots, or None for a new one."""
+    if config.mode.starts_from != "best_head":
         return None
-    return state.best_heads.get((config.encoder_name, config.shots))
+    return state.start_heads.get((config.encoder_name, config.shots))
 
 
-def head_signature(state: SweepState, head: Path) -> str:
+def head_signature(head: StartHead) -> str:
     """Returns the signature of the weights of a head.
 
     Raises:
         TrialError: the head cannot be read, and its signature is not known from before.
     """
-    return state.head_weights.get(head) or weights_signature(load_heads(head)[0][0])
+    return head.weights or weights_signature(load_heads(head.checkpoint)[0][0])
 
 
-def gives_a_head(state: SweepState, config: StudyConfig) -> bool:
-    """Whether another study of this sweep starts from a study's best head."""
+def starts_a_study(state: SweepState, config: RowConfig) -> bool:
+    """Whether another study of this sweep may start from the head of a row."""
     mine = config.encoder_name, config.shots
-    return config.mode.gives_heads and any(
-        other.mode.starts_from == "best_probe" and (other.encoder_name, other.shots) == mine
+    return config.reads_features and any(
+        other.mode.starts_from == "best_head" and (other.encoder_name, other.shots) == mine
         for other in state.experiment.studies()
     )
 
 
-def keep_best_head(
-    state: SweepState, config: StudyConfig, optuna_study: OptunaStudy, trial: int, checkpoint: Path
+def offer_head(
+    state: SweepState, config: RowConfig, checkpoint: Path, validation: Mapping[str, float], weights: str | None = None
 ) -> None:
-    """Keeps the best head of a study, and the signature of its weights. A head that cannot be read has none."""
-    state.best_heads[config.encoder_name, config.shots] = checkpoint
+    """Makes a head the start of its encoder's fine-tuning, if it is better on validation than those offered before.
+
+    Args:
+        state: state that all studies share.
+        config: the row that the head is from.
+        checkpoint: file of heads that were fitted to train images alone. One that cannot be read has no signature, and
+            whoever starts from it says so.
+        validation: metrics of the head.
+        weights: signature of its weights, if it is known.
+    """
+    offered = StartHead(checkpoint, state.ranking.within_study.key(validation), weights)
+    before = state.start_heads.get(place := (config.encoder_name, config.shots))
+    if before is None or before.checkpoint == checkpoint or offered.score > before.score:
+        state.start_heads[place] = offered
+
+
+def signature_of_file(checkpoint: Path) -> str | None:
+    """Returns the signature of the weights of a file's first head; None if the file cannot be read."""
     try:
-        (head, *_), _ = load_heads(checkpoint)
-    except TrialError:  # whoever starts from it says so
-        return
-    weights = optuna_study.head_weights(trial)
-    if weights is None:
-        weights = weights_signature(head)
-        optuna_study.keep_head_weights(trial, weights)
-    state.head_weights[checkpoint] = weights
+        return weights_signature(load_heads(checkpoint)[0][0])
+    except TrialError:
+        return None

@@ -231,8 +231,8 @@ def precision_of(state: SweepState, config: RowConfig) -> str:
         return _gpu_precision(state)
     encoder = state.encoder(config)
     if not config.reads_features:
-        starts_from_probe = isinstance(config, StudyConfig) and config.mode.starts_from == "best_probe"
-        return (starts_from_probe and encoder.precision) or "fp32"
+        starts_from_head = isinstance(config, StudyConfig) and config.mode.starts_from == "best_head"
+        return (starts_from_head and encoder.precision) or "fp32"
     if not encoder.precision:
         key = _feature_folder(state, encoder, "auto").name
         kept = read_json(state.paths.precisions) if state.paths.precisions.exists() else {}

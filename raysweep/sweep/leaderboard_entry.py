@@ -17,6 +17,7 @@ from raysweep.images.rows import Draws, draw_subsets
 from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location, remove
 from raysweep.storage.paths import signature
+from raysweep.sweep.best_heads import offer_head, signature_of_file, starts_a_study
 from raysweep.sweep.caches import precision_of
 from raysweep.sweep.outcome import (
     Outcome,
@@ -28,6 +29,7 @@ from raysweep.sweep.outcome import (
     write_outcome,
 )
 from raysweep.sweep.state import SweepState
+from raysweep.worker.inputs import START_HEAD
 from raysweep.worker.job import Job, StudySpec, TestResult
 
 # A higher number makes all studies anew: rows that were chosen or computed in different ways cannot be compared.
@@ -150,7 +152,15 @@ class BaselineEntry(LeaderboardEntry):
         earlier = self.earlier_outcome()
         if earlier is None or earlier.row.model_path is None:
             return earlier is not None
+        if starts_a_study(self.state, self.config) and signature_of_file(self.folder / START_HEAD) is None:
+            return False
         return is_exported(self.state, self.config, self.key)
+
+    def offer_start(self) -> None:
+        """Offers its head to fine-tuning: that which was fitted to train alone, so that validation can judge it."""
+        outcome = self.outcome or self.earlier_outcome()
+        if outcome is not None and outcome.checkpoint is not None and starts_a_study(self.state, self.config):
+            offer_head(self.state, self.config, self.folder / START_HEAD, outcome.validation)
 
     @property
     def spec(self) -> StudySpec:

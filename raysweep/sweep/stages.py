@@ -61,7 +61,7 @@ def check_studies(state: SweepState) -> None:
 def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResult:
     """Makes the caches, runs both stages and writes the leaderboard.
 
-    Studies that read features come first, because fine-tuning starts from the head of the best probe.
+    Studies that read features come first, because fine-tuning starts from the best of their heads.
 
     Args:
         state: state that all studies share.
@@ -86,6 +86,8 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
         for group in groups:
             if not group.is_tested:
                 group.choose()
+            for baseline in group.baselines:
+                baseline.offer_start()
     state.ray.leave()
     outcomes, failures = [], state.failures
     order = {config.name: place for place, config in enumerate(configs)}

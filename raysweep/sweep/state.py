@@ -32,6 +32,21 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 
+@dataclass(frozen=True, slots=True)
+class StartHead:
+    """A head that fine-tuning may start from.
+
+    Attributes:
+        checkpoint: file of heads, of which the first one is used.
+        score: rank of its validation metrics, from `Ranking.key`.
+        weights: signature of its weights when it was chosen; None if it is not known.
+    """
+
+    checkpoint: Path
+    score: tuple[float, float]
+    weights: str | None = None
+
+
 @dataclass
 class SweepState:
     """The state that the studies of one sweep share.
@@ -46,8 +61,7 @@ class SweepState:
         run_id: id of the sweep's MLflow run; empty before its start.
         encoders: encoders used so far, by name.
         bad_rows: rows that a pass could not decode, by row id.
-        best_heads: checkpoints of finished probes, by encoder and shots.
-        head_weights: signatures of their weights when they were chosen: a head that is trained again keeps its own.
+        start_heads: heads that fine-tuning starts from, by encoder and shots.
         journal: the journal of the studies' trials, once it is open.
         failures: studies that could not be opened, with the reason.
         gpu_precision: precision on GPUs, `fp32` or `bf16`; None before it is known.
@@ -64,8 +78,7 @@ class SweepState:
     run_id: str = ""
     encoders: dict[str, LazyEncoder] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
-    best_heads: dict[tuple[str, Shots], Path] = field(default_factory=dict)
-    head_weights: dict[Path, str] = field(default_factory=dict)
+    start_heads: dict[tuple[str, Shots], StartHead] = field(default_factory=dict)
     journal: BaseStorage | None = None
     failures: list[str] = field(default_factory=list)
     gpu_precision: str | None = None

@@ -17,7 +17,7 @@ from raysweep.images.rows import Draws
 from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
 from raysweep.storage.copies import location, publish
 from raysweep.storage.paths import signature
-from raysweep.sweep.best_heads import first_head, gives_a_head, head_signature, keep_best_head
+from raysweep.sweep.best_heads import first_head, head_signature, offer_head, signature_of_file, starts_a_study
 from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
 from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
 from raysweep.sweep.optuna_trials import CONTINUES
@@ -58,7 +58,7 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
             block.sampler,
             *([] if block.scheduler == "none" else [block.scheduler]),
             experiment.train.model_dump(exclude=set(KEYS_WITHOUT_EFFECT_ON_RESULTS)),
-            head_signature(state, head) if head else None,
+            head_signature(head) if head else None,
         ]
     )
     run_id = start_run(state, config, key, draws)
@@ -72,7 +72,7 @@ def open_study(state: SweepState, config: StudyConfig, cache: Cache) -> Study:
     found = open_optuna_study(
         store, name, block, space, state.ranking.within_study, experiment.seed, train.warmup_fraction
     )
-    study = Study(state, config, cache, key, draws, run_id, found, head)
+    study = Study(state, config, cache, key, draws, run_id, found, head.checkpoint if head else None)
     study.log_earlier_trials()
     study.files.remove_leftovers()
     return study
@@ -89,7 +89,7 @@ class Study(LeaderboardEntry):
         draws: its few-shot draws; None if it trains on all rows.
         run_id: id of its MLflow run.
         optuna_study: its trials in Optuna.
-        head: checkpoint of the probe that fine-tuning starts from; None for a new head.
+        head: file of heads that fine-tuning starts from; None for a new head.
     """
 
     config: StudyConfig
@@ -160,7 +160,8 @@ class Study(LeaderboardEntry):
 
         It keeps its number and its result: only the file is made again.
         """
-        if self.lost is not None or self.num_left or not (gives_a_head(self.state, self.config) or not self.is_settled):
+        is_needed = starts_a_study(self.state, self.config) or not self.is_settled
+        if self.lost is not None or self.num_left or not is_needed:
             return None
         try:
             best = self.optuna_study.best()
@@ -282,9 +283,19 @@ class Study(LeaderboardEntry):
             self.failure = str(error)
             return None
         checkpoint = self.files.checkpoint(best)
-        if gives_a_head(self.state, self.config):
-            keep_best_head(self.state, self.config, self.optuna_study, best.number, checkpoint)
+        if starts_a_study(self.state, self.config):
+            offer_head(self.state, self.config, checkpoint, best.final, self._head_signature(best.number, checkpoint))
         return location(checkpoint)
+
+    def _head_signature(self, trial: int, checkpoint: Path) -> str | None:
+        """Returns the signature of a head when it was chosen first; None if it cannot be read now.
+
+        A head that is trained again keeps its signature, and fine-tuning stays the same study.
+        """
+        found, kept = signature_of_file(checkpoint), self.optuna_study.head_weights(trial)
+        if found is not None and kept is None:
+            self.optuna_study.keep_head_weights(trial, found)
+        return found and (kept or found)
 
     def settle(self, tested: TestResult, job: Job) -> None:
         """See `LeaderboardEntry.settle`. Removes all checkpoints but the best one."""

@@ -278,7 +278,7 @@ class StudyGroup:
 
 def loop_options(experiment: Experiment, mode: Mode, ranking: Ranking, precision: str) -> LoopOptions:
     """Returns the options of the training loop in one mode."""
-    train, has_start = experiment.train, mode.starts_from == "best_probe"
+    train, has_start = experiment.train, mode.starts_from == "best_head"
     return LoopOptions(
         batch_size=train.batch_size,
         seed=experiment.seed,

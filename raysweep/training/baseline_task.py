@@ -109,6 +109,7 @@ class BaselineResult:
         test_logits: float32 `(num_test, num_classes)` per subset, on the CPU; for `knn` log-probabilities.
         temperatures: one per subset, fitted on the validation rows of classifiers that are fitted to train alone.
         heads: one per subset, on the CPU; none for `knn`.
+        train_heads: the same, fitted to train alone: what fine-tuning starts from.
         seconds: wall time.
         num_settings: number of compared settings.
     """
@@ -118,6 +119,7 @@ class BaselineResult:
     test_logits: list[Tensor]
     temperatures: tuple[float, ...]
     heads: tuple[Head, ...]
+    train_heads: tuple[Head, ...]
     seconds: float
     num_settings: int
 
@@ -139,12 +141,13 @@ def head_result(
         started: `time.perf_counter()` when the baseline began.
     """
     parts = task.sources[setting["features"]]
-    heads, metrics, temperatures = [], [], []
+    train_heads, metrics, temperatures = [], [], []
     for rows, seen in task.draws():
-        heads.append(fit_head(task.train, rows))
-        logits, labels = apply_head(heads[-1], task.validation, parts, seen), task.validation.labels[seen]
+        train_heads.append(fit_head(task.train, rows))
+        logits, labels = apply_head(train_heads[-1], task.validation, parts, seen), task.validation.labels[seen]
         metrics.append(metrics_of(logits, labels))
         temperatures.append(fit_temperature(logits, labels))
+    heads = train_heads
     if task.refits:
         both = joined(task.train, task.validation)
         heads, setting = [fit_head(both, all_rows(both))], setting | REFITTED
@@ -154,6 +157,7 @@ def head_result(
         test_logits=[apply_head(head, task.test, parts, all_rows(task.test)).cpu() for head in heads],
         temperatures=tuple(temperatures),
         heads=tuple(head.cpu() for head in heads),
+        train_heads=tuple(head.cpu() for head in train_heads),
         seconds=time.perf_counter() - started,
         num_settings=num_settings,
     )

@@ -61,6 +61,7 @@ def run_knn(task: BaselineTask) -> BaselineResult:
         test_logits=logits,
         temperatures=temperatures,
         heads=(),
+        train_heads=(),
         seconds=time.perf_counter() - started,
         num_settings=len(task.sources) * len(counts),
     )

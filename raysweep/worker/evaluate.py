@@ -21,6 +21,7 @@ from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
 from raysweep.training.loop import predict_rows
 from raysweep.worker.inputs import (
+    START_HEAD,
     build_classifier,
     feature_set,
     load_heads,
@@ -88,7 +89,9 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
     result = RUN_BASELINE[study.baseline](task)
     path = local_path(study.folder) / "best.safetensors" if result.heads else None
     if path is not None:
-        save_heads(path, result.heads, result.setting["features"], {"setting": result.setting})
+        source = result.setting["features"]
+        save_heads(path, result.heads, source, {"setting": result.setting})
+        save_heads(path.with_name(START_HEAD), result.train_heads, source, {})
     fit = BaselineFit(
         setting=result.setting,
         num_settings=result.num_settings,

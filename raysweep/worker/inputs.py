@@ -58,6 +58,10 @@ def build_classifier(job: Job) -> Classifier:
     return Classifier(encoder, head, source)
 
 
+# A baseline's file of the heads that were fitted to train images alone.
+START_HEAD = "start.safetensors"
+
+
 def save_heads(path: Path, heads: Sequence[Head], source: str, metadata: Mapping[str, Any]) -> None:
     """Writes a probe's checkpoint: its heads (one per few-shot draw) and their feature source."""
     tensors = {f"head.{i}.{name}": t for i, head in enumerate(heads) for name, t in head.state_dict().items()}

@@ -19,7 +19,7 @@ def test_the_table_holds_every_mode_under_its_name_in_the_order_of_running():
 def test_a_probe_runs_before_the_modes_that_start_from_it():
     names = list(MODES)
     probes = [names.index(mode.name) for mode in MODES.values() if mode.reads == "features"]
-    started = [names.index(mode.name) for mode in MODES.values() if mode.starts_from == "best_probe"]
+    started = [names.index(mode.name) for mode in MODES.values() if mode.starts_from == "best_head"]
     assert max(probes) < min(started)
 
 

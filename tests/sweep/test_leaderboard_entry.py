@@ -14,10 +14,12 @@ from raysweep.images.index import BadRow
 from raysweep.results.leaderboard import ClassMetrics
 from raysweep.results.model import load_model
 from raysweep.results.tracking import Tracker
+from raysweep.sweep.best_heads import first_head, offer_head
 from raysweep.sweep.leaderboard_entry import open_baseline
+from raysweep.sweep.state import StartHead
 from raysweep.sweep.study import open_study
 from raysweep.training.evaluation import evaluate_test
-from raysweep.worker.inputs import save_heads
+from raysweep.worker.inputs import START_HEAD, save_heads
 from raysweep.worker.job import BaselineFit
 
 JOB = make_job()
@@ -56,7 +58,7 @@ def test_studies_and_baselines_of_this_method_are_found_again(tmp_path):
     for tensor in head.state_dict().values():
         torch.nn.init.constant_(tensor, 0.5)
     save_heads(tmp_path / "head.safetensors", [head], "pooled", {})
-    state.best_heads["dinov2", 5] = tmp_path / "head.safetensors"
+    state.start_heads["dinov2", 5] = StartHead(tmp_path / "head.safetensors", (0.0, 0.0))
     configs = state.experiment.studies()
     entries = [open_study(state, config, CACHE) for config in configs]
     entries += [open_baseline(state, one, CACHE) for config in configs for one in state.experiment.baselines_of(config)]
@@ -124,6 +126,61 @@ def test_a_baseline_that_is_a_head_is_exported(open_state, tmp_path):
     again = baseline_of(open_state(), "ridge")
     assert again.is_settled
     assert again.conclude().row.best_params == setting
+
+
+WITH_FINE_TUNE = {"modes": ["linear_probe", "fine_tune"]}
+
+
+def settled_with_start(state, loss):
+    """A ridge baseline that was refitted; its head of train alone has this loss on validation."""
+    baseline = baseline_of(state, "ridge")
+    tested = baseline_result({"strength": 0.3, "features": "pooled"}, str(baseline.folder / "best.safetensors"))
+    tested = replace(tested, fit=replace(tested.fit, validation={"val/accuracy": 0.7, "val/loss": loss}))
+    for name, value in (("best.safetensors", 1.0), (START_HEAD, 2.0)):
+        head = Head(4, 3)
+        torch.nn.init.constant_(head.weight, value)
+        save_heads(baseline.folder / name, [head], "pooled", {})
+    baseline.settle(tested, JOB)
+    baseline.conclude()
+    return baseline
+
+
+@pytest.mark.parametrize(("loss", "is_start"), [(0.3, True), (0.5, False), (0.7, False)])
+def test_fine_tuning_starts_from_the_head_with_the_least_loss_on_validation(open_state, tmp_path, loss, is_start):
+    state = open_state(**WITH_FINE_TUNE)
+    probe, fine_tune = state.experiment.studies()
+    save_heads(tmp_path / "probe.safetensors", [Head(4, 3)], "pooled", {})
+    offer_head(state, probe, tmp_path / "probe.safetensors", {"val/accuracy": 0.9, "val/loss": 0.5})
+    baseline = settled_with_start(state, loss)
+    baseline.offer_start()
+    start = first_head(state, fine_tune)
+    assert start.checkpoint == (baseline.folder / START_HEAD if is_start else tmp_path / "probe.safetensors")
+    assert open_study(state, fine_tune, CACHE).head == start.checkpoint
+
+
+def test_an_earlier_baseline_offers_its_head_again(open_state):
+    settled_with_start(open_state(**WITH_FINE_TUNE), 0.3)
+    state = open_state(**WITH_FINE_TUNE)
+    baseline = baseline_of(state, "ridge")
+    assert baseline.is_settled
+    baseline.offer_start()
+    assert first_head(state, state.experiment.studies()[1]).checkpoint == baseline.folder / START_HEAD
+
+
+@pytest.mark.parametrize(("modes", "is_settled"), [(["linear_probe"], True), (["linear_probe", "fine_tune"], False)])
+def test_a_baseline_is_made_again_if_fine_tuning_may_start_from_a_head_that_is_lost(open_state, modes, is_settled):
+    baseline = settled_with_start(open_state(**WITH_FINE_TUNE), 0.3)
+    (baseline.folder / START_HEAD).unlink()
+    state = open_state(modes=modes)
+    assert baseline_of(state, "ridge").is_settled is is_settled
+
+
+def test_a_baseline_without_a_head_offers_none(open_state):
+    state = open_state(**WITH_FINE_TUNE)
+    baseline = baseline_of(state, "knn")
+    baseline.settle(baseline_result({"k": 10}), JOB)
+    baseline.offer_start()
+    assert state.start_heads == {}
 
 
 def test_a_row_has_every_metric_and_those_of_each_class(open_state):

@@ -527,7 +527,7 @@ def test_a_study_whose_trials_all_failed_says_why(open_state):
     for trial in study.ask():
         study.tell(trial.number, None, "CUDA out of memory")
     assert study.choose() is None
-    assert study.state.best_heads == {}
+    assert study.state.start_heads == {}
     with pytest.raises(TrialError, match=r"dinov2-linear_probe.*: no trial succeeded; CUDA out of memory"):
         study.conclude()
 

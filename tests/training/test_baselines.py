@@ -333,6 +333,8 @@ def test_a_refit_adds_the_validation_rows_once_the_setting_is_chosen(function):
     assert refitted.validation == pytest.approx(plain.validation)
     assert refitted.num_settings == plain.num_settings
     assert not torch.equal(refitted.test_logits[0], plain.test_logits[0])
+    for one, other in zip(plain.heads, refitted.train_heads, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict())
 
 
 def test_a_refitted_neighbour_search_knows_both_splits():

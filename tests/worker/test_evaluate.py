@@ -21,7 +21,7 @@ from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
 from raysweep.worker import evaluate
 from raysweep.worker.evaluate import run_test
-from raysweep.worker.inputs import feature_set, load_heads, save_heads, subsets_of
+from raysweep.worker.inputs import START_HEAD, feature_set, load_heads, save_heads, subsets_of
 from raysweep.worker.job import StudySpec, TestResult
 
 CPU = torch.device("cpu")
@@ -114,6 +114,8 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
             assert fit.checkpoint is None
             continue
         assert fit.checkpoint == str(tmp_path / name / "best.safetensors")
+        for found_head, head in zip(load_heads(tmp_path / name / START_HEAD)[0], expected.train_heads, strict=True):
+            torch.testing.assert_close(found_head.state_dict(), head.state_dict(), rtol=1e-4, atol=1e-5)
         heads, source = load_heads(Path(fit.checkpoint))
         assert source == fit.setting["features"]
         assert load_checkpoint(Path(fit.checkpoint))[1]["setting"] == fit.setting
