@@ -20,6 +20,7 @@ from raysweep.training.best_set import may_be_best
 if TYPE_CHECKING:
     from rich.table import Table
 
+SIMILAR_COST = 2.0  # rows whose training times differ by less than this factor cost about the same
 UNEVEN = 2.0  # the largest class has this many times the images of the smallest
 
 
@@ -79,7 +80,8 @@ class Row:
         test_largest_class: share of the test images that are of the largest class, which is the accuracy of always
             naming it.
         test_smallest_class: share of the test images that are of the smallest class.
-        is_recommended: whether it took the least time to train of the rows that may be the best.
+        is_recommended: whether it is the best on validation of the rows that may be the best and take at most
+            `SIMILAR_COST` times the least training time of these.
         test_metrics: metrics on test (`experiment.metrics.TEST_METRICS`), columns `test_<name>`; empty if an earlier
             version tested it.
         test_per_class: metrics by class, not in the CSV table; empty as well.
@@ -125,7 +127,8 @@ def rank_rows(
     """Sorts rows by shots, then validation score, then cost, and marks those that may be the best of as many shots.
 
     The test split has no part in the order: of ten equal rows, the one that is best on test would look two to three
-    points better than it is. Among the rows that may be the best, the cheapest is recommended.
+    points better than it is. Of the rows that may be the best and cost about as little as the cheapest of them, the
+    best on validation is recommended.
 
     Args:
         rows: one row per study and baseline.
@@ -141,8 +144,9 @@ def rank_rows(
         known = [one for one in members if len(hits[one])]
         may_be = dict(zip(known, may_be_best([hits[one] for one in known], seed).tolist(), strict=True))
         best = [one for one in members if may_be.get(one, True)]
-        cheapest = min(best, key=lambda one: rows[one].train_seconds, default=None)
-        ranked += [replace(rows[one], tied_with_best=one in best, is_recommended=one == cheapest) for one in members]
+        limit = SIMILAR_COST * min((rows[one].train_seconds for one in best), default=0.0)
+        recommended = next((one for one in best if rows[one].train_seconds <= limit), None)
+        ranked += [replace(rows[one], tied_with_best=one in best, is_recommended=one == recommended) for one in members]
     return ranked
 
 
@@ -243,7 +247,7 @@ def _legend(rows: Sequence[Row]) -> list[str]:
         lines += [f"always naming the largest class has accuracy {share:.3f}", "macro F1 counts every class alike"]
     if any(len(section) > 1 for section in _by_shots(rows)):
         lines.append("= may be the best: no other is better on test (all pairs compared at once, 95 %)")
-        lines.append("* the cheapest of those, recommended")
+        lines.append("* recommended: of those that cost about as little as the cheapest, the best on validation")
     num_seeds = max((row.num_seeds for row in rows), default=1)
     if num_seeds > 1:
         lines.append(f"few shots: mean of {num_seeds} draws of the images, interval over draws and test images")

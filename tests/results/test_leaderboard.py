@@ -73,6 +73,17 @@ def test_rows_are_ranked_by_validation_and_those_that_may_be_the_best_are_marked
     assert [row.is_recommended for row in rows] == [False, True, False], "the cheapest of those that may be the best"
 
 
+@pytest.mark.parametrize(("seconds", "recommended"), [(5.9, "best"), (6.1, "close")])
+def test_rows_that_cost_about_the_same_are_recommended_by_validation(seconds, recommended):
+    made = [
+        make_row("best", 0.9, val_accuracy=0.93, train_seconds=seconds),
+        make_row("close", 0.9, val_accuracy=0.92, train_seconds=3.0),
+        make_row("cheaper but worse", 0.5, val_accuracy=0.91, train_seconds=0.1),
+    ]
+    found = ranked(made, [right(90), right(90), right(50)])
+    assert [row.study for row in found if row.is_recommended] == [recommended]
+
+
 def test_among_equals_the_cheaper_stands_first():
     made = [make_row("dear", 0.9, train_seconds=100.0), make_row("cheap", 0.9, train_seconds=3.0)]
     found = ranked(made, [right(90), right(90)])
