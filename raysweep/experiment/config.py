@@ -148,7 +148,14 @@ class Experiment(Section):
     def baselines_of(self, study: StudyConfig) -> tuple[BaselineConfig, ...]:
         """Lists the baselines on the features of a study; none when the study reads no features."""
         block = self.search.block(study.mode)
-        return list_baselines(study, getattr(block, "baselines", ()), refit=getattr(block, "refit", False))
+        return list_baselines(study, getattr(block, "baselines", ()), refit=self.refits(study))
+
+    def refits(self, study: StudyConfig) -> bool:
+        """Whether the chosen head of a study, and its baselines, are fitted to train and validation before the test.
+
+        Few-shot ones never are: the number of their images is what they are about.
+        """
+        return study.shots == "all" and getattr(self.search.block(study.mode), "refit", False)
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -167,8 +167,8 @@ class LinearProbeSearch(SearchBlock):
 
     refit: bool = Field(
         default=True,
-        description="Fit baselines to train and validation images together before the test, once their setting is "
-        "chosen; few-shot ones never.",
+        description="Fit the chosen head, and baselines, to train and validation images together before the test; "
+        "few-shot ones never.",
     )
 
     _check_baselines = field_validator("baselines")(without_repeats)

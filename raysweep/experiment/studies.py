@@ -221,13 +221,9 @@ def list_studies(
 
 
 def list_baselines(study: StudyConfig, baselines: Sequence[Baseline], *, refit: bool) -> tuple[BaselineConfig, ...]:
-    """Lists the baselines on the features of a study; none when the study reads no features.
-
-    Few-shot baselines are never refitted: the number of their images is what they are about.
-    """
+    """Lists the baselines on the features of a study; none when the study reads no features."""
     if not study.reads_features:
         return ()
-    refit = refit and study.shots == "all"
     return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, one, refit) for one in baselines)
 
 

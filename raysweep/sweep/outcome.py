@@ -23,6 +23,7 @@ from raysweep.results.tracking import LoggedOutcome, Tracker
 from raysweep.storage.copies import local_path, location
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.state import SweepState
+from raysweep.training.baseline_task import REFITTED
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import TestMetrics
 from raysweep.worker.inputs import build_classifier, load_heads
@@ -123,7 +124,8 @@ def study_outcome(
     """
     assert best.checkpoint is not None, "the best trial of a study has a checkpoint"
     assert tested.metrics is not None
-    checkpoint = local_path(best.checkpoint)
+    place, setting = tested.refitted or best.checkpoint, best.setting | (REFITTED if tested.refitted else {})
+    best, checkpoint = replace(best, checkpoint=place, setting=setting), local_path(place)
     if config.reads_features:
         classifier = _probe_classifier(state, config, checkpoint)
     else:

@@ -27,8 +27,9 @@ from raysweep.sweep.state import SweepState
 from raysweep.sweep.study_progress import StudyProgress
 from raysweep.sweep.trial_files import TrialFiles, remove_checkpoints
 from raysweep.sweep.trial_store import open_store
+from raysweep.training.baseline_task import REFITTED
 from raysweep.training.checkpoint import load_checkpoint
-from raysweep.worker.job import EpochReport, Job, TestResult, TrialResult, TrialSpec
+from raysweep.worker.job import EpochReport, Job, StudySpec, TestResult, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     import optuna
@@ -129,7 +130,14 @@ class Study(LeaderboardEntry):
         earlier = self.earlier_outcome()
         if self.num_left or earlier is None or earlier.num_records != len(self.optuna_study.results):
             return False
+        if self.spec.refit != (REFITTED.items() <= earlier.row.best_params.items()):
+            return False
         return is_exported(self.state, self.config, self.key, self.optuna_study.best().number)
+
+    @property
+    def spec(self) -> StudySpec:
+        """See `LeaderboardEntry.spec`."""
+        return replace(super().spec, refit=self.state.experiment.refits(self.config))
 
     def ask(self) -> list[TrialSpec]:
         """Draws the settings of the next Population; none if the budget of trials or time is spent."""

@@ -177,7 +177,7 @@ class _JoinedRows:
     def __getitem__(self, rows: Tensor, /) -> Tensor:
         in_first = rows < self.first.shape[0]
         found = self.first[rows[in_first]]
-        read = found.new_empty(len(rows), self.shape[1])
+        read = found.new_empty(*rows.shape, self.shape[1])
         read[in_first], read[~in_first] = found, self.second[rows[~in_first] - self.first.shape[0]]
         return read
 

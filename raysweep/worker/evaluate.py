@@ -9,17 +9,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raysweep.encoders.head import Classifier
+from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
+from raysweep.experiment.space import Setting
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.images.splits import Split
 from raysweep.storage.copies import local_path, location
-from raysweep.training.baseline_task import MAX_VALIDATION_ROWS, BaselineTask, all_rows, apply_head, thinned
+from raysweep.training.baseline_task import (
+    MAX_VALIDATION_ROWS,
+    REFITTED,
+    BaselineTask,
+    all_rows,
+    apply_head,
+    joined,
+    thinned,
+)
 from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
 from raysweep.training.loop import predict_rows
+from raysweep.training.population import FeatureSet, Subsets, train_population
 from raysweep.worker.inputs import (
     START_HEAD,
     build_classifier,
@@ -48,7 +58,7 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
         try:
             if name in work.checkpoints:
                 test = _test_probe if job.mode.reads == "features" else _test_classifier
-                result = TestResult(test(job, job.studies[name], work.checkpoints[name], device))
+                result = test(job, job.studies[name], work.checkpoints[name], device)
             else:
                 result = _run_baseline(job, job.studies[name], device)
         except Exception as error:  # the other studies may still have results
@@ -103,7 +113,7 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
     return TestResult(_evaluate(job, result.test_logits, result.temperatures), fit=fit)
 
 
-def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch.device) -> TestMetrics:
+def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch.device) -> TestResult:
     model = build_classifier(job)
     model.load_state_dict(load_checkpoint(local_path(checkpoint))[0])
     model.to(device)
@@ -111,23 +121,51 @@ def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch
     held_out = _classifier_logits(job, model, "validation", validation, device)
     temperature = fit_temperature(held_out, torch.from_numpy(job.rows["validation"].labels)[validation])
     test = torch.arange(len(job.rows["test"]))
-    return _evaluate(job, [_classifier_logits(job, model, "test", test, device)], [temperature])
+    return TestResult(_evaluate(job, [_classifier_logits(job, model, "test", test, device)], [temperature]))
 
 
 def _classifier_logits(job: Job, model: Classifier, split: Split, rows: Tensor, device: torch.device) -> Tensor:
     return torch.cat([logits.cpu() for _, logits in predict_rows(model, pixel_set(job, split, device), rows, job.loop)])
 
 
-@torch.inference_mode()
-def _test_probe(job: Job, study: StudySpec, checkpoint: str, device: torch.device) -> TestMetrics:
-    heads, source = load_heads(local_path(checkpoint))
-    parts, subsets = job.encoder.parts_of(source), subsets_of(study, device)
+@torch.no_grad()
+def _test_probe(job: Job, study: StudySpec, checkpoint: str, device: torch.device) -> TestResult:
+    """Tests the chosen heads, or the head that is fitted again to train and validation together.
+
+    The temperature is always that of heads that have not seen the validation rows.
+    """
+    (heads, source), subsets = load_heads(local_path(checkpoint)), subsets_of(study, device)
+    parts = job.encoder.parts_of(source)
     validation, test = (feature_set(job, split, device) for split in ("validation", "test"))
     seen = thinned(all_rows(validation), MAX_VALIDATION_ROWS)
-    temperatures, logits = [], []
+    temperatures, refitted = [], None
     for number, head in enumerate(heads):
         rows = seen if subsets is None else subsets.validation[number]
         held_out = apply_head(head.to(device), validation, parts, rows)
         temperatures.append(fit_temperature(held_out, validation.labels[rows]))
-        logits.append(apply_head(head, test, parts, all_rows(test)).cpu())
-    return _evaluate(job, logits, temperatures)
+    if study.refit and subsets is None:
+        setting = load_checkpoint(local_path(checkpoint))[1]["setting"]
+        heads = [_refitted_head(job, setting, validation, device)]
+        path = local_path(study.folder) / "best.safetensors"
+        save_heads(path, heads, source, {"setting": setting | REFITTED})
+        refitted = location(path)
+    logits = [apply_head(head.to(device), test, parts, all_rows(test)).cpu() for head in heads]
+    return TestResult(_evaluate(job, logits, temperatures), refitted=refitted)
+
+
+def _refitted_head(job: Job, setting: Setting, validation: FeatureSet, device: torch.device) -> Head:
+    """Returns a head of the chosen setting that is trained on train and validation together."""
+    both = joined(feature_set(job, "train", device), validation)
+    rows = all_rows(both)
+    torch.set_num_threads(1)  # see `worker.train`
+    (result,) = train_population(
+        both,
+        both,
+        [setting],
+        sources=job.encoder.sources,
+        num_classes=job.num_classes,
+        batch_size=job.loop.batch_size,
+        seed=job.loop.seed,
+        subsets=Subsets(rows[None], rows[None, :1]),  # every epoch is evaluated, and the result is not used
+    )
+    return result.head

@@ -36,7 +36,7 @@ class StudySpec:
         folder: location of its checkpoints.
         draws: few-shot draws of its rows; None if it trains on all rows.
         baseline: the baseline; None for a study with trials.
-        refit: whether a baseline is fitted to train and validation together before the test.
+        refit: whether its head is fitted to train and validation together before the test.
     """
 
     name: str
@@ -242,13 +242,22 @@ class BaselineFit:
 
 @dataclass(frozen=True, slots=True)
 class TestResult:
-    """The result of one study's test: its `metrics`, or the `error` that ended it; for a baseline also its `fit`."""
+    """The result of one study's test: its `metrics`, or the `error` that ended it.
+
+    Attributes:
+        metrics: metrics on the test split.
+        peak_gpu_memory_bytes: most GPU memory that tensors took.
+        fit: for a baseline, how it was chosen.
+        refitted: for a probe, location of its head if that was fitted to train and validation together.
+        error: reason why there are no metrics, or None.
+    """
 
     __test__ = False  # not a test class, despite its name
 
     metrics: TestMetrics | None = None
     peak_gpu_memory_bytes: int = 0
     fit: BaselineFit | None = None
+    refitted: str | None = None
     error: str | None = None
 
 

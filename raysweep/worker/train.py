@@ -116,7 +116,8 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
     for index, (trial, head) in enumerate(zip(trials, heads, strict=True)):
         path = local_path(study.folder) / "trials" / str(trial.number) / "best.safetensors"
         if index == best and rank() == 0:
-            save_heads(path, head.heads, str(trial.setting["features"]), {"trial": trial.number})
+            about = {"trial": trial.number, "setting": trial.setting}
+            save_heads(path, head.heads, str(trial.setting["features"]), about)
         results.append(
             TrialResult(
                 study=study.name,

@@ -151,6 +151,8 @@ def test_the_baselines_of_a_study_are_those_on_its_features(load):
     assert {row.refit for study in experiment.studies() for row in experiment.baselines_of(study)} == {True, False}
     kept = load(MINIMAL, ["search.linear_probe.refit=false"])
     assert not any(row.refit for study in kept.studies() for row in kept.baselines_of(study))
+    assert not any(map(kept.refits, kept.studies()))
+    assert [study.name for study in experiment.studies() if experiment.refits(study)] == ["dinov2-linear_probe"]
     without = load(MINIMAL, ["search.linear_probe.baselines=[]"])
     assert [without.baselines_of(study) for study in without.studies()] == [(), ()]
 

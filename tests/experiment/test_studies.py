@@ -112,16 +112,10 @@ def test_a_study_is_what_its_mode_says(mode):
 def test_baselines_stand_beside_the_study_that_reads_features():
     probe, tuned = list_studies([encoder()], None, (5,))
     found = list_baselines(probe, BASELINES, refit=True)
-    assert found == tuple(BaselineConfig("dinov2", encoder(), 5, baseline, refit=False) for baseline in BASELINES)
+    assert found == tuple(BaselineConfig("dinov2", encoder(), 5, baseline, refit=True) for baseline in BASELINES)
     assert [(row.kind, row.name) for row in found[:2]] == [("knn", "dinov2-knn-5shot"), ("ridge", "dinov2-ridge-5shot")]
     assert all(row.reads_features and row.uses_every_draw for row in found)
     assert list_baselines(tuned, BASELINES, refit=True) == list_baselines(probe, (), refit=True) == ()
-
-
-@pytest.mark.parametrize(("shots", "refit", "expected"), [("all", True, True), ("all", False, False), (5, True, False)])
-def test_only_baselines_on_all_images_are_refitted(shots, refit, expected):
-    (probe, *_) = list_studies([encoder()], None, (shots,))
-    assert {row.refit for row in list_baselines(probe, BASELINES, refit=refit)} == {expected}
 
 
 def test_a_row_is_a_study_or_a_baseline():

@@ -13,6 +13,7 @@ from states import CACHE, FakeRecorder, make_state, make_tested, text_of
 from raysweep.encoders.build import build_encoder
 from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import TrialError
+from raysweep.results.model import load_model
 from raysweep.results.tracking import Tracker
 from raysweep.storage.paths import SweepPaths, read_json
 from raysweep.sweep import outcome as outcomes
@@ -21,7 +22,7 @@ from raysweep.sweep import study as module
 from raysweep.sweep.outcome import read_outcome
 from raysweep.sweep.study import open_study
 from raysweep.training.checkpoint import save_checkpoint
-from raysweep.worker.inputs import save_heads
+from raysweep.worker.inputs import load_heads, save_heads
 from raysweep.worker.job import EpochReport
 
 JOB = make_job()
@@ -116,8 +117,17 @@ def test_sweeps_that_share_a_database_share_no_study(open_state, monkeypatch, tm
 def finish(study):
     work_through(study)
     study.choose()
-    study.settle(make_tested(), JOB)
+    study.settle(outcome_of_test(study), JOB)
     return study.conclude()
+
+
+def outcome_of_test(study):
+    """The result of a test, with the file of a head that was fitted again where the study asks for one."""
+    if not study.spec.refit:
+        return make_tested()
+    path = study.folder / "best.safetensors"
+    save_heads(path, [Head(4, 3)], "pooled", {})
+    return make_tested(refitted=str(path))
 
 
 # Budgets
@@ -451,7 +461,7 @@ def test_an_outcome_is_kept_and_found_by_the_next_invocation(open_state):
     concluded = again.conclude()
     assert concluded == again.earlier_outcome()
     stored = read_outcome(result)
-    assert stored.checkpoint == f"studies/{again.name}/{again.key}/trials/2/best.safetensors"
+    assert stored.checkpoint == f"studies/{again.name}/{again.key}/best.safetensors"
     assert stored.row.model_path == f"models/{again.name}"
     assert concluded.checkpoint == str(again.state.paths.root / stored.checkpoint)
     assert read_json(result)["row"]["mlflow_run_id"] == again.run_id
@@ -471,6 +481,23 @@ def test_more_trials_or_a_lost_model_leave_something_to_do(open_state):
         assert not study_of(open_state(**probe(num_trials=2))).is_settled
     description.unlink()
     assert not study_of(open_state(**probe(num_trials=2))).is_settled
+
+
+def test_a_head_that_is_fitted_again_is_the_one_that_is_exported(open_state):
+    search = {"linear_probe": {"num_trials": 2}}
+    row = finish(study_of(open_state(search=search))).row
+    assert row.best_params["fitted_to"] == "train+validation"
+    study = study_of(open_state(search=search))
+    assert study.is_settled
+    (head,), _ = load_heads(study.folder / "best.safetensors")
+    model = load_model(study.state.paths.model(study.name))
+    torch.testing.assert_close(model.classifier.head.weight, head.weight)
+    assert study.optuna_study.best().checkpoint == f"studies/{study.name}/{study.key}/trials/1/best.safetensors"
+    without = {"linear_probe": {"num_trials": 2, "refit": False}}
+    again = study_of(open_state(search=without))
+    assert (again.key, again.is_settled) == (study.key, False), "its trials are the same, its test is not"
+    assert "fitted_to" not in finish(again).row.best_params
+    assert not study_of(open_state(search=search)).is_settled
 
 
 def test_a_new_store_is_told_the_outcome_again(open_state):

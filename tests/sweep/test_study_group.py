@@ -13,7 +13,7 @@ from raysweep.images.pass_processes import PROCESS_BYTES
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.rows import Draws, SplitRows
 from raysweep.sweep import study_group as module
-from raysweep.sweep.leaderboard_entry import BaselineEntry
+from raysweep.sweep.leaderboard_entry import BaselineEntry, LeaderboardEntry
 from raysweep.sweep.study import Study
 from raysweep.sweep.study_group import StudyGroup
 from raysweep.sweep.training_runs import bytes_of_trial
@@ -38,6 +38,10 @@ class FakeStudy(Study):
     @property
     def num_left(self):
         return sum(self.sizes)
+
+    @property
+    def spec(self):
+        return LeaderboardEntry.spec.fget(self)
 
     def ask(self):
         numbers = range(self.num_asked, self.num_asked + self.sizes.pop(0))

@@ -13,12 +13,13 @@ from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
 from raysweep.training import baseline_task
-from raysweep.training.baseline_task import BaselineTask
+from raysweep.training.baseline_task import REFITTED, BaselineTask
 from raysweep.training.baselines import RUN_BASELINE
 from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
+from raysweep.training.population import FeatureSet, train_population
 from raysweep.worker import evaluate
 from raysweep.worker.evaluate import run_test
 from raysweep.worker.inputs import START_HEAD, feature_set, load_heads, save_heads, subsets_of
@@ -121,6 +122,43 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
         assert load_checkpoint(Path(fit.checkpoint))[1]["setting"] == fit.setting
         for head, logits in zip(heads, expected.test_logits, strict=True):
             torch.testing.assert_close(torch.from_numpy(*scores(job, [head])), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["probe-all", "probe-few"])
+def test_a_probe_is_fitted_again_to_train_and_validation(job, tmp_path, name):
+    setting = {
+        "learning_rate": 0.05,
+        "weight_decay": 0.01,
+        "epochs": 7,
+        "features": "pooled",
+        "normalize": "standardize",
+    }
+    chosen = make_heads(2 if name == "probe-few" else 1)
+    save_heads(tmp_path / "chosen", chosen, "pooled", {"setting": setting})
+    job = replace(job, studies={name: replace(job.studies[name], refit=True)})
+    work = test_work(checkpoints={name: str(tmp_path / "chosen")})
+    result = run_test(job, work)[name]
+    plain = run_test(replace(job, studies={name: replace(job.studies[name], refit=False)}), work)[name]
+    assert plain.refitted is None
+    if name == "probe-few":
+        assert result == plain, "the number of their images is what few-shot heads are about"
+        return
+    train, validation = (feature_set(job, split, CPU) for split in ("train", "validation"))
+    both = FeatureSet(
+        {part: torch.cat([train.parts[part][:], validation.parts[part][:]]) for part in train.parts},
+        torch.cat([train.labels, validation.labels]),
+    )
+    (expected,) = train_population(
+        both, validation, [setting], sources=ENCODER.sources, num_classes=3, batch_size=job.loop.batch_size,
+        seed=job.loop.seed,
+    )  # fmt: skip
+    (head,), source = load_heads(Path(result.refitted))
+    assert (Path(result.refitted), source) == (tmp_path / name / "best.safetensors", "pooled")
+    assert load_checkpoint(Path(result.refitted))[1]["setting"] == setting | REFITTED
+    torch.testing.assert_close(head.state_dict(), expected.head.state_dict())
+    assert result.metrics.temperatures == plain.metrics.temperatures, "validation has not been seen by that head"
+    assert result.metrics == evaluate_test(scores(job, [head]), job.rows["test"].labels, plain.metrics.temperatures)
+    assert result.metrics.values["loss"] != plain.metrics.values["loss"]
 
 
 def test_an_error_ends_the_test_of_its_own_study_alone(job, tmp_path):
