@@ -140,7 +140,7 @@ def optimism_of_winner(rows: EqualRows, num_trials: int, num_rows: int, num_repe
         validation = rows.hits_of_trials(num_trials, num_rows, generator)
         test = rows.hits(num_rows, generator)  # of the chosen trials
         shown = test[:, 0].mean(1) - rows.accuracy
-        corrected = np.array([corrected_score(hits, repeat, num_resamples=200) for hits in validation])
+        corrected = np.array([corrected_score(hits, 1.0 - hits, repeat, num_resamples=200) for hits in validation])
         found.by_test.append(shown.max())
         found.by_validation.append(shown[corrected.argmax()])
         found.recommended.append(shown[np.flatnonzero(may_be_best(list(test), repeat))[0]])

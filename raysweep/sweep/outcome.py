@@ -17,6 +17,7 @@ from raysweep.experiment.metrics import METRICS
 from raysweep.experiment.space import Setting
 from raysweep.experiment.studies import RowConfig, StudyConfig
 from raysweep.images.cache import Cache
+from raysweep.images.rows import Draws
 from raysweep.results.leaderboard import Row, class_metrics, describe_setting
 from raysweep.results.model import DESCRIPTION, export_model, is_intact
 from raysweep.results.tracking import LoggedOutcome, Tracker
@@ -24,6 +25,7 @@ from raysweep.storage.copies import local_path, location
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.state import SweepState
 from raysweep.training.baseline_task import REFITTED
+from raysweep.training.bias_correction import search_optimism
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import TestMetrics
 from raysweep.worker.inputs import build_classifier, load_heads
@@ -38,6 +40,8 @@ class Outcome:
         row: its row of the leaderboard; `mlflow_run_id` and `study_seconds` are filled in at the end.
         validation: metrics of the chosen classifier on the validation split.
         test: its metrics on the test split.
+        corrected: value of the experiment's metric on validation without the optimism of the search; None if that is
+            not known.
         checkpoint: location of its weights; None if there are none.
         best_trial: number of the chosen trial; None for a baseline.
         num_records: number of trials that ended; None for a baseline.
@@ -51,6 +55,11 @@ class Outcome:
     best_trial: int | None = None
     num_records: int | None = None
     model_uri: str | None = None
+    corrected: float | None = None
+
+    def ranking_metrics(self, metric: str) -> dict[str, float]:
+        """Returns the validation metrics that rank it: the metric without the optimism of the search, if known."""
+        return dict(self.validation) | ({} if self.corrected is None else {metric: self.corrected})
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:
@@ -104,6 +113,7 @@ def study_outcome(
     config: StudyConfig,
     *,
     key: str,
+    draws: Draws | None,
     job: Job,
     cache: Cache,
     results: Sequence[TrialResult],
@@ -116,6 +126,7 @@ def study_outcome(
         state: state that all studies share.
         config: the study.
         key: signature of the study.
+        draws: its few-shot draws; None if it trains on all rows.
         job: the job of its trials.
         cache: the features or pixels that they trained on.
         results: results of its trials.
@@ -137,14 +148,28 @@ def study_outcome(
     _export(state, config, classifier, key, best.setting, tested.metrics, {"trial": best.number})
     if config.reads_features and config.encoder.saved_weights_in_checkpoint:
         _add_encoder_weights(checkpoint, classifier)
+    corrected = _corrected_metric(state, draws, results, best)
+    row = _study_row(state, config, cache, results, best, tested)
     return Outcome(
-        row=_study_row(state, config, cache, results, best, tested),
+        row=replace(row, val_accuracy_corrected=corrected if state.ranking.metric == "val/accuracy" else None),
         validation=_val_metrics(best.final),
+        corrected=corrected,
         test=tested.metrics,
         checkpoint=best.checkpoint,
         best_trial=best.number,
         num_records=len(results),
     )
+
+
+def _corrected_metric(
+    state: SweepState, draws: Draws | None, results: Sequence[TrialResult], best: TrialResult
+) -> float | None:
+    """Returns the experiment's metric of the chosen trial without the optimism of the search; None if unknown."""
+    row_losses = {result.number: result.row_losses for result in results if result.row_losses}
+    num_rows = len(state.rows["validation"]) if draws is None else draws.validation.size
+    metric = state.ranking.metric
+    luck = search_optimism(metric, row_losses, best.number, num_rows, state.experiment.seed)
+    return None if luck is None else best.final[metric] - luck
 
 
 def _study_row(

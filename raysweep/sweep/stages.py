@@ -237,10 +237,15 @@ def ranked(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     """Returns the rows in the order of their validation scores; the test split says which of them may be the best."""
     return rank_rows(
         [outcome.row for outcome in outcomes],
-        [state.ranking.key(outcome.validation) for outcome in outcomes],
+        [score_of(state, outcome) for outcome in outcomes],
         [outcome.test.hit_table() for outcome in outcomes],
         state.experiment.seed,
     )
+
+
+def score_of(state: SweepState, outcome: Outcome) -> tuple[float, float]:
+    """Returns the key on validation that ranks an outcome among others."""
+    return state.ranking.key(outcome.ranking_metrics(state.ranking.metric))
 
 
 def best_by_validation(state: SweepState, outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -250,4 +255,4 @@ def best_by_validation(state: SweepState, outcomes: Sequence[Outcome]) -> Outcom
     """
     most = max((outcome.row.shots for outcome in outcomes), key=lambda n: float("inf") if n == "all" else int(n))
     exported = [outcome for outcome in outcomes if outcome.model_uri is not None and outcome.row.shots == most]
-    return max(exported, key=lambda outcome: state.ranking.key(outcome.validation), default=None)
+    return max(exported, key=lambda outcome: score_of(state, outcome), default=None)

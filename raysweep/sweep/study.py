@@ -314,6 +314,7 @@ class Study(LeaderboardEntry):
                 self.state,
                 self.config,
                 key=self.key,
+                draws=self.draws,
                 job=job,
                 cache=self.cache,
                 results=results,

@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+import base64
+import math
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 NUM_RESAMPLES = 1_000
 CHUNK_VALUES = 2**22  # elements of the largest array
 WORST_LOSS = 1e30  # of a loss that is not finite
+# Rows whose losses a trial keeps. What is added by more is below the standard error.
+MAX_ROWS = 2048
 
 Floats = npt.NDArray[np.floating]
 
 
-def corrected_score(
-    hits: npt.NDArray[np.bool_], seed: int, losses: Floats | None = None, num_resamples: int = NUM_RESAMPLES
-) -> float:
-    """Returns the accuracy of the best setting, without the optimism of having been chosen on the same rows.
+def pack_row_losses(logits: Tensor, labels: Tensor) -> str:
+    """Returns the loss of each row and whether it is right, as text: float16 in base64, negative where it is wrong.
 
-    The maximum over settings is too high by luck, the more so the more settings and the fewer rows. Bootstrap bias
+    Args:
+        logits: `(num_rows, num_classes)`, of at most `MAX_ROWS` rows.
+        labels: int64 `(num_rows,)`.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none").abs().nan_to_num(nan=torch.inf)  # no -0.0
+    signed = torch.where(logits.argmax(1) == labels, losses, -losses.clamp(min=torch.finfo(torch.float16).tiny))
+    return base64.b64encode(signed.cpu().numpy().astype(np.float16).tobytes()).decode()
+
+
+def unpack_row_losses(text: str) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Returns which rows are right, and their losses, each `(num_rows,)`, from `pack_row_losses`.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    signed = np.frombuffer(base64.b64decode(text, validate=True), np.float16).astype(np.float64)
+    return ~np.signbit(signed), np.abs(signed)
+
+
+def corrected_score(scores: Floats, costs: Floats, seed: int, num_resamples: int = NUM_RESAMPLES) -> float:
+    """Returns the score of the setting of least cost, without the optimism of having been chosen on the same rows.
+
+    The best of many settings looks too good by luck, the more so the more settings and the fewer rows. Bootstrap bias
     correction (BBC, Tsamardinos, Greasidou & Borboudakis 2018) resamples the rows; each time, the setting that is best
     on the drawn rows is scored on the rows that were not drawn. The mean of these scores is returned.
 
     Args:
-        hits: `(num_settings, num_rows)`, whether a setting is right on a validation row. With cross-validation, each
-            row's hit is that of the model that did not train on it.
+        scores: `(num_settings, num_rows)`, of which the mean over rows is wanted: hits, or losses.
+        costs: `(num_settings, num_rows)`; the setting with the lowest mean is chosen, the first of several.
         seed: seed of the bootstrap.
-        losses: `(num_settings, num_rows)`; the lower mean chooses among settings of the same accuracy. None: the first.
         num_resamples: number of resamples.
     """
-    num_rows = hits.shape[1]
+    num_rows = scores.shape[1]
     if num_rows == 1:
-        return float(hits.mean())  # a resample leaves no row out
-    values = hits.T.astype(np.float64)
-    costs = None if losses is None else np.nan_to_num(losses.T, nan=WORST_LOSS, posinf=WORST_LOSS)
-    generator, scores = np.random.default_rng(seed), []
-    step = max(1, CHUNK_VALUES // max(hits.shape))
+        return float(scores.mean())  # a resample leaves no row out
+    values, costs = scores.astype(np.float64), np.nan_to_num(costs.T, nan=WORST_LOSS, posinf=WORST_LOSS)
+    generator, found = np.random.default_rng(seed), []
+    step = max(1, CHUNK_VALUES // max(scores.shape))
     for start in range(0, num_resamples, step):
         size = min(step, num_resamples - start)
         counts = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size)
         is_left_out = counts == 0
-        num_right = counts @ values
-        is_best = num_right == num_right.max(1, keepdims=True)
-        chosen = is_best.argmax(1) if costs is None else np.where(is_best, counts @ costs, np.inf).argmin(1)
-        right = (is_left_out * values.T[chosen]).sum(1)
+        chosen = (counts @ costs).argmin(1)
+        sums = (is_left_out * values[chosen]).sum(1)
         usable = is_left_out.any(1)
-        scores.append(right[usable] / is_left_out.sum(1)[usable])
-    return float(np.concatenate(scores).mean())
+        found.append(sums[usable] / is_left_out.sum(1)[usable])
+    return float(np.concatenate(found).mean())
+
+
+def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, num_rows: int, seed: int) -> float | None:
+    """Returns by how much a metric of the best trial is above what the trial is worth, because it is the best of many.
+
+    None if the metric is not a mean over rows, or if not all trials kept the losses of the same rows.
+
+    Args:
+        metric: a validation metric that ranks studies.
+        row_losses: from `pack_row_losses`, by number of the trial.
+        best: number of the trial that was chosen, by its loss.
+        num_rows: number of rows that it was chosen on. Luck falls with their square root.
+        seed: seed of the bootstrap.
+    """
+    if metric not in ("val/accuracy", "val/loss") or best not in row_losses:
+        return None
+    try:
+        tables = [unpack_row_losses(text) for text in row_losses.values()]
+    except ValueError:
+        return None
+    if len({len(losses) for _, losses in tables}) != 1:
+        return None
+    hits, losses = (np.stack(columns) for columns in zip(*tables, strict=True))
+    scores = hits if metric == "val/accuracy" else losses
+    shown = float(scores[list(row_losses).index(best)].mean())
+    luck = (shown - corrected_score(scores, losses, seed)) * math.sqrt(scores.shape[1] / num_rows)
+    return luck if math.isfinite(luck) else None

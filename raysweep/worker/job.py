@@ -202,6 +202,8 @@ class TrialResult:
         peak_gpu_memory_bytes: most GPU memory that tensors took.
         error: reason why it failed, or None.
         pruned: whether a scheduler stopped it; then `history` has its reported epochs, and there is no checkpoint.
+        row_losses: losses of `final` by validation row, from `pack_row_losses`; empty if they are not known. Of many
+            rows, evenly spaced ones.
     """
 
     study: str
@@ -217,6 +219,7 @@ class TrialResult:
     peak_gpu_memory_bytes: int = 0
     error: str | None = None
     pruned: bool = False
+    row_losses: str = ""
 
 
 @dataclass(frozen=True, slots=True)

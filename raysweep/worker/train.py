@@ -14,10 +14,13 @@ from raysweep.encoders.head import Classifier
 from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.storage.copies import exists, forget, local_path, location
+from raysweep.training.baseline_task import all_rows, apply_head, thinned
+from raysweep.training.bias_correction import MAX_ROWS, pack_row_losses
+from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.distributed import rank
-from raysweep.training.loop import train_classifier
+from raysweep.training.loop import LoopResult, predict_rows, train_classifier
 from raysweep.training.optimizer import freeze_unused_parameters
-from raysweep.training.population import train_population
+from raysweep.training.population import FeatureSet, HeadResult, Subsets, train_population
 from raysweep.worker.inputs import (
     build_classifier,
     feature_set,
@@ -111,6 +114,7 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
     )
     seconds = time.perf_counter() - started
     best = max(range(len(heads)), key=lambda index: job.loop.ranking.key(heads[index].history[-1]))
+    row_losses = _row_losses_of_heads(job, heads, validation, subsets)
     num_rows = subsets.train.numel() if subsets else len(train.labels)
     results = []
     for index, (trial, head) in enumerate(zip(trials, heads, strict=True)):
@@ -130,9 +134,28 @@ def _train_heads_of(job: Job, study: StudySpec, trials: Sequence[TrialSpec], dev
                 checkpoint=location(path) if index == best else None,
                 train_seconds=seconds,
                 images_per_second=num_rows * len(head.history) / sum(epoch["time/epoch_s"] for epoch in head.history),
+                row_losses=row_losses[index],
             )
         )
     return results
+
+
+@torch.no_grad()
+def _row_losses_of_heads(
+    job: Job, heads: Sequence[HeadResult], validation: FeatureSet, subsets: Subsets | None
+) -> list[str]:
+    """Returns the losses of each setting by validation row, those of all draws one after another."""
+    device = validation.labels.device
+    draws = all_rows(validation)[None] if subsets is None else subsets.validation
+    rows = [thinned(draw, MAX_ROWS // len(draws)).to(device) for draw in draws]
+    labels = validation.labels[torch.cat(rows)]
+    packed = []
+    for result in heads:
+        parts = job.encoder.parts_of(str(result.setting["features"]))
+        pairs = zip(result.heads, rows, strict=True)
+        logits = [apply_head(head.to(device), validation, parts, own) for head, own in pairs]
+        packed.append(pack_row_losses(torch.cat(logits), labels))
+    return packed
 
 
 def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local: bool, report: Report) -> TrialResult:
@@ -174,7 +197,19 @@ def _train_classifier(job: Job, trial: TrialSpec, device: torch.device, is_local
         # The history of a continued trial has earlier epochs, too.
         train_seconds=max(time.perf_counter() - started, sum(epoch["time/epoch_s"] for epoch in result.history)),
         images_per_second=float(np.median([epoch["train/images_per_second"] for epoch in result.history])),
+        row_losses=_row_losses_of(job, model, result, device) if rank() == 0 else "",
     )
+
+
+def _row_losses_of(job: Job, model: Classifier, result: LoopResult, device: torch.device) -> str:
+    """Returns the losses of the best epoch by validation row; it is evaluated again, on a bounded number of rows."""
+    if result.best is None:
+        return ""
+    model.load_state_dict(load_checkpoint(result.checkpoint)[0])
+    validation = pixel_set(job, "validation", device)
+    rows = thinned(torch.arange(len(validation.labels)), MAX_ROWS)
+    logits = torch.cat([found.cpu() for _, found in predict_rows(model, validation, rows, job.loop)])
+    return pack_row_losses(logits, validation.labels[rows].cpu())
 
 
 def _wrap_model(job: Job, model: Classifier, is_local: bool) -> nn.Module:

@@ -21,6 +21,7 @@ from raysweep.sweep import stages
 from raysweep.sweep import study as module
 from raysweep.sweep.outcome import read_outcome
 from raysweep.sweep.study import open_study
+from raysweep.training.bias_correction import pack_row_losses, search_optimism
 from raysweep.training.checkpoint import save_checkpoint
 from raysweep.worker.inputs import load_heads, save_heads
 from raysweep.worker.job import EpochReport
@@ -481,6 +482,37 @@ def test_more_trials_or_a_lost_model_leave_something_to_do(open_state):
         assert not study_of(open_state(**probe(num_trials=2))).is_settled
     description.unlink()
     assert not study_of(open_state(**probe(num_trials=2))).is_settled
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss", "val/macro_f1"])
+def test_the_optimism_of_the_search_is_taken_off_what_ranks_a_study(open_state, metric):
+    state = open_state(metric=metric, search={"linear_probe": {"num_trials": 8}})
+    study, generator = study_of(state), torch.Generator().manual_seed(0)
+    labels, kept = torch.arange(40) % 3, {}
+    for trial in study.ask():
+        path = study.folder / "trials" / str(trial.number) / "best.safetensors"
+        save_heads(path, [Head(4, 3)], "pooled", {})
+        kept[trial.number] = pack_row_losses(torch.randn(40, 3, generator=generator), labels)
+        result = result_of(trial, 0.5 + 0.01 * trial.number, str(path))
+        final = dict(result.final) | {"val/macro_f1": 0.5}
+        study.tell(trial.number, replace(result, final=final, row_losses=kept[trial.number]), "unused")
+    study.choose()
+    study.settle(outcome_of_test(study), JOB)
+    outcome, best = study.conclude(), study.optuna_study.best()
+    num_rows = len(state.rows["validation"])
+    luck = search_optimism(metric, kept, best.number, num_rows, state.experiment.seed)
+    if metric == "val/macro_f1":
+        assert (outcome.corrected, luck, outcome.row.val_accuracy_corrected) == (None, None, None)
+        assert outcome.ranking_metrics(metric) == outcome.validation
+        return
+    assert luck != 0
+    assert outcome.corrected == pytest.approx(best.final[metric] - luck)
+    assert outcome.ranking_metrics(metric) == {**outcome.validation, metric: outcome.corrected}
+    assert outcome.row.val_accuracy == best.final["val/accuracy"], "what is shown of the search stays"
+    assert outcome.row.val_accuracy_corrected == (outcome.corrected if metric == "val/accuracy" else None)
+    again = study_of(open_state(metric=metric, search={"linear_probe": {"num_trials": 8}}))
+    assert again.is_settled
+    assert again.conclude().corrected == outcome.corrected
 
 
 def test_a_head_that_is_fitted_again_is_the_one_that_is_exported(open_state):

@@ -1,66 +1,128 @@
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.statistics import EqualRows, optimism_of_winner
 from raysweep.training import bias_correction
-from raysweep.training.bias_correction import corrected_score
+from raysweep.training.bias_correction import (
+    corrected_score,
+    pack_row_losses,
+    search_optimism,
+    unpack_row_losses,
+)
 
 
 def make_hits(num_settings, num_rows, accuracy=0.9, seed=0):
     return np.random.default_rng(seed).random((num_settings, num_rows)) < accuracy
 
 
-def textbook(hits, losses, num_resamples=3000):
+def textbook(scores, costs, num_resamples=3000):
     """The bootstrap, row by row and setting by setting."""
-    rng, num_rows, scores = np.random.default_rng(9), hits.shape[1], []
+    rng, num_rows, found = np.random.default_rng(9), scores.shape[1], []
     for _ in range(num_resamples):
         drawn = rng.integers(0, num_rows, num_rows)
         left = np.setdiff1d(np.arange(num_rows), drawn)
-        best = max(range(len(hits)), key=lambda one: (hits[one, drawn].sum(), -losses[one, drawn].sum()))
-        scores.append(hits[best, left].mean())
-    return np.mean(scores)
+        best = min(range(len(scores)), key=lambda one: costs[one, drawn].sum())
+        found.append(scores[best, left].mean())
+    return np.mean(found)
 
 
 def test_it_is_the_mean_over_rows_that_were_not_drawn():
     hits, losses = make_hits(8, 40), np.random.default_rng(1).random((8, 40))
-    assert corrected_score(hits, 0, losses, 3000) == pytest.approx(textbook(hits, losses), abs=0.005)
-    assert corrected_score(hits, 0, num_resamples=3000) == pytest.approx(textbook(hits, np.zeros((8, 40))), abs=0.005)
+    assert corrected_score(hits, losses, 0, 3000) == pytest.approx(textbook(hits, losses), abs=0.005)
+    assert corrected_score(losses, losses, 0, 3000) == pytest.approx(textbook(losses, losses), abs=0.005)
 
 
 def test_one_setting_needs_no_correction():
     hits = make_hits(1, 200)
-    assert corrected_score(hits, 0) == pytest.approx(hits.mean(), abs=0.005)
+    assert corrected_score(hits, 1.0 - hits, 0) == pytest.approx(hits.mean(), abs=0.005)
+
+
+def by_hits(hits, seed, num_resamples=1000):
+    return corrected_score(hits, 1.0 - hits, seed, num_resamples)
 
 
 def test_luck_is_taken_off_and_merit_is_not():
-    lucky = np.mean([corrected_score(make_hits(64, 128, seed=seed), seed, num_resamples=200) for seed in range(20)])
+    lucky = np.mean([by_hits(make_hits(64, 128, seed=seed), seed, 200) for seed in range(20)])
     shown = np.mean([make_hits(64, 128, seed=seed).mean(1).max() for seed in range(20)])
     assert shown > 0.94
     assert lucky == pytest.approx(0.9, abs=0.01)
     better = np.concatenate([make_hits(63, 500, 0.5), make_hits(1, 500, 0.9)])
-    assert corrected_score(better, 0) == pytest.approx(better[-1].mean(), abs=0.005)
+    assert by_hits(better, 0) == pytest.approx(better[-1].mean(), abs=0.005)
 
 
-def test_the_lower_loss_chooses_among_equals():
-    hits = np.array([[True, False] * 20, [False, True] * 20])
-    hits = np.concatenate([hits, hits[:1]])
-    losses = np.array([[1.0], [1.0], [0.5]]).repeat(40, 1)
-    alone = corrected_score(hits[1:], 0, losses[1:])
-    assert corrected_score(hits, 0, losses) == alone, "a copy with a higher loss is never chosen"
-    losses[0] = np.nan
-    assert corrected_score(hits, 0, losses) == alone
+def test_a_loss_that_is_not_finite_is_never_the_least():
+    hits = make_hits(3, 40)
+    for bad in (np.nan, np.inf):
+        losses = np.array([[1.0], [0.5], [0.1]]).repeat(40, 1)
+        losses[2, 7] = bad
+        few = corrected_score(hits[:2], losses[:2], 0)
+        # A resample that lacks the row may choose it.
+        assert corrected_score(hits, losses, 0) != few
+        losses[2] = bad
+        assert corrected_score(hits, losses, 0) == few
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
     hits = make_hits(16, 60)
-    whole = corrected_score(hits, 5)
+    whole = by_hits(hits, 5)
     monkeypatch.setattr(bias_correction, "CHUNK_VALUES", 600)
-    assert corrected_score(hits, 5) == pytest.approx(whole)
+    assert by_hits(hits, 5) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_single_row(right):
-    assert corrected_score(np.full((3, 1), right), 0) == float(right)
+    hits = np.full((3, 1), right)
+    assert by_hits(hits, 0) == float(right)
+
+
+def test_row_losses_are_kept_as_text():
+    logits, labels = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 4
+    logits[3], logits[4] = torch.nan, torch.tensor([1000.0, 0, 0, 0])
+    logits[5] = torch.tensor([0.0, 1e5, 0, 0])
+    hits, losses = unpack_row_losses(pack_row_losses(logits, labels))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none").nan_to_num(nan=torch.inf).numpy()
+    np.testing.assert_array_equal(hits, (logits.argmax(1) == labels).numpy())
+    np.testing.assert_allclose(losses, np.where(expected > 65504, np.inf, expected), rtol=2e-3, atol=1e-4)
+
+
+def test_a_row_that_is_wrong_by_a_tie_is_wrong():
+    logits, labels = torch.zeros(2, 2), torch.tensor([0, 1])
+    hits, losses = unpack_row_losses(pack_row_losses(logits, labels))
+    assert (hits.tolist(), losses.tolist()) == ([True, False], pytest.approx([np.log(2)] * 2, rel=1e-3))
+
+
+def tables(num_trials, num_rows, seed=0):
+    """Packed losses of trials by number, and their hits and losses."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_rows) % 3
+    packed = {}
+    for number in range(num_trials):
+        logits = torch.randn(num_rows, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
+        packed[10 + number] = pack_row_losses(logits, labels)
+    hits, losses = (np.stack(one) for one in zip(*map(unpack_row_losses, packed.values()), strict=True))
+    return packed, hits, losses
+
+
+@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss"])
+def test_the_optimism_of_a_search_is_what_is_shown_less_what_it_is_worth(metric):
+    packed, hits, losses = tables(8, 90)
+    best = int(losses.mean(1).argmin())
+    scores = hits if metric == "val/accuracy" else losses
+    expected = scores[best].mean() - corrected_score(scores, losses, 4)
+    assert search_optimism(metric, packed, 10 + best, 90, 4) == pytest.approx(expected)
+    assert search_optimism(metric, packed, 10 + best, 4 * 90, 4) == pytest.approx(expected / 2), "four times the rows"
+    assert (expected > 0) == (metric == "val/accuracy"), "the loss of the best is too low"
+
+
+def test_what_is_not_known_is_not_corrected():
+    packed, *_ = tables(3, 30)
+    other, *_ = tables(1, 20)
+    assert search_optimism("val/macro_f1", packed, 10, 30, 0) is None
+    assert search_optimism("val/accuracy", packed, 99, 30, 0) is None, "the best one kept none"
+    assert search_optimism("val/accuracy", packed | {20: other[10]}, 10, 30, 0) is None
+    assert search_optimism("val/accuracy", packed | {20: "damaged!"}, 10, 30, 0) is None
+    assert search_optimism("val/accuracy", {}, 10, 30, 0) is None
 
 
 def test_the_shown_winner_of_ten_equal_rows_is_as_good_as_it_looks():

@@ -14,9 +14,11 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
+from raysweep.training.bias_correction import unpack_row_losses
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.loop import evaluate_classifier
 from raysweep.training.population import train_population
+from raysweep.worker import train as module
 from raysweep.worker.inputs import build_classifier, feature_set, load_heads, pixel_set, subsets_of
 from raysweep.worker.job import EpochReport, StudySpec, TrainLoopConfig, from_tune
 from raysweep.worker.train import train_worker
@@ -66,6 +68,23 @@ TRIALS = (
 )
 
 
+def check_row_losses(result, num_rows):
+    hits, losses = unpack_row_losses(result.row_losses)
+    assert len(hits) == num_rows
+    assert hits.mean() == pytest.approx(result.final["val/accuracy"])
+    assert losses.mean() == pytest.approx(result.final["val/loss"], rel=2e-3)
+
+
+def test_the_losses_of_many_rows_are_those_of_evenly_spaced_ones(probe_job, monkeypatch):
+    whole = run(probe_job, *TRIALS)
+    monkeypatch.setattr(module, "MAX_ROWS", 4)
+    for one, other in zip(whole, run(probe_job, *TRIALS), strict=True):
+        losses, fewer = (unpack_row_losses(result.row_losses)[1] for result in (one, other))
+        # Both draws of three rows share the room.
+        kept = losses[::3] if one.study == "all" else losses[[0, 2, 3, 5]]
+        np.testing.assert_allclose(fewer, kept, rtol=1e-2, atol=1e-4)
+
+
 def test_the_heads_of_all_studies_train_as_a_population_of_each(probe_job):
     results = run(probe_job, *TRIALS)
     assert [(result.study, result.number) for result in results] == [(t.study, t.number) for t in TRIALS]
@@ -88,6 +107,7 @@ def test_the_heads_of_all_studies_train_as_a_population_of_each(probe_job):
             assert result.final == result.history[-1], "a probe is ranked by its last epoch"
             assert result.best_epoch == len(result.history) - 1 == trial.setting["epochs"] - 1
     for result in results:
+        check_row_losses(result, num_rows=6 if result.study == "few" else 12)
         assert (result.error, result.pruned, result.peak_gpu_memory_bytes) == (None, False, 0)
         assert min(result.train_seconds, result.images_per_second, result.peak_memory_bytes) > 0
 
@@ -150,6 +170,7 @@ def test_a_classifier_reports_its_epochs_and_keeps_its_best(job, tmp_path):
     model.load_state_dict(load_checkpoint(Path(result.checkpoint))[0])
     again = evaluate_classifier(model, pixel_set(job, "validation", CPU), job.loop)
     assert again == pytest.approx({name: result.final[name] for name in again}, abs=1e-5)
+    check_row_losses(result, num_rows=12)
 
 
 def test_a_trial_that_continues_another_passes_its_epochs_on_again(job, tmp_path):
