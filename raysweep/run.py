@@ -112,21 +112,21 @@ def _run(experiment: Experiment, verbose: bool) -> int:
             result = run_sweep(experiment, progress, verbose)
         except SweepStopped as stop:
             if stop.rows:
-                _print_board(console, stop.rows)
+                _print_board(console, stop.rows, experiment.metric)
             raise
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
-    _print_board(console, result.rows)
+    _print_board(console, result.rows, experiment.metric)
     _print_lines(_next_steps(experiment, result.rows))
     for failure in result.failures:
         print(f"error: {printable(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
 
 
-def _print_board(console: Console, rows: Sequence[Row]) -> None:
+def _print_board(console: Console, rows: Sequence[Row], metric: str) -> None:
     from raysweep.results.leaderboard import render_leaderboard
 
     with console.capture() as board:
-        console.print(render_leaderboard(rows))
+        console.print(render_leaderboard(rows, metric))
     print_output(board.get().removesuffix("\n"))
 
 

@@ -119,6 +119,11 @@ class Row:
     test_per_class: Mapping[str, ClassMetrics] = field(default_factory=dict)
 
     @property
+    def shown_val_accuracy(self) -> float:
+        """The accuracy on validation that compares with that of other rows."""
+        return self.val_accuracy if self.val_accuracy_corrected is None else self.val_accuracy_corrected
+
+    @property
     def is_uneven(self) -> bool:
         """Whether accuracy says little about the smaller classes of the test split."""
         return self.test_largest_class >= UNEVEN * self.test_smallest_class and self.test_largest_class > 0
@@ -173,8 +178,13 @@ def _record(row: Row) -> dict[str, Any]:
     return {name: values.get(name, metrics.get(name)) for name in _COLUMNS}
 
 
-def render_leaderboard(rows: Sequence[Row]) -> Table:
-    """Returns the table for the terminal: encoder, mode, accuracies, cost; one section per shots."""
+def render_leaderboard(rows: Sequence[Row], metric: str = "val/accuracy") -> Table:
+    """Returns the table for the terminal: encoder, mode, accuracies, cost; one section per shots.
+
+    Args:
+        rows: ranked rows.
+        metric: the metric that ranked them.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -182,7 +192,8 @@ def render_leaderboard(rows: Sequence[Row]) -> Table:
     on_gpu, sections = any(row.peak_gpu_memory_bytes for row in rows), _by_shots(rows)
     is_uneven = any(row.is_uneven for row in rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.title, table.title_justify = "Leaderboard, ordered by validation\n", "left"
+    name = metric.removeprefix("val/").replace("_", " ")
+    table.title, table.title_justify = f"Leaderboard, ordered by validation {name}\n", "left"
     for name in ("", "encoder", "mode"):
         # On a narrow terminal only the encoder's name is folded.
         table.add_column(name, no_wrap=name != "encoder", overflow="fold")
@@ -239,8 +250,7 @@ def _figures(row: Row, on_gpu: bool, is_uneven: bool) -> list[str]:
     interval = f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}]"
     memory = row.peak_gpu_memory_bytes if on_gpu else row.peak_memory_bytes
     settings, seconds = str(row.num_trials), describe_seconds(row.train_seconds)
-    validation = row.val_accuracy if row.val_accuracy_corrected is None else row.val_accuracy_corrected
-    accuracies = [f"{validation:.3f}", interval.replace("[", r"\[")]
+    accuracies = [f"{row.shown_val_accuracy:.3f}", interval.replace("[", r"\[")]
     macro_f1 = [f"{row.test_macro_f1:.3f}"] if is_uneven else []
     return [*accuracies, *macro_f1, settings, seconds, f"{memory / 1e9:.1f} GB"]
 
@@ -252,6 +262,8 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     if any(len(section) > 1 for section in _by_shots(rows)):
         lines.append("= may be the best: no other is better on test (all pairs compared at once, 95 %)")
         lines.append("* recommended: of those that cost about as little as the cheapest, the best on validation")
+    if any(row.val_accuracy_corrected is not None for row in rows):
+        lines.append("val: accuracy, without the luck of having been the best of many trials")
     num_seeds = max((row.num_seeds for row in rows), default=1)
     if num_seeds > 1:
         lines.append(f"few shots: mean of {num_seeds} draws of the images, interval over draws and test images")

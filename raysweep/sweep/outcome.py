@@ -317,6 +317,7 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
     row, test = outcome.row, outcome.test
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
+    corrected = {} if outcome.corrected is None else {f"{state.ranking.metric}_corrected": outcome.corrected}
     temperature = {"val/temperature": test.temperatures[0]} if test.temperatures else {}
     cost = {
         "time/train_s": row.train_seconds,
@@ -324,12 +325,14 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
         "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
         "train/images_per_second": row.images_per_second,
     }
-    classes, per_class = list(state.index.classes), class_metrics(test.confusion_matrix)
+    classes = list(state.index.classes)
+    # Rows of earlier versions lack them.
+    per_class = list(row.test_per_class.values()) or class_metrics(test.confusion_matrix)
     tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
     if outcome.best_trial is not None:
         tags["raysweep.best_trial"] = str(outcome.best_trial)
     logged = LoggedOutcome(
-        metrics={**outcome.validation, **tested, **interval, **temperature, **cost},
+        metrics={**outcome.validation, **corrected, **tested, **interval, **temperature, **cost},
         confusion_matrix={
             "labels": classes,
             "counts": test.confusion_matrix,

@@ -161,10 +161,28 @@ def test_a_figure_that_is_not_json_is_refused_before_a_file_is_touched(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def rendered(rows, width=120):
+def rendered(rows, width=120, **more):
     console = Console(file=io.StringIO(), width=width)
-    console.print(render_leaderboard(rows))
+    console.print(render_leaderboard(rows, **more))
     return console.file.getvalue()
+
+
+def test_the_table_shows_the_corrected_validation_accuracy():
+    made = [make_row("a", 0.9, val_accuracy=0.95, val_accuracy_corrected=0.925), make_row("b", 0.8, val_accuracy=0.94)]
+    text = rendered(made)
+    assert "0.925" in text
+    assert "0.950" not in text.replace("0.950]", "")
+    assert "0.940" in text
+    assert "without the luck of having been the best of many trials" in text
+    assert "luck" not in rendered(made[1:])
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("val/accuracy", "accuracy"), ("val/loss", "loss"), ("val/balanced_accuracy", "balanced accuracy")],
+)
+def test_the_title_says_which_metric_orders_the_rows(rows, metric, name):
+    assert rendered(rows, metric=metric).splitlines()[0].strip() == f"Leaderboard, ordered by validation {name}"
 
 
 def test_the_table_shows_interval_cost_and_ties(rows):
