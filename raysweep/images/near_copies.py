@@ -1,129 +1,123 @@
-"""Near copies: images of validation and test that have a nearly identical image in train, by their features.
+"""Groups of near copies: images that look the same, though their files differ, by the hashes of `image_hashes`.
 
-An image and its copy, rotated or cropped a little, have nearly the same features. How near is near depends on the
-encoder and on the data, so the nearest training image is compared with others of its class, as Lowe's ratio test does
-(Lowe 2004): a copy is far nearer than the tenth nearest. Measured with MobileNetV2, as the ratio of the two distances:
-photos rotated by up to 5 degrees have .04 (median), by up to 12 degrees .08; images without a copy .5 and more on the
-bean leaves and on drawn shapes, .32 and more on the digits.
-
-Features of few effective dimensions, as those of small or random encoders, have small ratios by chance: of k neighbours
-in m dimensions the nearest has a ratio below r with probability (k - 1) r^m. The dimension is estimated from the other
-neighbours (Levina and Bickel 2004), and the limit is lowered until fewer than one image is expected below it.
+Photos of one thing from two sides, or rotated by more than two degrees, have other hashes: see `feature_copies`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-NEIGHBOURS = 10  # a copy may have several others in train
-FEWEST_NEIGHBOURS = 4  # in a smaller class nothing tells how near its images are to one another
-MAX_RATIO = 0.2
-EXPECTED_BY_CHANCE = 0.5  # images
-MAX_CHECKED = 1_000  # images of each split
-MAX_TRAIN_BYTES = 2**30  # of half floats
-ROWS_AT_ONCE = 256
+from raysweep.images.image_hashes import find_pairs
+from raysweep.images.index import ImageIndex
+from raysweep.images.splits import SPLITS, Split, count_of
+
+Groups = tuple[tuple[int, ...], ...]
 
 
-class NearCopy(NamedTuple):
-    """An image that has a near copy in train.
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What is wrong with groups of near copies.
 
     Attributes:
-        row: Position of the image among those that were checked.
-        train_row: Position of the nearest training image.
-        similarity: Cosine of the angle between their centred features.
+        leaks: For test and validation, pairs of row ids: each image that has near copies in train and no exact one,
+            with the first of them.
+        conflicts: The first two row ids of each group in which labels differ that have different labels.
     """
 
-    row: int
-    train_row: int
-    similarity: float
+    leaks: dict[Split, list[tuple[int, int]]]
+    conflicts: list[tuple[int, int]]
 
 
-def spread(num_rows: int, limit: int) -> np.ndarray:
-    """Returns at most `limit` positions out of `num_rows`, evenly spaced."""
-    return np.arange(num_rows) if num_rows <= limit else np.linspace(0, num_rows - 1, limit).astype(np.int64)
+def group_near_copies(index: ImageIndex, hashes: np.ndarray, bad_rows: Sequence[int]) -> Groups:
+    """Returns the row ids of each group of near copies, ascending, in the order of their first row.
 
-
-def find_near_copies(features: np.ndarray, train: np.ndarray, labels: np.ndarray) -> list[NearCopy]:
-    """Finds the images that have a near copy in train.
+    Exact copies of its images belong to a group. Images that have exact copies only are in none.
 
     Args:
-        features: `(num_images, num_features)` of the images to check.
-        train: `(num_train, num_features)` of the training images.
-        labels: `(num_train,)`, their classes.
+        index: The images.
+        hashes: uint8 `(rows, 32)`, of each row of the index.
+        bad_rows: Ids of rows that cannot be used.
     """
-    if not len(features) or not len(train):
-        return []
-    centre = train.mean(axis=0, dtype=np.float32)
-    known = _directions(train, centre)
-    members = {label: np.flatnonzero(labels == label) for label in np.unique(labels)}
-    candidates: list[NearCopy] = []
-    ratios, dimensions = [np.empty(0)], [np.empty(0)]
-    for start in range(0, len(features), ROWS_AT_ONCE):
-        cosines = _directions(features[start : start + ROWS_AT_ONCE], centre) @ known.T
-        nearest = cosines.argmax(axis=1)
-        for label in np.unique(labels[nearest]):
-            if len(members[label]) < FEWEST_NEIGHBOURS:
-                continue
-            rows = np.flatnonzero(labels[nearest] == label)
-            num_known = min(2 * NEIGHBOURS, len(members[label]))
-            distances = 1 - cosines[np.ix_(rows, members[label])]
-            distances = np.sort(np.partition(distances, num_known - 1, axis=1)[:, :num_known], axis=1)
-            distances = np.maximum(distances, 1e-12)
-            ratios.append(distances[:, 0] / distances[:, min(NEIGHBOURS, num_known) - 1])
-            dimensions.append(_dimensions(distances))
-            candidates += [
-                NearCopy(start + int(row), int(nearest[row]), float(cosines[row, nearest[row]])) for row in rows
-            ]
-    own = np.concatenate(ratios)
-    limit = _largest_ratio(np.concatenate(dimensions))
-    found = [copy for copy, ratio in zip(candidates, own, strict=True) if ratio <= limit]
-    return sorted(found, key=lambda copy: (-copy.similarity, copy.row))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    usable = np.flatnonzero(~np.isin(index.table["row_id"].to_numpy(), bad_rows))
+    contents = index.table["content_hash"].to_numpy(zero_copy_only=False)[usable]
+    _, firsts, numbers = np.unique(contents, return_index=True, return_inverse=True)
+    pairs = find_pairs(hashes[usable[firsts]])
+    if not len(pairs):
+        return ()
+    links = coo_array((np.ones(len(pairs), np.int8), tuple(pairs.T)), shape=(len(firsts), len(firsts)))
+    _, joined = connected_components(links, directed=False)
+    of_row = joined[numbers]
+    is_grouped = np.isin(of_row, joined[pairs[:, 0]])
+    row_ids, of_row = index.table["row_id"].to_numpy()[usable[is_grouped]], of_row[is_grouped]
+    order = np.argsort(of_row, kind="stable")
+    starts = np.flatnonzero(np.diff(of_row[order])) + 1
+    return tuple(sorted(tuple(sorted(group.tolist())) for group in np.split(row_ids[order], starts)))
 
 
-def _dimensions(distances: np.ndarray) -> np.ndarray:
-    """Estimates the effective dimension around each image, `(num_images,)`.
-
-    Args:
-        distances: `(num_images, num_neighbours)`, ascending. Only the farther half counts, since the nearer ones may be
-            copies: of k neighbours in m dimensions, log(distance k / distance j) is (1/j + ... + 1/(k - 1)) / m on
-            average.
-    """
-    num = distances.shape[1]
-    expected = np.cumsum(1 / np.arange(num - 1, num // 2, -1))[::-1]
-    logs = np.log(distances[:, -1:] / distances[:, num // 2 : -1])
-    return np.asarray(expected.sum() / np.maximum(logs.sum(axis=1), 1e-6))
-
-
-def _largest_ratio(dimensions: np.ndarray) -> float:
-    """Returns the ratio up to which an image counts as a copy, from the dimension around each image."""
-    if not len(dimensions):
-        return 0.0
-    by_chance = EXPECTED_BY_CHANCE / (len(dimensions) * (NEIGHBOURS - 1))
-    return min(MAX_RATIO, float(by_chance ** (1 / np.median(dimensions))))
+def judge_groups(index: ImageIndex, groups: Groups) -> Trouble:
+    """Finds the groups that are in several splits, or that have several labels."""
+    row_ids = index.table["row_id"].to_numpy()
+    hashes, splits, labels = (index.table[name].to_pylist() for name in ("content_hash", "split", "label"))
+    leaks: dict[Split, list[tuple[int, int]]] = {split: [] for split in SPLITS if split != "train"}
+    conflicts = []
+    for group in groups:
+        rows = np.searchsorted(row_ids, group).tolist()
+        train = [row for row in rows if splits[row] == "train"]
+        exact = {hashes[row] for row in train}
+        for row in rows:
+            # Exact copies have their own warning, from the index.
+            if train and splits[row] != "train" and hashes[row] not in exact:
+                leaks[splits[row]].append((int(row_ids[row]), int(row_ids[train[0]])))
+        other = next((row for row in rows if labels[row] != labels[rows[0]]), None)
+        if other is not None:
+            conflicts.append((group[0], int(row_ids[other])))
+    return Trouble(leaks, conflicts)
 
 
-def _directions(features: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    centred = features.astype(np.float32) - centre
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.asarray(centred / np.maximum(lengths, np.float32(1e-12)))
+def join_groups(index: ImageIndex, groups: Groups) -> ImageIndex:
+    """Returns the index with groups of near copies joined to the groups that it has, so that folds keep them whole."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not groups:
+        return index
+    num_rows = len(index.table)
+    numbers = np.arange(num_rows, dtype=np.int32) if index.groups is None else index.groups
+    rows = np.searchsorted(index.table["row_id"].to_numpy(), np.concatenate(groups))
+    first_rows = np.repeat(rows[np.cumsum([0, *map(len, groups[:-1])])], [len(group) for group in groups])
+    num_groups = int(numbers.max()) + 1
+    ends = numbers[rows], numbers[first_rows]
+    links = coo_array((np.ones(len(rows), np.int8), ends), shape=(num_groups, num_groups))
+    return replace(index, groups=connected_components(links, directed=False)[1][numbers].astype(np.int32))
 
 
-def describe_near_copies(split: str, num_checked: int, num_images: int, pairs: Sequence[tuple[str, str]]) -> str:
+def describe_leaks(split: Split, num_images: int, num_found: int, image: str, copy: str) -> str:
     """Returns the warning about one split.
 
     Args:
         split: Name of the split.
-        num_checked: Number of its images that were checked.
         num_images: Number of its images.
-        pairs: The images that have a near copy in train, each with that copy; at least one.
+        num_found: How many of them have a near copy in train; at least one.
+        image: One of them.
+        copy: Its near copy in train.
     """
-    of_all = f"{num_images:,}" if num_checked == num_images else f"{num_checked:,} checked"
-    verb = "has" if len(pairs) == 1 else "have"
-    examples = "; ".join(f"{image} and {copy}" for image, copy in pairs[:3])
+    verb = "has" if num_found == 1 else "have"
     return (
-        f"{len(pairs):,} of {of_all} {split} images {verb} a near copy in train (leakage), such as {examples}. "
-        "If they show the same thing, set data.group; the pairs are in near_copies.json"
+        f"{num_found:,} of {num_images:,} {split} images {verb} a near copy in train (leakage), such as {image} and "
+        f"{copy}; set data.group to keep them in one split; all are in near_copies.json"
+    )
+
+
+def describe_conflicts(num_groups: int, images: tuple[str, str], classes: tuple[str, str]) -> str:
+    """Returns the warning about groups with several labels, with two images of one of them as an example."""
+    groups = count_of(range(num_groups), "group")
+    examples = " and ".join(f"{image} ({name})" for image, name in zip(images, classes, strict=True))
+    return (
+        f"{groups} of near copies in more than one class (conflicting labels): {examples}; all are in near_copies.json"
     )

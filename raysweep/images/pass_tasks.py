@@ -21,6 +21,7 @@ from raysweep.images.blocks import rows_of, tensor_column, tensors
 from raysweep.images.cache_files import Checksums, write_rows
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions
 from raysweep.images.features import ENCODER_BATCH, encode, feature_table, load_arrays
+from raysweep.images.image_hashes import HASH_BYTES
 from raysweep.images.pixels import Geometry, decode_rows, is_blank, write_pixels
 from raysweep.images.task_reports import build_reports, files_of, seconds_of
 from raysweep.storage.copies import local_path
@@ -98,7 +99,9 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
     seconds = np.zeros(1 + len(targets))
     started = time.perf_counter()
     geometries = list(dict.fromkeys(target.geometry for target in targets))
-    errors, pixels = decode_rows(rows, job.index.image_column, geometries, num_threads, job.index.decode_options)
+    hashes = np.zeros((len(rows), HASH_BYTES), np.uint8)
+    options = job.index.decode_options
+    errors, pixels = decode_rows(rows, job.index.image_column, geometries, num_threads, options, hashes)
     seconds[0] = time.perf_counter() - started
     row_ids, good = rows["row_id"].to_numpy(), np.array([error is None for error in errors])
     files: list[Checksums] = [{} for _ in targets]
@@ -109,7 +112,7 @@ def decode_block(block: pa.Table, job: PassJob, num_threads: int = 1) -> pa.Tabl
             files[number] = write_pixels(str(local_path(target.folder)), row_ids[good], images)
             seconds[1 + number] = time.perf_counter() - started
     blank = good & is_blank(pixels[geometries[0]])
-    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds, files=files, blank=blank)
+    decoded = build_reports(row_ids, pa.array(errors, pa.string()), seconds, files=files, blank=blank, hashes=hashes)
     for number, geometry in enumerate(job.encoded_geometries):
         decoded = decoded.append_column(f"pixels_{number}", tensor_column(pixels[geometry]))
     return decoded
@@ -195,7 +198,16 @@ class EncoderActor:
         warnings, self.warnings = self.warnings, []
         encoder_seconds = waiting.take() if waiting else None
         return build_reports(
-            row_ids, decoded["error"], seconds, memory, gpu_memory, files, blank, encoder_seconds, warnings
+            row_ids,
+            decoded["error"],
+            seconds,
+            memory,
+            gpu_memory,
+            files,
+            blank,
+            encoder_seconds,
+            warnings,
+            tensors(decoded, "hash"),
         )
 
 

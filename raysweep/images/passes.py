@@ -32,6 +32,7 @@ from raysweep.images.cache import (
 )
 from raysweep.images.cache_files import damaged_files, fetch_files, is_whole, read_row_ids, remove_others
 from raysweep.images.features import FeatureRequest
+from raysweep.images.image_hashes import hashes_file, write_hashes
 from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.pass_processes import PassProcesses
@@ -235,7 +236,9 @@ def _bad_rows(index: ImageIndex, tally: Tally) -> tuple[BadRow, ...]:
 
 
 def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tally: Tally, wall_seconds: float) -> None:
-    """Writes the manifests of a pass that has ended."""
+    """Writes the hashes and the manifests of a pass that has ended."""
+    row_ids, hashes = (np.concatenate(parts) for parts in zip(*tally.hashes, strict=True))
+    write_hashes(hashes_file(requests[0].folder.parent, index), row_ids, hashes)
     bad_rows = _bad_rows(index, tally)
     for request, seconds, files in zip(requests, tally.shares(wall_seconds), tally.files, strict=True):
         if _exists(request):  # in a bucket, where another head node finished first

@@ -27,6 +27,7 @@ from raysweep.images.cache_files import (
 from raysweep.images.decode import DEFAULT_OPTIONS, DecodeOptions, decode_images
 from raysweep.images.disk_rows import read_into, runs
 from raysweep.images.image_bytes import content_hash, read_image_bytes
+from raysweep.images.image_hashes import hash_image
 from raysweep.images.index import UNREAD, ImageIndex
 from raysweep.storage.paths import signature
 
@@ -86,6 +87,7 @@ def decode_rows(
     geometries: Sequence[Geometry],
     num_threads: int,
     options: DecodeOptions = DEFAULT_OPTIONS,
+    hashes: np.ndarray | None = None,
 ) -> tuple[list[str | None], dict[Geometry, np.ndarray]]:
     """Reads and decodes rows of an `ImageIndex`. Each image is decoded once for each size that draft mode gives.
 
@@ -95,6 +97,7 @@ def decode_rows(
         geometries: The geometries that every image is prepared for.
         num_threads: Threads that read and decode. Pillow releases Python's global interpreter lock.
         options: `ImageIndex.decode_options`.
+        hashes: uint8 `(len(rows), 32)`, receives the `image_hashes.hash_image` of every good row; None for no hashes.
 
     Returns:
         For every row None, or the reason why it is bad. It begins with `UNREAD` if the image was not read, or has
@@ -102,11 +105,12 @@ def decode_rows(
         where bad rows are zero.
     """
     paths, positions, inline = (rows[name].to_pylist() for name in ("path", "position", "image"))
-    hashes = rows["content_hash"].to_pylist()
+    content_hashes = rows["content_hash"].to_pylist()
     in_tables = any(position >= 0 for position in positions)
     contents = read_image_bytes(paths, positions, inline, image_column) if in_tables else []
     pixels = {geometry: np.zeros((len(rows), *geometry.shape), np.uint8) for geometry in geometries}
     min_sides = {geometry.preprocessing.min_side for geometry in geometries}
+    smallest = min(min_sides, key=lambda side: math.inf if side is None else side)
 
     def decode_row(row: int) -> str | None:
         try:
@@ -114,13 +118,15 @@ def decode_rows(
             content = contents[row] if in_tables else read_image_bytes([paths[row]], [-1], [inline[row]], None)[0]
             if isinstance(content, DataError):
                 return f"{UNREAD}: {content}"
-            if inline[row] is None and content_hash(content) != hashes[row]:
+            if inline[row] is None and content_hash(content) != content_hashes[row]:
                 return f"{UNREAD}: the image has changed since this sweep began"
             images = decode_images(content, min_sides, options)
         except DataError as error:
             return str(error)
         for geometry in geometries:
             pixels[geometry][row] = geometry.decode(images)
+        if hashes is not None:
+            hashes[row] = hash_image(images[smallest])
         return None
 
     if num_threads == 1:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysweep.images.blocks import tensor_column, tensors
+from raysweep.images.image_hashes import HASH_BYTES
 from raysweep.images.memory import peak_memory_bytes
 
 FILES = pa.list_(pa.struct({"cache": pa.int32(), "name": pa.string(), "checksum": pa.int64()}))
@@ -25,6 +26,7 @@ def build_reports(
     blank: np.ndarray | None = None,
     encoder_seconds: np.ndarray | None = None,
     warnings: Sequence[str] = (),
+    hashes: np.ndarray | None = None,
 ) -> pa.Table:
     """Returns the reports of the rows of one block.
 
@@ -40,6 +42,7 @@ def build_reports(
         encoder_seconds: float64 `(2,)`, since the last reports of this encoder: the time in which it waited for images,
             and the time in which it did not. Each row gets an equal part; None is no time.
         warnings: What the user is told. The first row carries them all.
+        hashes: uint8 `(n, 32)`, what the images look like (see `image_hashes`); None if no image has a hash.
     """
     num_rows = len(row_ids)
     written = [
@@ -59,6 +62,7 @@ def build_reports(
             "encoder_seconds": tensor_column(
                 np.tile((np.zeros(2) if encoder_seconds is None else encoder_seconds) / num_rows, (num_rows, 1))
             ),
+            "hash": tensor_column(np.zeros((num_rows, HASH_BYTES), np.uint8) if hashes is None else hashes),
             "warnings": pa.array([list(warnings), *[None] * (num_rows - 1)], pa.list_(pa.string())),
         }
     )
@@ -95,6 +99,7 @@ class Tally:
         encoder_seconds: float64 `(2,)`, the time in which encoders waited for images that other processes decode, and
             in which they did not.
         warnings: What the user is told, each once.
+        hashes: Row ids and hashes of each block.
     """
 
     num_caches: int
@@ -107,6 +112,7 @@ class Tally:
     files: list[dict[str, int]] = field(init=False)
     encoder_seconds: np.ndarray = field(init=False)
     warnings: list[str] = field(default_factory=list)
+    hashes: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seconds = np.zeros(1 + self.num_caches)
@@ -124,6 +130,7 @@ class Tally:
         self.encoder_seconds += tensors(reports, "encoder_seconds").sum(axis=0)
         new = [text for texts in reports["warnings"].drop_null().to_pylist() for text in texts]
         self.warnings += [text for text in dict.fromkeys(new) if text not in self.warnings]
+        self.hashes.append((reports["row_id"].to_numpy(), tensors(reports, "hash").copy()))
         self.blank_rows += reports.filter(reports["blank"])["row_id"].to_pylist()
         bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))

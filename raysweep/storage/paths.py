@@ -184,8 +184,13 @@ class SweepPaths:
 
     @property
     def near_copies(self) -> Path:
-        """Images of validation and test that have a near copy in train."""
+        """Groups of images that look the same, and which of them leak or have several labels."""
         return self.root / "near_copies.json"
+
+    @property
+    def feature_copies(self) -> Path:
+        """Images of validation and test that have a near copy in train by their features."""
+        return self.root / "feature_copies.json"
 
     @property
     def quarantine(self) -> Path:

@@ -202,6 +202,7 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
         [METHOD, experiment.metric, experiment.seed],
         # Folds keep groups together, also where the splits are those of the source.
         *([] if experiment.data.group is None else [experiment.model_dump()["data"]["group"]]),
+        *([["near copies", state.near_copies]] if state.near_copies else []),
         # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]

@@ -1,90 +1,87 @@
-"""Warns about images of validation and test that have a near copy in train, once a feature cache exists."""
+"""Groups near copies once a pass has hashed the images: folds keep them whole, and the user is told of trouble."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
 from raysweep.errors import DataError
-from raysweep.experiment.studies import StudyConfig
-from raysweep.images.cache import Cache
-from raysweep.images.cache_files import fetched
-from raysweep.images.features import HALF_BYTES, load_features
-from raysweep.images.near_copies import MAX_CHECKED, MAX_TRAIN_BYTES, describe_near_copies, find_near_copies, spread
-from raysweep.images.splits import Split
+from raysweep.images.image_hashes import METHOD, hashes_file, read_hashes
+from raysweep.images.near_copies import (
+    Groups,
+    describe_conflicts,
+    describe_leaks,
+    group_near_copies,
+    join_groups,
+    judge_groups,
+)
+from raysweep.storage.copies import remove
 from raysweep.storage.paths import read_json, signature, write_json
 from raysweep.sweep.state import SweepState
 
-CHECKED: tuple[Split, ...] = ("test", "validation")
-METHOD = 1  # a new value has every sweep checked again
+STORED = TypeAdapter(Groups)
 
 
-def warn_of_near_copies(state: SweepState, configs: Sequence[StudyConfig], caches: Mapping[str, Cache]) -> None:
-    """Checks the features of the first study that reads some, and writes what it finds to `near_copies.json`.
+def join_near_copies(state: SweepState) -> None:
+    """Joins the groups of near copies to those of the index, and warns of groups that leak or have several labels.
 
-    The file also tells later invocations, which do not check again.
+    They are written to `near_copies.json`, which also tells later invocations: these compare no images again. Without
+    hashes, as where all caches are of an earlier version, nothing is known.
     """
-    config = next((config for config in configs if config.reads_features and config.name in caches), None)
-    if config is None:
-        return
-    cache = caches[config.name]
-    key = signature([METHOD, state.index.fingerprint, Path(cache.folder).name, sorted(state.bad_rows)])
-    found = _stored(state.paths.near_copies, key)
-    if found is None:
-        found = {"signature": key, "encoder": config.encoder_name, "splits": _check(state, config, cache)}
-        write_json(state.paths.near_copies, found)
-    for split, checked in found["splits"].items():
-        pairs = [(pair["image"], pair["train_image"]) for pair in checked["pairs"]]
+    index, path = state.index, state.paths.near_copies
+    key = signature([METHOD, index.fingerprint, index.row_signature, sorted(state.bad_rows)])
+    groups = _stored_groups(path, key)
+    if groups is None:
+        hashes = read_hashes(hashes_file(state.paths.caches, index), index.table["row_id"].to_numpy())
+        if hashes is None:
+            remove(path)
+            state.progress.say("near copies are not known: these caches were made before images were hashed")
+            return
+        groups = group_near_copies(index, hashes, list(state.bad_rows))
+    state.near_copies, state.index = groups, join_groups(index, groups)
+    found, rows = judge_groups(index, groups), _described_rows(state, groups)
+    leaks = {
+        split: [{"image": rows[image]["image"], "train_image": rows[copy]["image"]} for image, copy in pairs]
+        for split, pairs in found.leaks.items()
+    }
+    conflicts = [[rows[row_id] for row_id in pair] for pair in found.conflicts]
+    members = [[rows[row_id] for row_id in group] for group in groups]
+    report = {"signature": key, "row_ids": groups, "groups": members, "leaks": leaks, "conflicts": conflicts}
+    write_json(path, report)
+    for split, pairs in found.leaks.items():
         if pairs:
-            state.progress.warn(describe_near_copies(split, checked["num_checked"], checked["num_images"], pairs))
+            num_images, first = sum(index.counts()[split].values()), leaks[split][0]
+            warning = describe_leaks(split, num_images, len(pairs), first["image"], first["train_image"])
+            state.progress.warn(warning)
+    if conflicts:
+        one, other = conflicts[0]
+        images, classes = (one["image"], other["image"]), (one["class"], other["class"])
+        state.progress.warn(describe_conflicts(len(conflicts), images, classes))
 
 
-def _stored(path: Path, key: str) -> dict[str, Any] | None:
+def _stored_groups(path: Path, key: str) -> Groups | None:
     try:
         found = read_json(path)
-    except DataError:
-        return None
-    return found if isinstance(found, dict) and found.get("signature") == key else None
+        if isinstance(found, dict) and found.get("signature") == key:
+            return STORED.validate_python(found.get("row_ids"))
+    except (DataError, ValidationError):
+        pass
+    return None
 
 
-def _check(state: SweepState, config: StudyConfig, cache: Cache) -> dict[str, Any]:
-    encoder, folder = state.encoder(config), fetched(cache.rows)
-    part, width = next(iter(encoder.spec.parts.items()))
-
-    def features_of(ids: np.ndarray) -> np.ndarray:
-        return np.asarray(load_features(folder, ids, [part])[part])
-
-    everything = state.rows["train"]
-    train = everything.take(spread(len(everything), MAX_TRAIN_BYTES // (width * HALF_BYTES)))
-    train_features = features_of(train.ids)
-    table = state.index.table
-    row_ids = table["row_id"].to_numpy()
-    hashes, paths = table["content_hash"].to_numpy(zero_copy_only=False), table["path"].to_pylist()
-    positions = table["position"].to_pylist()
-    train_places = np.searchsorted(row_ids, everything.ids)
-
-    def name_of(row_id: int) -> str:
-        place = int(np.searchsorted(row_ids, row_id))
-        return paths[place] if positions[place] < 0 else f"{paths[place]} row {positions[place]}"
-
-    splits: dict[str, Any] = {}
-    for split in CHECKED:
-        ids = state.rows[split].ids
-        # Exact copies have their own warning, from the index.
-        is_exact = np.isin(hashes[np.searchsorted(row_ids, ids)], hashes[train_places])
-        others = ids[~is_exact]
-        checked = others[spread(len(others), MAX_CHECKED)]
-        copies = find_near_copies(features_of(checked), train_features, train.labels) if len(checked) else []
-        pairs = [
-            {
-                "image": name_of(int(checked[copy.row])),
-                "train_image": name_of(int(train.ids[copy.train_row])),
-                "similarity": round(copy.similarity, 4),
-            }
-            for copy in copies
-        ]
-        splits[split] = {"num_images": len(others), "num_checked": len(checked), "pairs": pairs}
-    return splits
+def _described_rows(state: SweepState, groups: Groups) -> dict[int, dict[str, str]]:
+    """Returns image, split and class of each row of the groups, by row id."""
+    table = state.index.table.select(["row_id", "path", "position", "split", "label"])
+    wanted = [row_id for group in groups for row_id in group]
+    rows = table.filter(pa.array(np.isin(table["row_id"].to_numpy(), wanted))).to_pylist()
+    return {
+        row["row_id"]: {
+            "image": row["path"] if row["position"] < 0 else f"{row['path']} row {row['position']}",
+            "split": row["split"],
+            "class": state.index.classes[row["label"]],
+        }
+        for row in rows
+    }

@@ -18,8 +18,9 @@ from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location
 from raysweep.storage.paths import signature
 from raysweep.sweep.caches import find_or_make_caches
+from raysweep.sweep.feature_copies import warn_of_feature_copies
 from raysweep.sweep.leaderboard_entry import METHOD, LeaderboardEntry, open_baseline
-from raysweep.sweep.near_copies import warn_of_near_copies
+from raysweep.sweep.near_copies import join_near_copies
 from raysweep.sweep.outcome import Outcome
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study import Study, open_study
@@ -74,9 +75,10 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
     remove_unfinished(state.paths.models)
     shutil.rmtree(state.paths.tune, ignore_errors=True)  # of a killed sweep
     caches = find_or_make_caches(state, configs)
+    join_near_copies(state)
     _ = state.rows  # raises DataError if a split has no usable image, before anything is logged
     state.run_id = start_sweep_run(state)
-    warn_of_near_copies(state, configs, caches)
+    warn_of_feature_copies(state, configs, caches)
     for reads_features in (True, False):
         groups = open_groups(state, [config for config in configs if config.reads_features is reads_features], caches)
         entries += [entry for group in groups for entry in group.entries]
@@ -215,8 +217,9 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
         recorder.send(Tracker.log_file, run_id, path)
-    if state.paths.near_copies.exists():
-        recorder.send(Tracker.log_file, run_id, state.paths.near_copies)
+    for path in (state.paths.near_copies, state.paths.feature_copies):
+        if path.exists():
+            recorder.send(Tracker.log_file, run_id, path)
     best = best_by_validation(state, outcomes)
     if best is not None:
         recorder.send(Tracker.log_metrics, run_id, {"test/accuracy": best.row.test_accuracy})

@@ -18,6 +18,7 @@ from raysweep.experiment.config import Experiment
 from raysweep.experiment.sections import Shots
 from raysweep.experiment.studies import RowConfig
 from raysweep.images.index import BadRow, ImageIndex
+from raysweep.images.near_copies import Groups
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.passes import put_index
 from raysweep.images.rows import Rows, select_rows, write_quarantine
@@ -62,6 +63,7 @@ class SweepState:
         encoders: encoders used so far, by name.
         bad_rows: rows that a pass could not decode, by row id.
         start_heads: heads that fine-tuning starts from, by encoder and shots.
+        near_copies: groups of near copies, once they are known; they are part of the index's groups.
         journal: the journal of the studies' trials, once it is open.
         failures: studies that could not be opened, with the reason.
         gpu_precision: precision on GPUs, `fp32` or `bf16`; None before it is known.
@@ -79,6 +81,7 @@ class SweepState:
     encoders: dict[str, LazyEncoder] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     start_heads: dict[tuple[str, Shots], StartHead] = field(default_factory=dict)
+    near_copies: Groups = ()
     journal: BaseStorage | None = None
     failures: list[str] = field(default_factory=list)
     gpu_precision: str | None = None
@@ -117,7 +120,7 @@ class SweepState:
 
     @cached_property
     def rows(self) -> Rows:
-        """Usable rows of each split. Read it only after every cache exists, because passes find bad rows."""
+        """Usable rows of each split. Read it only after every cache exists: passes find bad rows and near copies."""
         return select_rows(self.index, list(self.bad_rows.values()))
 
     @cached_property

@@ -27,6 +27,7 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.decode import decode_image
 from raysweep.images.features import FeatureRequest, encode, feature_signature, feature_table, load_features
 from raysweep.images.image_bytes import content_hash
+from raysweep.images.image_hashes import hash_image, hashes_file, read_hashes
 from raysweep.images.index import ImageIndex
 from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.pass_processes import PassProcesses
@@ -193,6 +194,14 @@ def test_the_cache_says_what_it_cost_and_which_rows_are_bad(features):
     assert features.peak_gpu_memory_bytes == 0
     assert [(row.row_id, row.source) for row in features.bad_rows] == [(1016, "memory/8.png"), (1048, "memory/24.png")]
     assert all("truncated" in row.reason or "cannot be decoded" in row.reason for row in features.bad_rows)
+
+
+@pytest.mark.ray
+def test_a_pass_leaves_the_hash_of_every_image(features, index, images):
+    hashes = read_hashes(hashes_file(Path(features.folder).parent, index), index.table["row_id"].to_numpy())
+    for number, found in enumerate(hashes):
+        expected = 0 if number in TRUNCATED else hash_image(decode_image(images[number]))
+        assert np.array_equal(found, np.zeros_like(found) + expected)
 
 
 @pytest.mark.ray

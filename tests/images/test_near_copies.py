@@ -1,62 +1,109 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from raysweep.images.near_copies import describe_near_copies, find_near_copies, spread
+from raysweep.images import near_copies
+from raysweep.images.index import ImageIndex
+from raysweep.images.near_copies import (
+    describe_conflicts,
+    describe_leaks,
+    group_near_copies,
+    join_groups,
+    judge_groups,
+)
+from raysweep.training.folds import stratified_folds
+
+SPLIT_OF = {"t": "train", "v": "validation", "e": "test"}
+
+
+def make_index(splits, labels=None, contents=None, groups=None):
+    """Rows with the ids 10, 12, 14 ..., each with the first letter of its split (e for test)."""
+    count = len(splits)
+    columns = {
+        "row_id": np.arange(10, 10 + 2 * count, 2),
+        "label": np.array(labels or [0] * count, np.int32),
+        "split": [SPLIT_OF[split] for split in splits],
+        "content_hash": [content.encode() for content in contents or map(str, range(count))],
+    }
+    groups = None if groups is None else np.array(groups, np.int32)
+    return ImageIndex(pa.table(columns), ("a", "b"), (), (), count, "f", groups=groups)
 
 
 @pytest.fixture
-def train():
-    """Two classes with images of their own, in half floats."""
-    random = np.random.default_rng(0)
-    labels = np.arange(200) % 2
-    return (random.normal(size=(200, 64)) + 4 * labels[:, None] + 10).astype(np.float16), labels
+def looks(monkeypatch):
+    """Stands in for hashes: one number for each row; rows are near copies if theirs differ by one at most."""
+
+    def find(hashes):
+        numbers = hashes[:, 0].astype(int)
+        near = np.abs(numbers[:, None] - numbers) <= 1
+        return np.argwhere(np.triu(near, 1))
+
+    monkeypatch.setattr(near_copies, "find_pairs", find)
+    return lambda *numbers: np.array(numbers, np.uint8)[:, None]
 
 
-def test_copies_are_found_and_other_images_of_the_class_are_not(train):
-    features, labels = train
-    random = np.random.default_rng(1)
-    others = random.normal(size=(50, 64)) + 4 * (np.arange(50) % 2)[:, None] + 10
-    copies = features[[7, 30, 199]] + random.normal(size=(3, 64)) * 0.1
-    found = find_near_copies(np.concatenate([others, copies]).astype(np.float16), features, labels)
-    assert {(copy.row, copy.train_row) for copy in found} == {(50, 7), (51, 30), (52, 199)}
-    assert all(0.98 < copy.similarity <= 1 for copy in found)
-    assert found == sorted(found, key=lambda copy: -copy.similarity)
+def test_groups_are_chains_of_pairs(looks):
+    index = make_index("tttttt")
+    assert group_near_copies(index, looks(1, 9, 2, 5, 3, 8), []) == ((10, 14, 18), (12, 20))
+    assert group_near_copies(index, looks(1, 20, 40, 60, 80, 100), []) == ()
 
 
-def test_several_copies_in_train_do_not_hide_one_another(train):
-    features, labels = train
-    features, labels = np.concatenate([features, features[[7] * 8]]), np.concatenate([labels, labels[[7] * 8]])
-    assert [copy.row for copy in find_near_copies(features[7:8] + 0.01, features, labels)] == [0]
+def test_bad_rows_are_in_no_group(looks):
+    assert group_near_copies(make_index("tttttt"), looks(1, 9, 2, 5, 3, 8), [14, 20]) == ()
 
 
-def test_a_class_whose_images_are_all_near_one_another_has_no_copies(train):
-    """Five photos of one product among many other products."""
-    features, labels = train
-    random = np.random.default_rng(2)
-    product = random.normal(size=64) * 3 + 10
-    photos = product + random.normal(size=(6, 64)) * 0.3
-    known = np.concatenate([features, photos[:5]])
-    assert find_near_copies(photos[5:], known, np.concatenate([labels, [2] * 5])) == []
-    assert find_near_copies(photos[5:], known, np.concatenate([labels, [2, 2, 3, 3, 3]])) == []  # too few to tell
+def test_exact_copies_belong_to_a_group_only_with_a_near_copy(looks):
+    index = make_index("tttttt", contents=list("abacdd"))
+    assert group_near_copies(index, looks(1, 2, 1, 50, 90, 90), []) == ((10, 12, 14),)
 
 
-def test_nothing_to_compare_with_or_features_that_are_all_equal(train):
-    features, labels = train
-    assert find_near_copies(features[:0], features, labels) == []
-    assert find_near_copies(features, features[:0], labels[:0]) == []
-    find_near_copies(np.ones((3, 8)), np.ones((20, 8)), np.zeros(20))  # no warning about a division by zero
+def test_images_that_leak_are_those_without_an_exact_copy_in_train():
+    index = make_index("tevetev", contents=list("abcaxyz"))
+    found = judge_groups(index, ((10, 12, 14, 16), (20, 22)))
+    assert found.leaks == {"test": [(12, 10)], "validation": [(14, 10)]}
+    assert judge_groups(index, ((18, 10),)).leaks == {"test": [], "validation": []}
 
 
-def test_spread_rows():
-    assert spread(3, 5).tolist() == [0, 1, 2]
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
+def test_a_conflict_is_a_group_with_several_labels():
+    found = judge_groups(make_index("tttte", labels=[0, 0, 1, 1, 1]), ((10, 12, 14), (16, 18)))
+    assert found.conflicts == [(10, 14)]
 
 
-def test_the_warning_counts_and_gives_examples():
-    text = describe_near_copies("test", 60, 60, [("a.png", "b.png")])
-    assert text.startswith("1 of 60 test images has a near copy in train (leakage), such as a.png and b.png. If")
-    pairs = [(f"{number}.png", f"t{number}.png") for number in range(1200)]
-    assert describe_near_copies("test", 2000, 9000, pairs).startswith(
-        "1,200 of 2,000 checked test images have a near copy in train (leakage), such as 0.png and t0.png; 1.png and "
-        "t1.png; 2.png and t2.png. If"
+def test_rows_of_near_copies_have_one_group_and_others_stay_alone():
+    index = join_groups(make_index("tttttt"), ((10, 14), (16, 18, 20)))
+    numbers = index.groups.tolist()
+    assert index.groups.dtype == np.int32
+    assert [numbers.index(number) for number in numbers] == [0, 1, 0, 3, 3, 3]
+
+
+def test_near_copies_join_the_groups_that_an_index_has():
+    index = join_groups(make_index("tttttt", groups=[0, 0, 1, 1, 2, 3]), ((12, 14), (18, 20)))
+    numbers = index.groups.tolist()
+    assert [numbers.index(number) for number in numbers] == [0, 0, 0, 0, 4, 4]
+
+
+def test_without_near_copies_an_index_stays_as_it_is():
+    index = make_index("ttt")
+    assert join_groups(index, ()) is index
+
+
+def test_folds_keep_near_copies_together():
+    num_rows = 60
+    pairs = tuple((10 + 2 * row, 10 + 2 * (row + 30)) for row in range(30))
+    index = join_groups(make_index("t" * num_rows, labels=[row % 2 for row in range(num_rows)]), pairs)
+    folds = stratified_folds(index.table["label"].to_numpy(), 5, 0, index.groups.tolist())
+    assert np.array_equal(folds[:30], folds[30:])
+    assert len(set(folds.tolist())) == 5
+
+
+def test_the_warnings_count_and_give_an_example():
+    assert describe_leaks("test", 60, 1, "a.png", "b.png") == (
+        "1 of 60 test images has a near copy in train (leakage), such as a.png and b.png; set data.group to keep them "
+        "in one split; all are in near_copies.json"
     )
+    assert describe_leaks("test", 9000, 1200, "a", "b").startswith("1,200 of 9,000 test images have a near copy in")
+    assert describe_conflicts(2, ("a.png", "b.png"), ("cat", "dog")) == (
+        "2 groups of near copies in more than one class (conflicting labels): a.png (cat) and b.png (dog); all are in "
+        "near_copies.json"
+    )
+    assert describe_conflicts(1, ("a", "b"), ("c", "d")).startswith("1 group of")

@@ -275,7 +275,8 @@ def test_heads_that_make_one_cache_at_once_do_not_spoil_it(bucket, on_node, monk
     """Each in blocks of its own: one with GPUs, say, and one without. The pass of the first to end counts."""
     num_rows, uri = 12, f"{bucket}/.cache/pixels-1"
     ids = pa.array(range(num_rows))
-    index = SimpleNamespace(table=pa.table({"row_id": ids, "path": [f"{row_id}.png" for row_id in range(num_rows)]}))
+    table = pa.table({"row_id": ids, "path": [f"{row_id}.png" for row_id in range(num_rows)]})
+    index = SimpleNamespace(table=table, row_signature="rows")
     pixels = np.arange(num_rows, dtype=np.uint8).repeat(2 * 2 * 3).reshape(num_rows, 2, 2, 3)
 
     def head(number, rows_per_block):

@@ -1,0 +1,168 @@
+"""Hashes of what images look like, which are nearly the same for an image and its copy in another size or quality.
+
+The hash of an image has the signs of the 16 x 16 lowest terms of the discrete cosine transform of its 64 x 64 grey
+pixels, without the constant (as pHash; Zauner 2010). In the mirrored image the terms of odd horizontal frequency have
+the other sign, so one hash serves for both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from raysweep.errors import DataError
+from raysweep.images.index import ImageIndex
+from raysweep.storage.copies import fetch, publish, replacing
+from raysweep.storage.paths import signature
+
+SIDE, NUM_FREQUENCIES = 64, 16
+HASH_BYTES = NUM_FREQUENCIES**2 // 8
+NUM_ODD = NUM_FREQUENCIES**2 // 2  # terms of odd horizontal frequency, which are the last bits
+MAX_BITS = 51  # .20 of 255
+NEXT_BITS = 8  # so many bits beyond a limit tell whether images are below it by chance
+FLAT = 2.0  # standard deviation of the grey pixels, of 255, below which the signs are those of noise
+MAX_COMPARED = 50_000  # images of which every pair is compared
+ROWS_AT_ONCE = 16  # so that a block of 50,000 columns stays in the cache of a processor
+NUM_ORDERS, NUM_NEIGHBOURS = 16, 8
+METHOD = 1  # a new value has the hashes made again
+
+_COSINES = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(NUM_FREQUENCIES)[:, None]).astype(np.float32)
+
+
+def hash_image(image: Image.Image) -> np.ndarray:
+    """Returns the hash of an RGB image, uint8 `(32,)`; zeros if the image has hardly more than one colour."""
+    small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    grey = np.asarray(small, np.float32)
+    if grey.std() < FLAT:
+        return np.zeros(HASH_BYTES, np.uint8)
+    is_positive = _COSINES @ grey @ _COSINES.T > 0
+    is_positive[0, 0] = False
+    return np.packbits(np.concatenate([is_positive[:, ::2].ravel(), is_positive[:, 1::2].ravel()]))
+
+
+def find_pairs(hashes: np.ndarray) -> np.ndarray:
+    """Finds the images that are near copies of one another, mirrored or not.
+
+    Up to 50,000 images every pair is compared. Of more, those that stand side by side when the hashes are sorted by
+    some of their bits, in several orders (Charikar 2002): copies that differ in many bits are then missed.
+
+    Args:
+        hashes: uint8 `(num_images, 32)`; images whose hash is zero are left out.
+
+    Returns:
+        int64 `(num_pairs, 2)`, positions of the images of each pair, the smaller one first.
+    """
+    known = np.flatnonzero(hashes.any(axis=1))
+    words = np.ascontiguousarray(hashes[known]).view(np.uint64)
+    pairs, bits = _all_pairs(words) if len(words) <= MAX_COMPARED else _sorted_pairs(words)
+    near = pairs[bits <= _limit(bits)]
+    return np.asarray(known[near[np.lexsort(near.T[::-1])]])
+
+
+def _limit(bits: np.ndarray) -> int:
+    """Returns the number of differing bits up to which a pair is of copies.
+
+    Images that look alike, such as drawn digits, have near hashes by chance: each bit more then has many more pairs. So
+    the limit is lowered until the next bits have no more pairs than all bits up to it.
+
+    Args:
+        bits: int64 `(num_pairs,)`, the differing bits of all pairs that have at most `MAX_BITS + NEXT_BITS`.
+    """
+    up_to = np.cumsum(np.bincount(bits, minlength=MAX_BITS + NEXT_BITS + 1))
+    fits = 2 * up_to[: MAX_BITS + 1] >= up_to[NEXT_BITS:]
+    return int(np.flatnonzero(fits)[-1]) if fits.any() else -1
+
+
+def _differing_bits(words: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns in how many bits hashes differ, or one of them mirrored, if that is less; uint8 of the broadcast shape.
+
+    Args:
+        words: uint64 `(..., 4)`.
+        others: uint64 `(..., 4)`.
+    """
+    counts = np.bitwise_count(words ^ others)
+    odd = counts[..., 2] + counts[..., 3]
+    return np.asarray(counts[..., 0] + counts[..., 1] + np.minimum(odd, NUM_ODD - odd))
+
+
+def _all_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compares every hash with every other; returns the near pairs and their numbers of differing bits."""
+    columns, most = np.ascontiguousarray(words.T), MAX_BITS + NEXT_BITS
+    found = [np.empty((0, 2), np.int64)]
+    for start in range(0, len(words), ROWS_AT_ONCE):
+        block = words[start : start + ROWS_AT_ONCE, :, None]
+        # Of even frequencies alone, few pairs of different images have so few differing bits.
+        even = np.bitwise_count(block[:, 0] ^ columns[0, start:])
+        even += np.bitwise_count(block[:, 1] ^ columns[1, start:])
+        first, second = np.nonzero(even <= most)
+        is_later = second > first
+        found.append(_near(words, start + first[is_later], start + second[is_later]))
+    pairs = np.concatenate(found)
+    return pairs, _differing_bits(words[pairs[:, 0]], words[pairs[:, 1]]).astype(np.int64)
+
+
+def _near(words: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    is_near = _differing_bits(words[first], words[second]) <= MAX_BITS + NEXT_BITS
+    return np.stack([first[is_near], second[is_near]], axis=1)
+
+
+def _sorted_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compares hashes that are neighbours in sorted orders; returns what `_all_pairs` does."""
+    generator, num_images = np.random.default_rng(0), len(words)
+    mirrored = words ^ np.array([0, 0, ~np.uint64(0), ~np.uint64(0)], np.uint64)
+    as_bytes = np.concatenate([words, mirrored]).view(np.uint8)
+    found = [np.empty((0, 2), np.int64)]
+    for _ in range(NUM_ORDERS):
+        chosen = 1 + generator.permutation(8 * HASH_BYTES - 1)[:64]
+        keys = np.zeros(len(as_bytes), np.uint64)
+        for bit in chosen.tolist():
+            keys = (keys << np.uint64(1)) | ((as_bytes[:, bit // 8] >> (7 - bit % 8)) & 1)
+        order = np.argsort(keys, kind="stable") % num_images
+        for step in range(1, NUM_NEIGHBOURS + 1):
+            pairs = _near(words, order[:-step], order[step:])
+            found.append(np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0))
+    pairs = np.unique(np.concatenate(found), axis=0)
+    return pairs, _differing_bits(words[pairs[:, 0]], words[pairs[:, 1]]).astype(np.int64)
+
+
+def hashes_file(caches: Path, index: ImageIndex) -> Path:
+    """Returns the path of the hashes of an index's images, which all caches of these images share."""
+    return caches / f"hashes-{signature(['hashes', METHOD, index.row_signature])}.parquet"
+
+
+def write_hashes(path: Path, row_ids: np.ndarray, hashes: np.ndarray) -> None:
+    """Writes the hashes of all rows of an index.
+
+    Args:
+        path: From `hashes_file`.
+        row_ids: int64 `(num_rows,)`.
+        hashes: uint8 `(num_rows, 32)`; zeros where there is none.
+    """
+    order = np.argsort(row_ids)
+    flat = pa.py_buffer(np.ascontiguousarray(hashes[order]))
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(order), [None, flat])
+    with replacing(path) as temporary:
+        pq.write_table(pa.table({"row_id": row_ids[order], "hash": column}), temporary, write_page_checksum=True)
+    publish(path)
+
+
+def read_hashes(path: Path, row_ids: np.ndarray) -> np.ndarray | None:
+    """Reads the hashes of rows, uint8 `(num_rows, 32)`; None if they were never written, or are damaged.
+
+    Args:
+        path: From `hashes_file`.
+        row_ids: int64 `(num_rows,)`, all rows of the index, ascending.
+    """
+    try:
+        if not fetch(path).exists():
+            return None
+        table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
+        if table.schema.field("hash").type != pa.binary(HASH_BYTES) or not np.array_equal(table["row_id"], row_ids):
+            return None
+        return np.frombuffer(b"".join(table["hash"].to_pylist()), np.uint8).reshape(-1, HASH_BYTES)
+    except (pa.ArrowException, OSError, KeyError, DataError):
+        return None
