@@ -73,10 +73,18 @@ def test_what_does_not_come_is_refused(waiting, monkeypatch, address):
 # What nodes see
 
 
+class Blind(dict):
+    """Also keeps what each node was asked for."""
+
+    def __init__(self, places):
+        super().__init__(places)
+        self.asked = {}
+
+
 @pytest.fixture
 def blind(monkeypatch):
     """Names of the places that each node cannot see, by the node's address; a node that is dead is not asked."""
-    found = {"10.0.0.1": [], "10.0.0.2": []}
+    found = Blind({"10.0.0.1": [], "10.0.0.2": []})
 
     ids = {address.encode().hex().ljust(56, "0"): address for address in (*found, "10.0.0.3")}
 
@@ -88,7 +96,12 @@ def blind(monkeypatch):
 
     def look(function):
         def on(scheduling_strategy):
-            return SimpleNamespace(remote=lambda places: found[ids[scheduling_strategy.node_id]])
+            def remote(places):
+                address = ids[scheduling_strategy.node_id]
+                found.asked[address] = places
+                return found[address]
+
+            return SimpleNamespace(remote=remote)
 
         return SimpleNamespace(options=on)
 
@@ -103,6 +116,7 @@ PLACES = {"storage: 'runs'": "/here/runs", "data.source: 'images'": "/here/image
 
 def test_what_all_nodes_see_is_accepted(blind):
     check_nodes(PLACES)
+    assert blind.asked == {"10.0.0.1": PLACES, "10.0.0.2": PLACES}
 
 
 def test_what_a_node_cannot_see_is_named_with_the_node(blind):
@@ -116,6 +130,7 @@ def test_one_node_sees_what_the_driver_sees(blind):
     del blind["10.0.0.1"]
     blind["10.0.0.2"].append("storage: 'runs'")
     check_nodes(PLACES)
+    assert blind.asked == {}
 
 
 def test_files_and_folders_of_this_machine_are_seen(tmp_path):

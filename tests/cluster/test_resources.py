@@ -33,12 +33,14 @@ def test_auto_uses_what_gpus_there_are(use_gpu, num_gpus, expected):
         ({}, Resources(1, 0)),
         ({"num_workers": 4}, Resources(4, 4)),
         ({"cpus_per_worker": 4}, Resources(4, 1)),
-        ({"gpus_per_worker": 0.5}, Resources(2, 1)),
+        ({"gpus_per_worker": 0.5}, Resources(1, 1)),
         ({"use_gpu": False, "num_workers": 2, "gpus_per_worker": 0.5}, Resources(2, 1)),
     ],
 )
-def test_what_fits_is_accepted(keys, present):
+def test_what_just_fits_is_accepted(keys, present):
     check_resources(resources(**keys), present)
+    with pytest.raises(ResourceError, match=f"there are {present.num_cpus - 1}"):
+        check_resources(resources(**keys), Resources(present.num_cpus - 1, present.num_gpus))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,10 @@ def test_a_module_that_stays_in_training_mode_is_named():
 
 @pytest.mark.parametrize("function", [lambda x: x, nn.Dropout(0.5), nn.BatchNorm1d(6), lambda x: x + 1e-9])
 def test_functions_of_one_image_are_accepted(function):
-    check_is_function(Toy(function).eval())
+    encoder, num_images = Toy(function).eval(), []
+    encoder.register_forward_pre_hook(lambda _encoder, arguments: num_images.append(len(arguments[0])))
+    check_is_function(encoder)
+    assert num_images == [2, 2, 1], "two images twice and one alone were compared"
 
 
 @pytest.mark.parametrize("kind", ["stacked_cnn", "dinov2", "clip", "siglip"])

@@ -80,16 +80,17 @@ def changed_texts(draw):
     return text
 
 
-def check(path: Path, content: bytes) -> None:
-    """Loads a file with this content; what loads has to load again from its resolved form."""
+def loads(path: Path, content: bytes) -> bool:
+    """Tells whether a file with this content loads; what loads has to load again from its resolved form."""
     path.write_bytes(content)
     try:
         experiment = load_experiment(path)
     except ConfigError:
-        return
+        return False
     assert isinstance(experiment, Experiment)
     path.write_text(resolved_yaml(experiment))
     assert load_experiment(path) == experiment
+    return True
 
 
 NUM_EXAMPLES = int(os.environ.get("RAYSWEEP_FUZZ_EXAMPLES", "60"))  # make fuzz takes 10,000
@@ -106,8 +107,9 @@ def test_any_file_is_an_experiment_or_a_config_error(tmp_path, strategy):
     @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(contents)
     def run(content):
-        check(tmp_path / "x.yaml", content)
+        loads(tmp_path / "x.yaml", content)  # any error but ConfigError, and another experiment the second time, fail
 
+    assert loads(tmp_path / "x.yaml", TEXTS[0].encode())
     run()
 
 
@@ -122,4 +124,5 @@ def test_any_override_is_taken_or_a_config_error(tmp_path):
         with suppress(ConfigError):
             assert isinstance(load_experiment(path, [f"{'.'.join(key)}={value}"]), Experiment)
 
+    assert load_experiment(path, ["seed=7"]).seed == 7
     run()

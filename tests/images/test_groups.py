@@ -55,7 +55,7 @@ def write_parquet(folder):
     return folder / "table.parquet"
 
 
-def check_groups(index, order):
+def assert_groups(index, order):
     """Each patient is in one split, and each split has its share of each class."""
     patients = defaultdict(set)
     for row_id, split in zip(index.table["row_id"].to_pylist(), index.table["split"].to_pylist(), strict=True):
@@ -72,16 +72,16 @@ def check_groups(index, order):
 @pytest.mark.parametrize("write", [write_csv, write_parquet])
 def test_a_column_keeps_a_group_in_one_split(folder, write):
     index = load_index(DataConfig(source=str(write(folder)), group="patient"), seed=0)
-    check_groups(index, [patient for patient, _, _ in names()])
+    assert_groups(index, [patient for patient, _, _ in names()])
 
 
 @pytest.mark.parametrize("pattern", ["p([0-9]+)_", "p[0-9]+", "/(?:p)([0-9]+)_v[0-9]"])
 def test_a_pattern_for_the_paths_keeps_a_group_in_one_split(folder, pattern):
     index = load_index(DataConfig(source=str(folder), group={"pattern": pattern}), seed=0)
     order = [int(name.rsplit("/", 1)[1][1:3]) for name in sorted(name for _, _, name in names())]
-    check_groups(index, order)
+    assert_groups(index, order)
     table = load_index(DataConfig(source=str(write_csv(folder)), group={"pattern": pattern}), seed=0)
-    check_groups(table, [patient for patient, _, _ in names()])
+    assert_groups(table, [patient for patient, _, _ in names()])
 
 
 def test_the_index_says_which_rows_belong_together(folder):
@@ -103,7 +103,7 @@ def test_copies_of_one_image_belong_together(folder):
 def test_without_groups_the_patients_cross_the_splits(folder):
     index = load_index(DataConfig(source=str(write_csv(folder))), seed=0)
     with pytest.raises(AssertionError):
-        check_groups(index, [patient for patient, _, _ in names()])
+        assert_groups(index, [patient for patient, _, _ in names()])
 
 
 def test_the_folder_above_the_source_is_not_searched(tmp_path, folder):

@@ -128,7 +128,8 @@ def test_files_that_only_this_node_can_read_are_read_here(tmp_path, running_ray,
 
 
 def test_few_images_start_no_ray(tmp_path):
-    indexed(write_files(tmp_path), lambda: pytest.fail("Ray was started"))
+    index = indexed(write_files(tmp_path), lambda: pytest.fail("Ray was started"))
+    assert (len(index.table), len(index.bad_rows)) == (60, 3)
 
 
 def test_many_images_start_ray_first(tmp_path, by_tasks):

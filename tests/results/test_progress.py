@@ -133,11 +133,17 @@ def test_labels_can_neither_steer_the_terminal_nor_be_markup(is_terminal):
 
 
 class FullDisk(io.StringIO):
+    refused = ""
+
     def write(self, text):
+        self.refused += text
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_log_on_a_full_disk_ends_nothing():
-    progress = Progress(Console(file=FullDisk()))
-    progress.say("still here")
-    progress.warn("still here")
+    disk = FullDisk()
+    progress = Progress(Console(file=disk))
+    progress.say("a line")
+    progress.warn("another")
+    assert "a line" in disk.refused
+    assert "another" in disk.refused
