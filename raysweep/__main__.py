@@ -1,10 +1,10 @@
-"""`raysweep run|submit|predict ...`: the console script, the same as `python -m raysweep.run|submit|predict ...`."""
+"""`raysweep run|submit|predict|report ...`: the console script, the same as `python -m raysweep.run` and so on."""
 
 import sys
 
 from raysweep import __version__
 
-COMMANDS = ("run", "submit", "predict")
+COMMANDS = ("run", "submit", "predict", "report")
 USAGE = f"usage: raysweep {{{','.join(COMMANDS)}}} ...   (raysweep COMMAND --help says more)"
 
 
@@ -23,6 +23,10 @@ def main() -> int:
         from raysweep import predict
 
         return predict.main(arguments)
+    if command == "report":
+        from raysweep.report import __main__ as report
+
+        return report.main(arguments)
     if command == "--version":
         print(__version__)
         return 0

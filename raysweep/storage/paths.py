@@ -17,6 +17,7 @@ from raysweep.storage.copies import fetch_folder, is_bucket, local_path, locatio
 # Spreadsheets pass over blanks, and take the full-width signs as well.
 _FORMULA = re.compile(r"\s*[=+\-@|%\uff1d\uff0b\uff0d\uff20]")
 STUDIES, MODELS = "studies", "models"  # folders of a sweep
+TEST_ROWS = "test_rows.parquet"  # in the folder of a study: what its model says of each test image
 
 
 def signature(value: Any) -> str:
@@ -196,3 +197,33 @@ class SweepPaths:
     def quarantine(self) -> Path:
         """Table of the images that could not be used, with reasons."""
         return self.root / "quarantine.csv"
+
+    @property
+    def sweep_record(self) -> Path:
+        """What a report says of the whole sweep: data, encoders, versions."""
+        return self.root / "sweep.json"
+
+    @property
+    def trials(self) -> Path:
+        """Table of all trials, with the metrics of each epoch."""
+        return self.root / "trials.parquet"
+
+    @property
+    def predictions(self) -> Path:
+        """Table of each study's predictions for the test images."""
+        return self.root / "predictions.parquet"
+
+    @property
+    def thumbnails(self) -> Path:
+        """Small copies of the images that a report shows."""
+        return self.root / "thumbnails.parquet"
+
+    @property
+    def report_html(self) -> Path:
+        """The report, one file that needs no other."""
+        return self.root / "report.html"
+
+    @property
+    def report_md(self) -> Path:
+        """The report's text and tables as Markdown."""
+        return self.root / "report.md"

@@ -22,6 +22,7 @@ from raysweep.sweep.feature_copies import warn_of_feature_copies
 from raysweep.sweep.leaderboard_entry import METHOD, LeaderboardEntry, open_baseline
 from raysweep.sweep.near_copies import join_near_copies
 from raysweep.sweep.outcome import Outcome
+from raysweep.sweep.report_files import make_report
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study import Study, open_study
 from raysweep.sweep.study_group import StudyGroup
@@ -91,11 +92,12 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
             for baseline in group.baselines:
                 baseline.offer_start()
     state.ray.leave()
-    outcomes, failures = [], state.failures
+    outcomes, failures, concluded = [], state.failures, []
     order = {config.name: place for place, config in enumerate(configs)}
     for entry in sorted(entries, key=lambda entry: order.get(entry.name, len(order))):
         try:
             outcomes.append(entry.conclude())
+            concluded.append(entry)
             if entry.shortfall:
                 failures.append(entry.shortfall)
         except TrialError as error:  # the other studies may still have results
@@ -103,7 +105,7 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
             state.progress.warn(f"{entry.name} has no result: {error}")
     if not outcomes:
         raise TrialError("; ".join(failures))
-    rows = conclude(state, outcomes)
+    rows = conclude(state, outcomes, concluded)
     return SweepResult(rows, state.num_new_trials, state.num_encoder_passes, tuple(failures))
 
 
@@ -206,7 +208,7 @@ def run_stage(state: SweepState, groups: Sequence[StudyGroup]) -> None:
     )
 
 
-def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
+def conclude(state: SweepState, outcomes: Sequence[Outcome], entries: Sequence[LeaderboardEntry]) -> list[Row]:
     """Ranks the studies, writes the leaderboard, registers the best model, and ends the sweep's MLflow run.
 
     The order of the rows and the registered model are chosen on validation, because the test split must not choose.
@@ -215,6 +217,7 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:
     rows, paths = ranked(state, outcomes), state.paths
     stored = [replace(row, model_path=row.model_path and paths.relative(row.model_path)) for row in rows]
     write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
+    make_report(state, entries)
     for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
         recorder.send(Tracker.log_file, run_id, path)
     for path in (state.paths.near_copies, state.paths.feature_copies):

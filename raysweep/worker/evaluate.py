@@ -15,6 +15,8 @@ from raysweep.experiment.space import Setting
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.images.splits import Split
 from raysweep.storage.copies import local_path, location
+from raysweep.storage.paths import TEST_ROWS
+from raysweep.storage.test_rows import TestRows, write_test_rows
 from raysweep.training.baseline_task import (
     MAX_VALIDATION_ROWS,
     REFITTED,
@@ -69,7 +71,8 @@ def run_test(job: Job, work: TestWork) -> dict[str, TestResult]:
     return tested
 
 
-def _evaluate(job: Job, logits: Sequence[Tensor], temperatures: Sequence[float]) -> TestMetrics:
+def _evaluate(job: Job, study: StudySpec, logits: Sequence[Tensor], temperatures: Sequence[float]) -> TestMetrics:
+    """Returns the metrics; writes the probabilities of the model that is exported, that of the first few-shot draw."""
     found = evaluate_test([one.numpy() for one in logits], job.rows["test"].labels, temperatures)
     if not math.isfinite(found.values["loss"]):  # and then most others are not either
         num_bad = sum(int((~one.isfinite()).any(1).sum()) for one in logits)
@@ -77,6 +80,11 @@ def _evaluate(job: Job, logits: Sequence[Tensor], temperatures: Sequence[float])
             f"the loss on the test split is not a finite number: the classifier's outputs overflow for {num_bad} of "
             f"its {found.num_rows} images"
         )
+    rows, probabilities = job.rows["test"], (logits[0].double() / temperatures[0]).softmax(-1)
+    write_test_rows(
+        local_path(study.folder) / TEST_ROWS,
+        TestRows(rows.ids, rows.labels, logits[0].argmax(-1).numpy(), probabilities.float().numpy()),
+    )
     return found
 
 
@@ -110,10 +118,10 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
         seconds=result.seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    return TestResult(_evaluate(job, result.test_logits, result.temperatures), fit=fit)
+    return TestResult(_evaluate(job, study, result.test_logits, result.temperatures), fit=fit)
 
 
-def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch.device) -> TestResult:
+def _test_classifier(job: Job, study: StudySpec, checkpoint: str, device: torch.device) -> TestResult:
     model = build_classifier(job)
     model.load_state_dict(load_checkpoint(local_path(checkpoint))[0])
     model.to(device)
@@ -121,7 +129,7 @@ def _test_classifier(job: Job, _study: StudySpec, checkpoint: str, device: torch
     held_out = _classifier_logits(job, model, "validation", validation, device)
     temperature = fit_temperature(held_out, torch.from_numpy(job.rows["validation"].labels)[validation])
     test = torch.arange(len(job.rows["test"]))
-    return TestResult(_evaluate(job, [_classifier_logits(job, model, "test", test, device)], [temperature]))
+    return TestResult(_evaluate(job, study, [_classifier_logits(job, model, "test", test, device)], [temperature]))
 
 
 def _classifier_logits(job: Job, model: Classifier, split: Split, rows: Tensor, device: torch.device) -> Tensor:
@@ -150,7 +158,7 @@ def _test_probe(job: Job, study: StudySpec, checkpoint: str, device: torch.devic
         save_heads(path, heads, source, {"setting": setting | REFITTED})
         refitted = location(path)
     logits = [apply_head(head.to(device), test, parts, all_rows(test)).cpu() for head in heads]
-    return TestResult(_evaluate(job, logits, temperatures), refitted=refitted)
+    return TestResult(_evaluate(job, study, logits, temperatures), refitted=refitted)
 
 
 def _refitted_head(job: Job, setting: Setting, validation: FeatureSet, device: torch.device) -> Head:

@@ -1,0 +1,86 @@
+"""What to do next, from what a sweep has found."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from raysweep.report.class_figures import class_lines, confusion_counts
+from raysweep.report.run_files import RunFiles
+from raysweep.results.conclusion import describe_choice, first_section, recommended
+from raysweep.results.leaderboard import Row
+from raysweep.results.sweep_record import TrialRecord
+
+WIDE = 0.04  # width of an interval of the test accuracy that leaves much open
+NEAR_EDGE = 0.08  # share of the tried range of learning rates, on a scale of logarithms
+MIN_TRIALS = 6  # fewer say nothing about an edge
+WEAK = 0.15  # a recall this far below the accuracy
+
+
+def next_steps(run: RunFiles) -> list[str]:
+    """Returns what to do next, the most useful first."""
+    chosen = recommended(run.rows)
+    steps = []
+    if chosen.model_path:
+        command = f"raysweep predict {shlex.quote(str(run.paths.root / chosen.model_path))} IMAGE"
+        steps.append(f"Use {describe_choice(run.rows)}: {command}")
+    return [*steps, *_edge(run, chosen), *_more_images(run), *_weak_class(run, chosen), *_failures(run)]
+
+
+def _edge(run: RunFiles, chosen: Row) -> list[str]:
+    trials = [trial for trial in run.trials.get(chosen.study, ()) if trial.state == "done"]
+    rates = [float(trial.setting["learning_rate"]) for trial in trials if "learning_rate" in trial.setting]
+    best = chosen.best_params.get("learning_rate")
+    if len(rates) < MIN_TRIALS or best is None or max(rates) <= min(rates):
+        return []
+    low, high = math.log(min(rates)), math.log(max(rates))
+    place = (math.log(float(best)) - low) / (high - low)
+    if NEAR_EDGE < place < 1 - NEAR_EDGE:
+        return []
+    end, way = ("lowest", "lower") if place <= NEAR_EDGE else ("highest", "higher")
+    key = f"search.{chosen.mode}.space.learning_rate"
+    return [f"The best learning rate, {float(best):.2g}, is among the {end} that were tried: try {way} ones ({key})."]
+
+
+def _more_images(run: RunFiles) -> list[str]:
+    section = first_section(run.rows)
+    width = section[0].test_accuracy_high - section[0].test_accuracy_low
+    num_tied = sum(row.tied_with_best for row in section)
+    if num_tied < 2 or width < WIDE:
+        return []
+    return [
+        f"{num_tied} rows may be the best. To tell them apart takes more test images: with {section[0].num_test:,} of "
+        f"them, the interval is {100 * width:.0f} points wide, and with four times as many about half of that."
+    ]
+
+
+def _weak_class(run: RunFiles, chosen: Row) -> list[str]:
+    found = run.predictions.get(chosen.study)
+    if found is None:
+        return []
+    lines = [line for line in class_lines(found.classes, confusion_counts(found)) if line.recall is not None]
+    weakest = min(lines, key=lambda line: line.recall or 0.0, default=None)
+    if weakest is None or weakest.recall is None or weakest.recall > chosen.test_accuracy - WEAK:
+        return []
+    return [
+        f"'{weakest.name}' is found least often: {weakest.recall:.0%} of its {weakest.support} test images. Look "
+        "at its mistakes below, then add images of it."
+    ]
+
+
+def _failures(run: RunFiles) -> list[str]:
+    failures = run.record.failures if run.record else ()
+    return [f"Without a result: {failure}" for failure in failures]
+
+
+def setting_ties(trials: Sequence[TrialRecord], metric: str, direction: str) -> str:
+    """Returns how many trials have the best score, in words; empty if only one has."""
+    scores = [trial.metrics[metric] for trial in trials if trial.state == "done" and metric in trial.metrics]
+    if not scores:
+        return ""
+    best = max(scores) if direction == "maximize" else min(scores)
+    num_best = sum(score == best for score in scores)
+    if num_best < 2:
+        return ""
+    return f"{num_best} of {len(scores)} trials reach {metric} {best:.3f}; the one with the lower loss is chosen."
