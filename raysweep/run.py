@@ -116,6 +116,9 @@ def _run(experiment: Experiment, verbose: bool) -> int:
             raise
         progress.say(f"done: {result.num_new_trials} new trials, {result.num_encoder_passes} encoder passes")
     _print_board(console, result.rows, experiment.metric)
+    from raysweep.results.conclusion import conclusion, describe_choice
+
+    _print_lines(["", conclusion(result.rows), f"Recommended: {describe_choice(result.rows)}."])
     _print_lines(_next_steps(experiment, result.rows))
     for failure in result.failures:
         print(f"error: {printable(failure)}", file=sys.stderr)
@@ -139,6 +142,7 @@ def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     uri = hide_secrets(experiment.tracking.uri)
     return [
         "",
+        *([f"report     {_relative(location(paths.report_html))}"] if paths.report_html.exists() else []),
         f"results    {_relative(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         *[f"predict    raysweep predict {shlex.quote(model)} IMAGE [IMAGE ...]" for model in models[:1]],
         f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}",

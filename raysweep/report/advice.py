@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from raysweep.report.class_figures import class_lines, confusion_counts
 from raysweep.report.run_files import RunFiles
 from raysweep.results.conclusion import describe_choice, first_section, recommended
 from raysweep.results.leaderboard import Row
 from raysweep.results.sweep_record import TrialRecord
+from raysweep.storage.copies import location
 
 WIDE = 0.04  # width of an interval of the test accuracy that leaves much open
 NEAR_EDGE = 0.08  # share of the tried range of learning rates, on a scale of logarithms
@@ -18,14 +21,23 @@ MIN_TRIALS = 6  # fewer say nothing about an edge
 WEAK = 0.15  # a recall this far below the accuracy
 
 
-def next_steps(run: RunFiles) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something to do next, and perhaps the command for it."""
+
+    text: str
+    command: str = ""
+
+
+def next_steps(run: RunFiles) -> list[Step]:
     """Returns what to do next, the most useful first."""
     chosen = recommended(run.rows)
-    steps = []
+    steps = [Step(f"Use {describe_choice(run.rows)}.")]
     if chosen.model_path:
-        command = f"raysweep predict {shlex.quote(str(run.paths.root / chosen.model_path))} IMAGE"
-        steps.append(f"Use {describe_choice(run.rows)}: {command}")
-    return [*steps, *_edge(run, chosen), *_more_images(run), *_weak_class(run, chosen), *_failures(run)]
+        place = location(run.paths.root / chosen.model_path).removeprefix(f"{Path.cwd()}/")
+        steps = [replace(steps[0], command=f"raysweep predict {shlex.quote(place)} IMAGE")]
+    texts = [*_edge(run, chosen), *_more_images(run), *_weak_class(run, chosen), *_failures(run)]
+    return [*steps, *map(Step, texts)]
 
 
 def _edge(run: RunFiles, chosen: Row) -> list[str]:

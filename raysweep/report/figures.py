@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -58,37 +58,32 @@ def _to_svg(figure: Figure, key: str) -> str:
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def draw_front(rows: Sequence[Row], costs: Sequence[float], label: str, key: str, *, more_is_better: bool) -> str:
-    """Draws accuracy against a cost: every row with its place in the table, and the line of those that none beats."""
+def draw_front(rows: Mapping[int, Row], costs: Sequence[float], label: str, key: str) -> str:
+    """Draws accuracy against a cost: rows by their place in the table, and the line of those that none beats."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new()
-        order = sorted(range(len(rows)), key=lambda one: -costs[one] if more_is_better else costs[one])
-        front, best = [], -np.inf
-        for one in order:
-            if rows[one].test_accuracy > best:
-                best = rows[one].test_accuracy
-                front.append(one)
-        axes.plot(
-            [costs[one] for one in front],
-            [rows[one].test_accuracy for one in front],
-            color=ACCENT,
-            lw=1.2,
-            ls=(0, (4, 3)),
-        )
-        for place, (row, cost) in enumerate(zip(rows, costs, strict=True), start=1):
+        lines = sorted(zip(costs, rows, strict=True), reverse=True)  # the cheapest, and the first of a tie, on top
+        front: list[int] = []
+        for _, place in lines[::-1]:
+            if not front or rows[place].test_accuracy > rows[front[-1]].test_accuracy:
+                front.append(place)
+        cost_of = dict(zip(rows, costs, strict=True))
+        accuracies = [rows[place].test_accuracy for place in front]
+        axes.plot([cost_of[place] for place in front], accuracies, color=ACCENT, lw=1.2, ls=(0, (4, 3)))
+        for cost, place in lines:
+            row = rows[place]
             spread = [[row.test_accuracy - row.test_accuracy_low], [row.test_accuracy_high - row.test_accuracy]]
-            colour = GOOD if row.is_recommended else ACCENT if place - 1 in front else MUTED
+            colour = GOOD if row.is_recommended else ACCENT if place in front else MUTED
             axes.errorbar(cost, row.test_accuracy, yerr=spread, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.55)
             axes.plot(cost, row.test_accuracy, "o", ms=13, mfc=colour, mec=SURFACE, mew=1.5)
-            axes.annotate(
-                str(place),
-                (cost, row.test_accuracy),
-                ha="center",
-                va="center_baseline",
-                color=SURFACE,
-                size=8.5,
-                weight="bold",
-            )
+            middle: dict[str, Any] = {
+                "ha": "center",
+                "va": "center_baseline",
+                "color": SURFACE,
+                "size": 8.5,
+                "weight": "bold",
+            }
+            axes.annotate(str(place), (cost, row.test_accuracy), **middle)
         _log_axis(axes, costs)
         axes.set_xlabel(label)
         axes.set_ylabel("test accuracy")
@@ -168,8 +163,7 @@ def draw_calibration(bins: CalibrationBins, key: str) -> str:
     with mpl.rc_context(_STYLE):
         figure, axes = _new()
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
-        axes.plot(bins.confidence, bins.accuracy, color=ACCENT, lw=1.4)
-        sizes = 16 + 240 * bins.counts / bins.counts.sum()
+        sizes = 24 + 300 * bins.counts / bins.counts.sum()
         axes.scatter(bins.confidence, bins.accuracy, s=sizes, color=ACCENT, edgecolors=SURFACE, linewidths=1, zorder=3)
         axes.set_xlim(min(0.98, float(bins.confidence.min())) - 0.05, 1.03)
         axes.set_ylim(-0.03, 1.05)

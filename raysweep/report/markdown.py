@@ -23,7 +23,8 @@ def render_markdown(run: RunFiles) -> str:
     """Returns the report as Markdown."""
     name = run.record.name if run.record else run.paths.name
     lines = [f"# {escaped(name)}", "", escaped(conclusion(run.rows)), "", "## What next", ""]
-    lines += [f"- {escaped(step)}" for step in next_steps(run)]
+    for step in next_steps(run):
+        lines += [f"- {escaped(step.text)}", *(["", f"      {printable(step.command)}", ""] if step.command else [])]
     lines += ["", "## Leaderboard", "", *_leaderboard(run), "", *_classes(run), *_reproduce(run)]
     return "\n".join(lines) + "\n"
 

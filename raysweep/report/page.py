@@ -107,7 +107,7 @@ def render_page(run: RunFiles) -> str:
         steps=next_steps(run),
         sections=_sections(run.rows),
         uneven=any(row.is_uneven for row in section),
-        fronts=front_figures(section),
+        fronts=front_figures(run),
         studies=study_views(run),
     )
 
@@ -132,22 +132,26 @@ def _sections(rows: Sequence[Row]) -> list[tuple[str, list[tuple[int, Row]]]]:
     ]
 
 
-def front_figures(rows: Sequence[Row]) -> list[FigureView]:
-    """Returns accuracy against training time, and against speed; none for a single row."""
-    if len(rows) < 2:
-        return []
-    names = "; ".join(
-        f"{place}: {describe_row(row)}, accuracy {row.test_accuracy:.3f}, {describe_seconds(row.train_seconds)}, "
-        f"{row.images_per_second:,.0f} images/s"
-        for place, row in enumerate(rows, start=1)
-    )
-    seconds, speeds = [row.train_seconds for row in rows], [row.images_per_second for row in rows]
-    time = figures.draw_front(rows, seconds, "seconds from images to weights", "front-time", more_is_better=False)
-    speed = figures.draw_front(rows, speeds, "images a second", "front-speed", more_is_better=True)
-    return [
-        FigureView(Markup(time), "Accuracy against training time", names),
-        FigureView(Markup(speed), "Accuracy against speed", names),
-    ]
+def front_figures(run: RunFiles) -> list[FigureView]:
+    """Returns accuracy against training time, and against the size of the model; none for a single row."""
+    rows = dict(enumerate(first_section(run.rows), start=1))
+    models = run.record.models if run.record else {}
+    sized = {place: row for place, row in rows.items() if row.study in models}
+    figures_of = [
+        ("Accuracy against training time", "seconds from images to weights", "front-time", rows,
+         [row.train_seconds for row in rows.values()]),
+        ("Accuracy against size", "million parameters, encoder and head", "front-size", sized,
+         [models[row.study].num_parameters / 1e6 for row in sized.values()]),
+    ]  # fmt: skip
+    drawn = []
+    for title, label, key, shown, costs in figures_of:
+        if len(shown) > 1:
+            text = "; ".join(
+                f"{place}: {describe_row(row)}, accuracy {row.test_accuracy:.3f}, {cost:.3g} {label}"
+                for (place, row), cost in zip(shown.items(), costs, strict=True)
+            )
+            drawn.append(FigureView(Markup(figures.draw_front(shown, costs, label, key)), title, text))
+    return drawn
 
 
 def study_views(run: RunFiles) -> list[StudyView]:

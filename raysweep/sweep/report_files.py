@@ -57,15 +57,20 @@ def make_report(state: SweepState, entries: Sequence[LeaderboardEntry]) -> None:
         write_trials(
             paths.trials, [_trial_record(result) for study in studies for result in study.optuna_study.results]
         )
-        tested = _test_rows(state, entries)
-        _write_predictions(state, tested)
-        _write_thumbnails(state, tested)
+        write_tables(state, entries)
         command = [sys.executable, "-m", "raysweep.report", location(paths.root), "--quiet"]
         made = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_REPORT, check=False)
         if made.returncode:
             raise RaysweepError(one_line(made.stderr, 500))
     except (RaysweepError, OSError, pa.ArrowException, subprocess.TimeoutExpired) as error:
         state.progress.warn(f"no report could be made: {error}; 'raysweep report {location(paths.root)}' tries again")
+
+
+def write_tables(state: SweepState, entries: Sequence[LeaderboardEntry]) -> None:
+    """Writes what each study predicts for the test images, and small copies of images that it takes for others."""
+    tested = _test_rows(state, entries)
+    _write_predictions(state, tested)
+    _write_thumbnails(state, tested)
 
 
 def sweep_record(state: SweepState, entries: Sequence[LeaderboardEntry]) -> SweepRecord:

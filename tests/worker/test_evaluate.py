@@ -12,6 +12,8 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
+from raysweep.storage.paths import TEST_ROWS
+from raysweep.storage.test_rows import read_test_rows
 from raysweep.training import baseline_task
 from raysweep.training.baseline_task import REFITTED, BaselineTask
 from raysweep.training.baselines import RUN_BASELINE
@@ -86,6 +88,15 @@ def test_probes_are_tested_by_the_heads_that_they_chose(job, tmp_path, monkeypat
     assert (found["probe-all"].metrics.num_seeds, found["probe-few"].metrics.num_seeds) == (1, 2)
     for result in found.values():
         assert (result.fit, result.error, result.peak_gpu_memory_bytes) == (None, None, 0)
+    # What the exported model says of each test image: that of the first draw, with its temperature.
+    for name, heads in (("probe-all", one), ("probe-few", two)):
+        written = read_test_rows(tmp_path / name / TEST_ROWS)
+        logits = torch.from_numpy(scores(job, heads)[0])
+        expected = (logits / found[name].metrics.temperatures[0]).softmax(-1)
+        np.testing.assert_allclose(written.probabilities, expected, rtol=1e-5)
+        assert written.predicted.tolist() == logits.argmax(-1).tolist()
+        assert written.ids.tolist() == job.rows["test"].ids.tolist()
+        assert written.labels.tolist() == labels.tolist()
 
 
 def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):

@@ -1,0 +1,42 @@
+from dataclasses import replace
+
+from run_folder import make_row, make_run, make_test_rows, make_trials
+
+from raysweep.report.advice import next_steps, setting_ties
+from raysweep.report.run_files import read_run
+
+
+def steps_of(run):
+    return [step.text for step in next_steps(run)]
+
+
+def test_a_best_rate_at_the_edge_calls_for_a_wider_search(tmp_path):
+    run = read_run(str(make_run(tmp_path, rows=[make_row()]).root))
+    assert not [step for step in steps_of(run) if "learning rate" in step]
+    trials = make_trials()
+    rows = (replace(run.rows[0], best_params=trials[0].setting),)
+    (step,) = [step for step in steps_of(replace(run, rows=rows)) if "learning rate" in step]
+    assert step.startswith("The best learning rate, 0.0013, is among the lowest that were tried: try lower ones")
+    assert "search.fine_tune.space.learning_rate" in step
+    rows = (replace(run.rows[0], best_params=trials[6].setting),)
+    assert any("highest" in step for step in steps_of(replace(run, rows=rows)))
+
+
+def test_a_class_that_is_rarely_found_is_named(tmp_path):
+    tested = make_test_rows(num_right=30)
+    tested.predicted[tested.labels == 1] = 2
+    run = read_run(str(make_run(tmp_path, tested=tested, rows=[make_row()]).root))
+    assert any(step.startswith("'bee' is found least often: 0% of its 10 test images") for step in steps_of(run))
+
+
+def test_rows_that_tie_call_for_test_images(tmp_path):
+    run = read_run(str(make_run(tmp_path).root))
+    assert any(step.startswith("2 rows may be the best") and "31 points wide" in step for step in steps_of(run))
+
+
+def test_settings_that_tie_are_counted():
+    trials = make_trials()
+    assert setting_ties(trials, "val/accuracy", "maximize") == ""
+    tied = [*trials, replace(trials[3], number=9)]
+    assert setting_ties(tied, "val/accuracy", "maximize").startswith("2 of 8 trials reach val/accuracy 0.900;")
+    assert setting_ties([trials[7]], "val/accuracy", "maximize") == ""
