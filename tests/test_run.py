@@ -180,6 +180,6 @@ def test_the_console_script_shares_its_commands(capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == __version__
     monkeypatch.setattr("sys.argv", ["raysweep", "rnu"])
     assert __main__.main() == 2
-    assert "usage: raysweep {run,submit,predict}" in capsys.readouterr().err
+    assert "usage: raysweep {run,submit,predict,report}" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["raysweep", "run", "nothing.yaml"])
     assert __main__.main() == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -135,10 +136,25 @@ def test_outputs_are_all_there_and_the_terminal_shows_them(finished: Path):
     stdout, stderr = (finished / "stdout.txt").read_text(), (finished / "stderr.txt").read_text()
     assert "dinov2" in stdout
     assert "raysweep predict" in stdout
+    assert f"report     {root.relative_to(finished)}/report.html" in stdout
+    assert " is first on validation; its test accuracy is " in stdout
     assert "23 new trials, 1 encoder passes" in stderr
     assert "encoder pass (dinov2): 1,797 images" in stderr
     assert "Traceback" not in stderr
     assert "ray::" not in stderr, "Ray's own chatter is for --verbose"
+
+
+def test_the_report_shows_every_study(finished: Path):
+    root = finished / "runs" / "digits"
+    page, rows = (root / "report.html").read_text(), leaderboard(finished)
+    assert "Left out" not in page
+    assert page.count("<summary>") == len(rows) + 1, "one a study, and the experiment"
+    assert page.count("Most confident mistakes") == len(rows)
+    predictions = pq.read_table(root / "predictions.parquet").to_pandas()
+    for study, own in predictions.groupby("study"):
+        assert (own["label"] == own["prediction"]).mean() == pytest.approx(rows[study]["test_accuracy"])
+    assert set(predictions["study"]) == set(rows)
+    assert pq.read_table(root / "trials.parquet").num_rows == 23
 
 
 def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
