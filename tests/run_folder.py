@@ -56,8 +56,9 @@ def make_trials(study="cnn-fine_tune", number=8, epochs=4):
         accuracy = 0.9 if trial == 3 else 0.5 + trial / 100
         failed = trial == number - 1
         setting = {"learning_rate": 0.01 * 2.0 ** (trial - 3), "epochs": epochs + (trial - 3) % 5}
-        history = {"val/accuracy": [accuracy * (epoch + 1) / epochs for epoch in range(epochs)]}
-        metrics = {} if failed else {"val/accuracy": accuracy}
+        curve = [accuracy * (epoch + 1) / epochs for epoch in range(epochs)]
+        history = {"val/accuracy": curve, "val/loss": [1 - value for value in curve]}
+        metrics = {} if failed else {"val/accuracy": accuracy, "val/loss": 1 - accuracy}
         state = "failed" if failed else "done"
         trials.append(TrialRecord(study, trial, state, setting, metrics, {} if failed else history, epochs - 1, 1.0))
     return trials

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from raysweep.experiment.metrics import VALIDATION_METRICS
 from raysweep.report.class_figures import class_lines, confusion_counts
 from raysweep.report.run_files import RunFiles
 from raysweep.results.conclusion import describe_choice, first_section, recommended
 from raysweep.results.leaderboard import Row
 from raysweep.results.sweep_record import TrialRecord
 from raysweep.storage.copies import location
+from raysweep.training.ranking import Ranking
 
 WIDE = 0.04  # width of an interval of the test accuracy that leaves much open
 NEAR_EDGE = 0.08  # share of the tried range of learning rates, on a scale of logarithms
@@ -86,13 +88,22 @@ def _failures(run: RunFiles) -> list[str]:
     return [f"Without a result: {failure}" for failure in failures]
 
 
-def setting_ties(trials: Sequence[TrialRecord], metric: str, direction: str) -> str:
-    """Returns how many trials have the best score, in words; empty if only one has."""
+def setting_ties(trials: Sequence[TrialRecord], metric: str, ranking: Ranking, num_images: int) -> str:
+    """Returns how many trials share the best score, and which is chosen, in words; empty if only one has it.
+
+    Args:
+        trials: trials of a study.
+        metric: what the leaderboard is ordered by.
+        ranking: how the trials are ranked.
+        num_images: number of validation images; 0 if that is not known.
+    """
     scores = [trial.metrics[metric] for trial in trials if trial.state == "done" and metric in trial.metrics]
     if not scores:
         return ""
-    best = max(scores) if direction == "maximize" else min(scores)
+    best = max(scores) if VALIDATION_METRICS[metric] == "maximize" else min(scores)
     num_best = sum(score == best for score in scores)
     if num_best < 2:
         return ""
-    return f"{num_best} of {len(scores)} trials reach {metric} {best:.3f}; the one with the lower loss is chosen."
+    on = f" on {num_images:,} validation images" if num_images else ""
+    chosen = "the trial" if ranking.metric != metric else "of these, the one"
+    return f"{num_best} of {len(scores)} trials reach {metric} {best:.3f}{on}; {chosen} with the lowest loss is chosen."

@@ -72,9 +72,10 @@ def draw_front(rows: Mapping[int, Row], costs: Sequence[float], label: str, key:
         axes.plot([cost_of[place] for place in front], accuracies, color=ACCENT, lw=1.2, ls=(0, (4, 3)))
         for cost, place in lines:
             row = rows[place]
-            spread = [[row.test_accuracy - row.test_accuracy_low], [row.test_accuracy_high - row.test_accuracy]]
             colour = GOOD if row.is_recommended else ACCENT if place in front else MUTED
-            axes.errorbar(cost, row.test_accuracy, yerr=spread, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.55)
+            axes.errorbar(
+                cost, row.test_accuracy, yerr=_intervals([row]), fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.55
+            )
             axes.plot(cost, row.test_accuracy, "o", ms=13, mfc=colour, mec=SURFACE, mew=1.5)
             middle: dict[str, Any] = {
                 "ha": "center",
@@ -89,6 +90,12 @@ def draw_front(rows: Mapping[int, Row], costs: Sequence[float], label: str, key:
         axes.set_ylabel("test accuracy")
         axes.margins(0.09)
     return _to_svg(figure, key)
+
+
+def _intervals(rows: Sequence[Row]) -> np.ndarray:
+    """Returns how far the intervals reach below and above the accuracies, `(2, num_rows)`."""
+    reach = [(row.test_accuracy - row.test_accuracy_low, row.test_accuracy_high - row.test_accuracy) for row in rows]
+    return np.maximum(0, reach).T  # the last digits of an accuracy of 1 may lie above its interval
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -155,6 +162,35 @@ def draw_curves(trials: Sequence[TrialRecord], best: TrialRecord, metric: str, k
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(metric)
+    return _to_svg(figure, key)
+
+
+def draw_few_shots(curves: Mapping[str, Sequence[Row]], key: str) -> str:
+    """Draws accuracy by images a class, one line with its 95 % intervals for each name in the legend."""
+    marks = ("o", "s", "^", "D", "v", "P", "X", "*")
+    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+    colours = (ACCENT, GOOD, INK, MUTED)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new()
+        for number, (name, rows) in enumerate(curves.items()):
+            shots = [int(row.shots) for row in rows]
+            middle = [row.test_accuracy for row in rows]
+            style: dict[str, Any] = {"color": colours[number % 4], "ls": dashes[number // 4 % 4]}
+            axes.errorbar(
+                shots,
+                middle,
+                _intervals(rows),
+                label=name,
+                marker=marks[number % 8],
+                ms=5,
+                lw=1.4,
+                elinewidth=0.9,
+                **style,
+            )
+        _log_axis(axes, [int(row.shots) for rows in curves.values() for row in rows])
+        axes.set_xlabel("training images a class")
+        axes.set_ylabel("test accuracy")
+        figure.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=2)
     return _to_svg(figure, key)
 
 

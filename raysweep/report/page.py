@@ -27,6 +27,7 @@ from raysweep.report.run_files import Predictions, RunFiles
 from raysweep.results.conclusion import conclusion, describe_row, first_section
 from raysweep.results.leaderboard import Row, describe_seconds, describe_setting
 from raysweep.results.sweep_record import TrialRecord
+from raysweep.training.ranking import Ranking
 
 MAX_TABLE_CLASSES = 20  # more are drawn as a picture
 MISTAKES_PER_STUDY, MAX_MISTAKES, MAX_MISTAKE_BYTES = 24, 500, 3_500_000
@@ -63,6 +64,7 @@ class StudyView:
         anchor: id of its section on the page.
         figures: what was tried, learning curves, calibration.
         ties: how many settings share the best score, in words; empty if one is the best.
+        importances: share of the differences between trials that each hyperparameter explains.
         num_stopped: trials that a scheduler stopped.
         num_failed: trials that an error ended.
         counts: confusion matrix, `(num_classes, num_classes)`, where a table can show it.
@@ -78,6 +80,7 @@ class StudyView:
     anchor: str
     figures: tuple[FigureView, ...] = ()
     ties: str = ""
+    importances: tuple[tuple[str, float], ...] = ()
     num_stopped: int = 0
     num_failed: int = 0
     counts: np.ndarray | None = None
@@ -108,6 +111,7 @@ def render_page(run: RunFiles) -> str:
         sections=_sections(run.rows),
         uneven=any(row.is_uneven for row in section),
         fronts=front_figures(run),
+        few_shots=few_shot_figures(run.rows),
         studies=study_views(run),
     )
 
@@ -125,7 +129,7 @@ def _sections(rows: Sequence[Row]) -> list[tuple[str, list[tuple[int, Row]]]]:
     names = dict.fromkeys(row.shots for row in rows)
     return [
         (
-            "all images" if shots == "all" else f"{shots} images a class",
+            "all images" if shots == "all" else f"{shots} image{'s' * (shots != 1)} a class",
             list(enumerate([row for row in rows if row.shots == shots], start=1)),
         )
         for shots in names
@@ -154,6 +158,26 @@ def front_figures(run: RunFiles) -> list[FigureView]:
     return drawn
 
 
+def few_shot_figures(rows: Sequence[Row]) -> list[FigureView]:
+    """Returns accuracy by images a class, of encoders and modes with two numbers of shots or more."""
+    curves: dict[str, list[Row]] = {}
+    for row in sorted((row for row in rows if row.shots != "all"), key=lambda row: int(row.shots)):
+        curves.setdefault(printable(f"{row.encoder} {row.mode}"), []).append(row)
+    curves = {name: own for name, own in curves.items() if len(own) > 1}
+    if not curves:
+        return []
+    lines = [
+        f"{name}: "
+        + ", ".join(
+            f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}] with {row.shots}"
+            for row in own
+        )
+        for name, own in curves.items()
+    ]
+    svg = Markup(figures.draw_few_shots(curves, "few-shots"))
+    return [FigureView(svg, "Accuracy by images a class", "; ".join(lines))]
+
+
 def study_views(run: RunFiles) -> list[StudyView]:
     """Returns what the page shows of each row of the leaderboard, in its order."""
     views, seen = [], dict.fromkeys((row.shots for row in run.rows), 0)
@@ -176,9 +200,8 @@ def study_views(run: RunFiles) -> list[StudyView]:
 
 
 def _with_trials(view: StudyView, trials: Sequence[TrialRecord], run: RunFiles) -> StudyView:
-    metric = run.record.metric if run.record else "val/accuracy"
-    direction = run.record.direction if run.record else "maximize"
-    best = _chosen(trials, view.row, metric, direction)
+    metric, ranking = run.ranking.metric, run.ranking.within_study
+    best = _chosen(trials, view.row, ranking)
     drawn = []
     if any("learning_rate" in trial.setting and metric in trial.metrics for trial in trials):
         response = figures.draw_response(trials, best, metric, f"{view.anchor}-response")
@@ -187,26 +210,30 @@ def _with_trials(view: StudyView, trials: Sequence[TrialRecord], run: RunFiles) 
             f"{metric} {best.metrics.get(metric, float('nan')):.3f} and is ringed"
         )
         drawn.append(FigureView(Markup(response), "Every trial", text))
-    if any(trial.history.get(metric) for trial in trials):
-        curves = figures.draw_curves(trials, best, metric, f"{view.anchor}-curves")
-        text = (
-            f"{metric} after each epoch of {len(trials)} trials; trial {best.number} in colour, its chosen epoch marked"
-        )
-        drawn.append(FigureView(Markup(curves), "Learning curves", text))
+    for number, name in enumerate(dict.fromkeys([metric, ranking.metric])):
+        if any(trial.history.get(name) for trial in trials):
+            curves = figures.draw_curves(trials, best, name, f"{view.anchor}-curves-{number}")
+            text = (
+                f"{name} after each epoch of {len(trials)} trials; trial {best.number} in colour, its chosen epoch "
+                "marked"
+            )
+            drawn.append(FigureView(Markup(curves), f"Learning curves, {name}", text))
+    found = run.record.importances.get(view.row.study, {}) if run.record else {}
     return replace(
         view,
         figures=tuple(drawn),
-        ties=setting_ties(trials, metric, direction),
+        ties=setting_ties(trials, metric, ranking, sum(run.record.counts["validation"].values()) if run.record else 0),
+        importances=tuple(sorted(found.items(), key=lambda pair: -pair[1])),
         num_stopped=sum(trial.state == "stopped" for trial in trials),
         num_failed=sum(trial.state == "failed" for trial in trials),
     )
 
 
-def _chosen(trials: Sequence[TrialRecord], row: Row, metric: str, direction: str) -> TrialRecord:
-    """Returns the trial with the setting of the row; of several, the one that is best by the metric."""
-    sign = 1 if direction == "maximize" else -1
-    same = [trial for trial in trials if dict(trial.setting) == dict(row.best_params) and trial.state == "done"]
-    return max(same or trials, key=lambda trial: sign * trial.metrics.get(metric, -sign * np.inf))
+def _chosen(trials: Sequence[TrialRecord], row: Row, ranking: Ranking) -> TrialRecord:
+    """Returns the trial with the setting of the row; of several, the best."""
+    usable = [trial for trial in trials if trial.state == "done" and ranking.is_usable(trial.metrics)]
+    same = [trial for trial in usable if dict(trial.setting) == dict(row.best_params)]
+    return max(same or usable, key=lambda trial: ranking.key(trial.metrics), default=trials[0])
 
 
 def _with_predictions(view: StudyView, found: Predictions) -> StudyView:

@@ -14,6 +14,7 @@ from raysweep.results.leaderboard import ClassMetrics, Row
 from raysweep.results.sweep_record import SweepRecord, TrialRecord, read_record, read_trials
 from raysweep.storage.copies import fetch_folder
 from raysweep.storage.paths import SweepPaths, read_json
+from raysweep.training.ranking import Ranking
 
 PREFIX = "probability_"
 _FILES = (
@@ -83,6 +84,11 @@ class RunFiles:
     near_copies: tuple[NearCopies, ...]
     experiment: str
     missing: tuple[str, ...]
+
+    @property
+    def ranking(self) -> Ranking:
+        """How studies are ranked; `within_study` says how their trials are."""
+        return Ranking(self.record.metric, self.record.direction) if self.record else Ranking()
 
 
 def read_run(place: str) -> RunFiles:

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raysweep.errors import DataError, one_line
+from raysweep.experiment.metrics import Direction
 from raysweep.experiment.space import Setting
 from raysweep.storage.copies import publish, replacing
 from raysweep.storage.paths import read_json, write_json
@@ -44,7 +45,7 @@ class SweepRecord:
     Attributes:
         name: name of the experiment.
         source: where the images come from.
-        metric: what the search looks at, such as `val/accuracy`.
+        metric: what ranks the studies, such as `val/accuracy`.
         direction: `maximize` or `minimize`.
         seed: seed of splits, draws and training.
         counts: number of images by class, by split.
@@ -52,6 +53,7 @@ class SweepRecord:
         num_bad_rows: images that could not be used.
         warnings: what a user should know of the data.
         encoders: by name.
+        importances: share of the differences between trials that each hyperparameter explains, by study.
         models: exported models by study; without those whose files are not on the machine that wrote this.
         versions: versions of packages, and the git commit of the working directory, by name.
         machine: the machine that drove the sweep: operating system, CPUs and GPUs.
@@ -62,13 +64,14 @@ class SweepRecord:
     name: str
     source: str
     metric: str
-    direction: Literal["maximize", "minimize"]
+    direction: Direction
     seed: int
     counts: Mapping[str, Mapping[str, int]]
     derived_splits: tuple[str, ...]
     num_bad_rows: int
     warnings: tuple[str, ...]
     encoders: Mapping[str, EncoderRecord]
+    importances: Mapping[str, Mapping[str, float]]
     models: Mapping[str, ModelRecord]
     versions: Mapping[str, str]
     machine: Mapping[str, str]

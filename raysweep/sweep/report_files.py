@@ -98,6 +98,7 @@ def sweep_record(state: SweepState, entries: Sequence[LeaderboardEntry]) -> Swee
         num_bad_rows=len(index.bad_rows) + len(state.bad_rows),
         warnings=index.warnings,
         encoders=encoders,
+        importances={entry.name: entry.optuna_study.importances() for entry in entries if isinstance(entry, Study)},
         models={entry.name: model for entry in entries if (model := _model_record(state.paths.model(entry.name)))},
         versions=versions,
         machine={

@@ -4,6 +4,7 @@ from run_folder import make_row, make_run, make_test_rows, make_trials
 
 from raysweep.report.advice import next_steps, setting_ties
 from raysweep.report.run_files import read_run
+from raysweep.training.ranking import Ranking
 
 
 def steps_of(run):
@@ -35,8 +36,14 @@ def test_rows_that_tie_call_for_test_images(tmp_path):
 
 
 def test_settings_that_tie_are_counted():
-    trials = make_trials()
-    assert setting_ties(trials, "val/accuracy", "maximize") == ""
+    trials, by_loss = make_trials(), Ranking().within_study
+    assert setting_ties(trials, "val/accuracy", by_loss, 30) == ""
     tied = [*trials, replace(trials[3], number=9)]
-    assert setting_ties(tied, "val/accuracy", "maximize").startswith("2 of 8 trials reach val/accuracy 0.900;")
-    assert setting_ties([trials[7]], "val/accuracy", "maximize") == ""
+    assert setting_ties(tied, "val/accuracy", by_loss, 1300) == (
+        "2 of 8 trials reach val/accuracy 0.900 on 1,300 validation images; the trial with the lowest loss is chosen."
+    )
+    f1 = [replace(trial, metrics={"val/macro_f1": 0.5}) for trial in trials[:2]]
+    assert setting_ties(f1, "val/macro_f1", Ranking("val/macro_f1"), 0) == (
+        "2 of 2 trials reach val/macro_f1 0.500; of these, the one with the lowest loss is chosen."
+    )
+    assert setting_ties([trials[7]], "val/accuracy", by_loss, 30) == ""

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -7,6 +8,7 @@ from run_folder import make_row, make_run, make_test_rows, make_trials
 from raysweep.report.page import render_page
 from raysweep.report.report import write_report
 from raysweep.report.run_files import read_run
+from raysweep.results.sweep_record import read_record, write_record
 
 VOID = {"meta", "br", "img", "link"}
 
@@ -63,7 +65,7 @@ def test_a_study_shows_its_trials_classes_and_mistakes(tmp_path):
     assert any(
         "8 trials; the chosen one, trial 3 with lr 0.01, 4 epochs, has val/accuracy 0.900" in one for one in labels
     )
-    assert any(one.startswith("Learning curves: val/accuracy after each epoch of 8 trials") for one in labels)
+    assert any(one.startswith("Learning curves, val/loss: val/loss after each epoch of 8 trials") for one in labels)
     assert "Failed: 1." in page.text
     assert "6 of 30 wrong" in page.text
     # The pairs of classes, and the images, the most confident first.
@@ -176,6 +178,17 @@ def test_few_shot_rows_have_a_section_of_their_own(tmp_path):
     assert [one["colspan"] for one in page.all("th") if "colspan" in one] == ["8", "8"]
 
 
+def test_accuracy_by_shots_is_drawn_with_its_intervals(tmp_path):
+    shots = [("dino-linear_probe", 5, 0.65), ("dino-linear_probe-25shot", 25, 0.7), ("dino-knn", 5, 0.5)]
+    rows = [
+        make_row(name.removesuffix("-25shot"), shots=number, test_accuracy=accuracy) for name, number, accuracy in shots
+    ]
+    page = page_of(make_run(tmp_path, rows=[make_row(), *rows]))
+    labels = [attributes["aria-label"] for attributes in page.all("div") if attributes.get("role") == "img"]
+    (label,) = [label for label in labels if label.startswith("Accuracy by images a class")]
+    assert label.endswith("dino linear_probe: 0.650 [0.610, 0.920] with 5, 0.700 [0.610, 0.920] with 25")
+
+
 def test_trials_without_a_learning_rate_or_epochs_are_drawn_as_they_can_be(tmp_path):
     trials = [
         one.__class__(one.study, one.number, one.state, {"epochs": 4}, one.metrics, {}, -1, 1.0)
@@ -184,3 +197,19 @@ def test_trials_without_a_learning_rate_or_epochs_are_drawn_as_they_can_be(tmp_p
     page = page_of(make_run(tmp_path, trials=trials))
     labels = [attributes["aria-label"] for attributes in page.all("div") if attributes.get("role") == "img"]
     assert not [one for one in labels if one.startswith(("Every trial", "Learning curves"))]
+
+
+def test_the_ring_is_on_the_trial_that_was_chosen(tmp_path):
+    """Trials are chosen by loss: of two with one setting, the one with the lower loss."""
+    trials = make_trials()
+    trials += [replace(trials[3], number=20, metrics={"val/accuracy": 0.8, "val/loss": 0.05})]
+    page = page_of(make_run(tmp_path, trials=trials))
+    (label,) = [one["aria-label"] for one in page.all("div") if one.get("aria-label", "").startswith("Every trial")]
+    assert "the chosen one, trial 20 with lr 0.01, 4 epochs, has val/accuracy 0.800" in label
+
+
+def test_what_matters_is_said(tmp_path):
+    paths = make_run(tmp_path)
+    shares = {"cnn-fine_tune": {"epochs": 0.25, "learning_rate": 0.746, "features": 0.004}}
+    write_record(paths.sweep_record, replace(read_record(paths.sweep_record), importances=shares))
+    assert "come from: learning_rate 75 %, epochs 25 % (fANOVA)" in page_of(paths).text

@@ -677,3 +677,20 @@ def test_a_setting_is_compared_with_so_many_trials_and_no_more(tmp_path, monkeyp
     best = sorted(study.study.trials, key=lambda trial: -trial.value)[:2]
     assert {trial.number for trial in compared} == {*range(20, 30), *(trial.number for trial in best)}
     assert len(study.ask(4)) == 4
+
+
+def test_the_parameter_that_decides_has_the_largest_importance(tmp_path):
+    study = open_study(tmp_path, probe(num_trials=24, sampler="random"))
+    play(study, rounds=1, size=15)
+    assert study.importances() == {}  # too few
+    play(study, rounds=1, size=9)
+    found = study.importances()
+    assert max(found, key=lambda name: found[name]) == "learning_rate"
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_parameters_of_trials_that_are_all_alike_have_no_importance(tmp_path):
+    study = open_study(tmp_path, probe(num_trials=20))
+    for trial in study.ask(20):
+        study.tell(trial, result_of(trial, 0.5))
+    assert study.importances() == {}
