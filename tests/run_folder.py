@@ -74,10 +74,12 @@ def make_test_rows(num_classes=3, num_rows=30, num_right=24):
     return TestRows(np.arange(num_rows), labels, predicted, probabilities.astype(np.float32))
 
 
-def make_run(tmp_path, *, classes=CLASSES, rows=None, trials=None, tested=None, first_name="0.png", num_test=30):
+def make_run(
+    tmp_path, *, storage=None, classes=CLASSES, rows=None, trials=None, tested=None, first_name="0.png", num_test=30
+):
     """Writes the folder; returns its paths."""
     rows = rows or [make_row(), make_row("dino-linear_probe", val_accuracy=0.88, train_seconds=10.0)]
-    state = make_state(tmp_path / "runs", FakeRecorder())
+    state = make_state(storage or tmp_path / "runs", FakeRecorder())
     state.index = make_image_index(tmp_path / "images", classes, num_test, first_name)
     tested = tested or make_test_rows(len(classes), num_test, num_test * 4 // 5)
     entries = []
@@ -93,4 +95,4 @@ def make_run(tmp_path, *, classes=CLASSES, rows=None, trials=None, tested=None, 
     write_record(state.paths.sweep_record, report_files.sweep_record(state, entries))
     write_trials(state.paths.trials, make_trials(rows[0].study) if trials is None else trials)
     report_files.write_tables(state, entries)
-    return SweepPaths(str(tmp_path / "runs"), "x")
+    return SweepPaths(str(storage or tmp_path / "runs"), "x")

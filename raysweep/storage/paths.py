@@ -124,7 +124,7 @@ class SweepPaths:
             RaysweepError: The bucket cannot be read.
         """
         if is_bucket(self.storage):
-            fetch_folder(self.root, lambda name: not name.endswith(".safetensors"))
+            fetch_folder(self.root, lambda name: not name.endswith((".safetensors", ".parquet", ".html")))
             fetch_folder(self.caches, lambda name: name.endswith(".json"))
 
     def cache(self, kind: str, key: str) -> Path:

@@ -5,6 +5,7 @@ import pytest
 from run_folder import make_run
 
 from raysweep.report.__main__ import main
+from raysweep.storage.copies import fetch, local_path
 
 
 def test_the_report_is_made_again_from_the_folder(tmp_path, capsys):
@@ -22,6 +23,19 @@ def test_the_report_is_made_again_from_the_folder(tmp_path, capsys):
 def test_another_folder_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "no leaderboard.json; expected the folder of a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_the_report_of_a_sweep_in_a_bucket_is_made_where_nothing_of_it_is(tmp_path, bucket, monkeypatch, capsys):
+    make_run(tmp_path, storage=bucket)
+    monkeypatch.setenv("RAYSWEEP_SCRATCH", str(tmp_path / "node-1"))
+    assert main([f"{bucket}/x"]) == 0
+    assert capsys.readouterr().out == f"{bucket}/x/report.html\n"
+    here = [path.name for path in (tmp_path / "node-1").rglob("*") if path.is_file()]
+    assert "test_rows.parquet" not in here
+    page = fetch(local_path(f"{bucket}/x/report.html")).read_text()
+    assert "Most confident mistakes" in page
+    assert "Left out" not in page
 
 
 @pytest.mark.process
