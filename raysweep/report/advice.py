@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from raysweep.experiment.metrics import VALIDATION_METRICS
 from raysweep.report.class_figures import class_lines, confusion_counts
 from raysweep.report.run_files import RunFiles
-from raysweep.results.conclusion import describe_choice, first_section, recommended
+from raysweep.results.conclusion import describe_choice, describe_row, first_section, recommended
 from raysweep.results.leaderboard import Row
 from raysweep.results.sweep_record import TrialRecord
 from raysweep.storage.copies import location
@@ -34,12 +34,22 @@ class Step:
 def next_steps(run: RunFiles) -> list[Step]:
     """Returns what to do next, the most useful first."""
     chosen = recommended(run.rows)
-    steps = [Step(f"Use {describe_choice(run.rows)}.")]
-    if chosen.model_path:
-        place = location(run.paths.root / chosen.model_path).removeprefix(f"{Path.cwd()}/")
-        steps = [replace(steps[0], command=f"raysweep predict {shlex.quote(place)} IMAGE")]
+    steps = [Step(f"Use {describe_choice(run.rows)}.", _command(run, chosen))]
+    if chosen.model_path is None:
+        others = [row for row in first_section(run.rows) if row.tied_with_best and row.model_path]
+        text = (
+            "It has no exported model, as its training images are its model. The first row that may be as good and has"
+        )
+        steps += [Step(f"{text} one: {describe_row(row)}.", _command(run, row)) for row in others[:1]]
     texts = [*_edge(run, chosen), *_more_images(run), *_weak_class(run, chosen), *_failures(run)]
     return [*steps, *map(Step, texts)]
+
+
+def _command(run: RunFiles, row: Row) -> str:
+    if row.model_path is None:
+        return ""
+    place = location(run.paths.root / row.model_path).removeprefix(f"{Path.cwd()}/")
+    return f"raysweep predict {shlex.quote(place)} IMAGE"
 
 
 def _edge(run: RunFiles, chosen: Row) -> list[str]:

@@ -24,7 +24,7 @@ from raysweep.report.class_figures import (
     most_confused,
 )
 from raysweep.report.run_files import Predictions, RunFiles
-from raysweep.results.conclusion import conclusion, describe_row, first_section
+from raysweep.results.conclusion import conclusion, describe_row, first_section, recommended
 from raysweep.results.leaderboard import Row, describe_seconds, describe_setting
 from raysweep.results.sweep_record import TrialRecord
 from raysweep.training.ranking import Ranking
@@ -62,9 +62,10 @@ class StudyView:
         row: its row of the leaderboard.
         place: its place among the rows with as many shots.
         anchor: id of its section on the page.
+        is_chosen: whether it is the row to use.
         figures: what was tried, learning curves, calibration.
         ties: how many settings share the best score, in words; empty if one is the best.
-        importances: share of the differences between trials that each hyperparameter explains.
+        importances: how much each hyperparameter decides whether a trial is among the best.
         num_stopped: trials that a scheduler stopped.
         num_failed: trials that an error ended.
         counts: confusion matrix, `(num_classes, num_classes)`, where a table can show it.
@@ -78,6 +79,7 @@ class StudyView:
     row: Row
     place: int
     anchor: str
+    is_chosen: bool
     figures: tuple[FigureView, ...] = ()
     ties: str = ""
     importances: tuple[tuple[str, float], ...] = ()
@@ -185,7 +187,7 @@ def study_views(run: RunFiles) -> list[StudyView]:
     room = MAX_MISTAKE_BYTES
     for number, row in enumerate(run.rows):
         seen[row.shots] += 1
-        view = StudyView(row, seen[row.shots], f"study-{number}")
+        view = StudyView(row, seen[row.shots], f"study-{number}", row is recommended(run.rows))
         if trials := run.trials.get(row.study):
             view = _with_trials(view, trials, run)
         if found := run.predictions.get(row.study):

@@ -53,7 +53,7 @@ class SweepRecord:
         num_bad_rows: images that could not be used.
         warnings: what a user should know of the data.
         encoders: by name.
-        importances: share of the differences between trials that each hyperparameter explains, by study.
+        importances: how much each hyperparameter decides whether a trial is among the best, by study.
         models: exported models by study; without those whose files are not on the machine that wrote this.
         versions: versions of packages, and the git commit of the working directory, by name.
         machine: the machine that drove the sweep: operating system, CPUs and GPUs.

@@ -281,17 +281,20 @@ class OptunaStudy:
         return max(usable, key=lambda result: (self.ranking.key(result.final), -result.number))
 
     def importances(self) -> dict[str, float]:
-        """Returns which share of the differences between trials each hyperparameter explains, the largest first.
+        """Returns how much each hyperparameter decides whether a trial is among the best; the shares add up to 1.
 
-        By Optuna's default, fANOVA (Hutter et al. 2014). Empty for few trials, or where their values are all alike.
+        By PED-ANOVA (Watanabe et al. 2023), which takes milliseconds; Optuna's default takes seconds for 64 trials.
+        Empty for few trials, or where their values are all alike.
         """
-        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
         from optuna.trial import TrialState
 
         values = {trial.value for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
         if len(values) < 2 or self.num_done < MIN_TRIALS_OF_IMPORTANCE:
             return {}
-        found = get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # this evaluator is experimental
+            found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
         return {name: float(share) for name, share in found.items()}
 
     def _reason_unusable(self, result: TrialResult) -> str:

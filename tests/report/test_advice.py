@@ -47,3 +47,12 @@ def test_settings_that_tie_are_counted():
         "2 of 2 trials reach val/macro_f1 0.500; of these, the one with the lowest loss is chosen."
     )
     assert setting_ties([trials[7]], "val/accuracy", by_loss, 30) == ""
+
+
+def test_a_row_without_a_model_names_another_that_may_be_as_good(tmp_path):
+    knn = make_row("dino-knn", val_accuracy=0.88, train_seconds=1.0, model_path=None)
+    steps = next_steps(read_run(str(make_run(tmp_path, rows=[make_row(), knn]).root)))
+    assert steps[0].text.startswith("Use dino knn")
+    assert steps[0].command == ""
+    assert steps[1].text.endswith("may be as good and has one: cnn fine_tune.")
+    assert steps[1].command.endswith("/runs/x/models/cnn-fine_tune IMAGE")

@@ -215,4 +215,4 @@ def test_what_matters_is_said(tmp_path):
     paths = make_run(tmp_path)
     shares = {"cnn-fine_tune": {"epochs": 0.25, "learning_rate": 0.746, "features": 0.004}}
     write_record(paths.sweep_record, replace(read_record(paths.sweep_record), importances=shares))
-    assert "come from: learning_rate 75 %, epochs 25 % (fANOVA)" in page_of(paths).text
+    assert "among the best: learning_rate 75 %, epochs 25 % (PED-ANOVA)" in page_of(paths).text
