@@ -54,7 +54,8 @@ def _leaderboard(run: RunFiles) -> list[str]:
     return [
         *lines,
         "",
-        "= may be the best: no other is better on test (all pairs compared at once, 95 %); \\* the cheapest of those",
+        "= may be the best: no other is better on test (all pairs compared at once, 95 %); "
+        "\\* recommended: of those that cost about as little as the cheapest, the best on validation",
     ]
 
 

@@ -20,7 +20,7 @@ def first_section(rows: Sequence[Row]) -> list[Row]:
 
 
 def recommended(rows: Sequence[Row]) -> Row:
-    """Returns the row to use: the cheapest of those that may be the best, else the best on validation."""
+    """Returns the recommended row (`leaderboard.rank_rows`), else the best on validation."""
     section = first_section(rows)
     return next((row for row in section if row.is_recommended), section[0])
 
@@ -44,7 +44,8 @@ def conclusion(rows: Sequence[Row]) -> str:
         return f"{found}, better than that of any other on these {best.num_test:,} test images."
     if chosen is best:
         others = f"{num_tied - 1} other{'s' * (num_tied > 2)}"
-        return f"{found}; {others} cannot be told from it on {best.num_test:,} test images, and it is the cheapest."
+        told = f"cannot be told from it on {best.num_test:,} test images"
+        return f"{found}; {others} {told}, and none takes less than half of its time to train."
     return (
         f"{found}; {describe_row(chosen)} ({_accuracy(chosen)}) cannot be told from it on {best.num_test:,} test "
         f"images{_cost(chosen, best)}."
