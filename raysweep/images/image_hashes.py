@@ -150,6 +150,21 @@ def write_hashes(path: Path, row_ids: np.ndarray, hashes: np.ndarray) -> None:
     publish(path)
 
 
+def add_hashes(path: Path, all_ids: np.ndarray, row_ids: np.ndarray, hashes: np.ndarray) -> None:
+    """Writes the hashes of rows that were read later to the file that has those of the others, if there is one.
+
+    Args:
+        path: From `hashes_file`.
+        all_ids: int64 `(num_rows,)`, all rows of the index, ascending.
+        row_ids: int64 `(num_new,)`, some of them.
+        hashes: uint8 `(num_new, 32)`.
+    """
+    known = read_hashes(path, all_ids)
+    if known is not None:
+        known[np.searchsorted(all_ids, row_ids)] = hashes
+        write_hashes(path, all_ids, known)
+
+
 def read_hashes(path: Path, row_ids: np.ndarray) -> np.ndarray | None:
     """Reads the hashes of rows, uint8 `(num_rows, 32)`; None if they were never written, or are damaged.
 
@@ -163,6 +178,6 @@ def read_hashes(path: Path, row_ids: np.ndarray) -> np.ndarray | None:
         table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
         if table.schema.field("hash").type != pa.binary(HASH_BYTES) or not np.array_equal(table["row_id"], row_ids):
             return None
-        return np.frombuffer(b"".join(table["hash"].to_pylist()), np.uint8).reshape(-1, HASH_BYTES)
+        return np.frombuffer(bytearray().join(table["hash"].to_pylist()), np.uint8).reshape(-1, HASH_BYTES)
     except (pa.ArrowException, OSError, KeyError, DataError):
         return None

@@ -32,7 +32,7 @@ from raysweep.images.cache import (
 )
 from raysweep.images.cache_files import damaged_files, fetch_files, is_whole, read_row_ids, remove_others
 from raysweep.images.features import FeatureRequest
-from raysweep.images.image_hashes import hashes_file, write_hashes
+from raysweep.images.image_hashes import add_hashes, hashes_file, write_hashes
 from raysweep.images.index import BadRow, ImageIndex
 from raysweep.images.pass_errors import raising_own_errors
 from raysweep.images.pass_processes import PassProcesses
@@ -198,6 +198,7 @@ def _mend(request: Request, index: ImageIndex, processors: _Processors, on_progr
             on_progress(num_done + done, len(row_ids))
 
         tally = _run_pass(dataset, 1, num_missing, on_done, say)
+        add_hashes(hashes_file(request.folder.parent, index), row_ids, *tally.all_hashes())
         new_bad_rows = _bad_rows(missing, tally)
         cache = replace(
             cache,
@@ -237,8 +238,7 @@ def _bad_rows(index: ImageIndex, tally: Tally) -> tuple[BadRow, ...]:
 
 def _finish_caches(requests: Sequence[Request], key: str, index: ImageIndex, tally: Tally, wall_seconds: float) -> None:
     """Writes the hashes and the manifests of a pass that has ended."""
-    row_ids, hashes = (np.concatenate(parts) for parts in zip(*tally.hashes, strict=True))
-    write_hashes(hashes_file(requests[0].folder.parent, index), row_ids, hashes)
+    write_hashes(hashes_file(requests[0].folder.parent, index), *tally.all_hashes())
     bad_rows = _bad_rows(index, tally)
     for request, seconds, files in zip(requests, tally.shares(wall_seconds), tally.files, strict=True):
         if _exists(request):  # in a bucket, where another head node finished first

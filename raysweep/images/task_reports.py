@@ -135,6 +135,11 @@ class Tally:
         bad = reports.filter(reports["error"].is_valid())
         self.errors |= dict(zip(bad["row_id"].to_pylist(), bad["error"].to_pylist(), strict=True))
 
+    def all_hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the row ids of all reports, int64 `(num_rows,)`, and their hashes, uint8 `(num_rows, 32)`."""
+        row_ids, hashes = zip(*self.hashes, strict=True)
+        return np.concatenate(row_ids), np.concatenate(hashes)
+
     def shares(self, wall_seconds: float) -> list[float]:
         """Splits the wall time of the pass among its caches; each cache takes an equal part of the decoding."""
         cost = self.seconds[1:] + self.seconds[0] / self.num_caches

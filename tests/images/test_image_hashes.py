@@ -11,6 +11,7 @@ from raysweep.images.image_hashes import (
     FLAT,
     HASH_BYTES,
     MAX_BITS,
+    add_hashes,
     find_pairs,
     hash_image,
     hashes_file,
@@ -161,6 +162,16 @@ def test_hashes_are_read_in_the_order_of_the_rows(tmp_path):
     path.write_bytes(b"PAR1")
     assert read_hashes(path, ids[order]) is None
     assert read_hashes(tmp_path / "none.parquet", ids) is None
+
+
+def test_hashes_of_rows_that_are_read_later_are_added(tmp_path):
+    path, hashes, ids = tmp_path / "hashes.parquet", random_hashes(5), np.arange(2, 12, 2)
+    add_hashes(path, ids, ids[:1], hashes[:1])
+    assert not path.exists()
+    write_hashes(path, ids, hashes)
+    later = random_hashes(2, seed=1)
+    add_hashes(path, ids, np.array([8, 2]), later)
+    assert np.array_equal(read_hashes(path, ids), np.stack([later[1], *hashes[1:3], later[0], hashes[4]]))
 
 
 def test_other_rows_have_another_file(tmp_path):
