@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks.figures import Figure, Options, make_figure
 from raysweep.training.best_set import may_be_best
-from raysweep.training.bias_correction import corrected_score
+from raysweep.training.bias_correction import optimism_of_best
 from raysweep.training.intervals import accuracy_interval, clopper_pearson
 
 NUM_DRAWS = 5
@@ -140,7 +140,8 @@ def optimism_of_winner(rows: EqualRows, num_trials: int, num_rows: int, num_repe
         validation = rows.hits_of_trials(num_trials, num_rows, generator)
         test = rows.hits(num_rows, generator)  # of the chosen trials
         shown = test[:, 0].mean(1) - rows.accuracy
-        corrected = np.array([corrected_score(hits, 1.0 - hits, repeat, num_resamples=200) for hits in validation])
+        optimism = [optimism_of_best(hits, 1.0 - hits, repeat, num_resamples=200) for hits in validation]
+        corrected = validation.mean(2).max(1) - np.array(optimism)
         found.by_test.append(shown.max())
         found.by_validation.append(shown[corrected.argmax()])
         found.recommended.append(shown[np.flatnonzero(may_be_best(list(test), repeat))[0]])

@@ -43,12 +43,13 @@ def unpack_row_losses(text: str) -> tuple[npt.NDArray[np.bool_], Floats]:
     return ~np.signbit(signed), np.abs(signed)
 
 
-def corrected_score(scores: Floats, costs: Floats, seed: int, num_resamples: int = NUM_RESAMPLES) -> float:
-    """Returns the score of the setting of least cost, without the optimism of having been chosen on the same rows.
+def optimism_of_best(scores: Floats, costs: Floats, seed: int, num_resamples: int = NUM_RESAMPLES) -> float:
+    """Returns by how much the mean score of the setting of least cost is above what that setting is worth.
 
     The best of many settings looks too good by luck, the more so the more settings and the fewer rows. Bootstrap bias
     correction (BBC, Tsamardinos, Greasidou & Borboudakis 2018) resamples the rows; each time, the setting that is best
-    on the drawn rows is scored on the rows that were not drawn. The mean of these scores is returned.
+    on the drawn rows is scored on the rows that were not drawn. Here the setting that is best on all rows is scored on
+    the same rows, and the mean difference is returned: it varies less, and is 0 for one setting.
 
     Args:
         scores: `(num_settings, num_rows)`, of which the mean over rows is wanted: hits, or losses.
@@ -56,21 +57,23 @@ def corrected_score(scores: Floats, costs: Floats, seed: int, num_resamples: int
         seed: seed of the bootstrap.
         num_resamples: number of resamples.
     """
-    num_rows = scores.shape[1]
-    if num_rows == 1:
-        return float(scores.mean())  # a resample leaves no row out
-    values, costs = scores.astype(np.float64), np.nan_to_num(costs.T, nan=WORST_LOSS, posinf=WORST_LOSS)
-    generator, found = np.random.default_rng(seed), []
+    num_settings, num_rows = scores.shape
+    if num_settings == 1 or num_rows == 1:  # a resample of one row leaves none out
+        return 0.0
+    values = np.nan_to_num(scores.astype(np.float64), posinf=WORST_LOSS)
+    costs = np.nan_to_num(costs, nan=WORST_LOSS, posinf=WORST_LOSS)
+    best = costs.sum(1).argmin()
+    generator, differences = np.random.default_rng(seed), []
     step = max(1, CHUNK_VALUES // max(scores.shape))
     for start in range(0, num_resamples, step):
         size = min(step, num_resamples - start)
         counts = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size)
         is_left_out = counts == 0
-        chosen = (counts @ costs).argmin(1)
-        sums = (is_left_out * values[chosen]).sum(1)
         usable = is_left_out.any(1)
-        found.append(sums[usable] / is_left_out.sum(1)[usable])
-    return float(np.concatenate(found).mean())
+        chosen = (counts @ costs.T).argmin(1)
+        sums = (is_left_out * (values[best] - values[chosen])).sum(1)
+        differences.append(sums[usable] / is_left_out.sum(1)[usable])
+    return float(np.concatenate(differences).mean())
 
 
 def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, num_rows: int, seed: int) -> float | None:
@@ -93,8 +96,7 @@ def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, num_r
         return None
     if len({len(losses) for _, losses in tables}) != 1:
         return None
+    tables.insert(0, tables.pop(list(row_losses).index(best)))  # of trials with the same loss, it was chosen
     hits, losses = (np.stack(columns) for columns in zip(*tables, strict=True))
     scores = hits if metric == "val/accuracy" else losses
-    shown = float(scores[list(row_losses).index(best)].mean())
-    luck = (shown - corrected_score(scores, losses, seed)) * math.sqrt(scores.shape[1] / num_rows)
-    return luck if math.isfinite(luck) else None
+    return optimism_of_best(scores, losses, seed) * math.sqrt(scores.shape[1] / num_rows)

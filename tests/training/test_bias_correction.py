@@ -5,7 +5,7 @@ import torch
 from benchmarks.statistics import EqualRows, optimism_of_winner
 from raysweep.training import bias_correction
 from raysweep.training.bias_correction import (
-    corrected_score,
+    optimism_of_best,
     pack_row_losses,
     search_optimism,
     unpack_row_losses,
@@ -19,27 +19,29 @@ def make_hits(num_settings, num_rows, accuracy=0.9, seed=0):
 def textbook(scores, costs, num_resamples=3000):
     """The bootstrap, row by row and setting by setting."""
     rng, num_rows, found = np.random.default_rng(9), scores.shape[1], []
+    winner = min(range(len(scores)), key=lambda one: costs[one].sum())
     for _ in range(num_resamples):
         drawn = rng.integers(0, num_rows, num_rows)
         left = np.setdiff1d(np.arange(num_rows), drawn)
         best = min(range(len(scores)), key=lambda one: costs[one, drawn].sum())
-        found.append(scores[best, left].mean())
+        found.append(scores[winner, left].mean() - scores[best, left].mean())
     return np.mean(found)
 
 
-def test_it_is_the_mean_over_rows_that_were_not_drawn():
+def test_the_optimism_is_what_the_winner_loses_on_rows_that_were_not_drawn():
     hits, losses = make_hits(8, 40), np.random.default_rng(1).random((8, 40))
-    assert corrected_score(hits, losses, 0, 3000) == pytest.approx(textbook(hits, losses), abs=0.005)
-    assert corrected_score(losses, losses, 0, 3000) == pytest.approx(textbook(losses, losses), abs=0.005)
+    assert optimism_of_best(hits, losses, 0, 3000) == pytest.approx(textbook(hits, losses), abs=0.003)
+    assert optimism_of_best(losses, losses, 0, 3000) == pytest.approx(textbook(losses, losses), abs=0.003)
 
 
 def test_one_setting_needs_no_correction():
     hits = make_hits(1, 200)
-    assert corrected_score(hits, 1.0 - hits, 0) == pytest.approx(hits.mean(), abs=0.005)
+    assert optimism_of_best(hits, 1.0 - hits, 0) == 0
 
 
 def by_hits(hits, seed, num_resamples=1000):
-    return corrected_score(hits, 1.0 - hits, seed, num_resamples)
+    """The accuracy of the best setting, corrected."""
+    return hits.mean(1).max() - optimism_of_best(hits, 1.0 - hits, seed, num_resamples)
 
 
 def test_luck_is_taken_off_and_merit_is_not():
@@ -54,13 +56,8 @@ def test_luck_is_taken_off_and_merit_is_not():
 def test_a_loss_that_is_not_finite_is_never_the_least():
     hits = make_hits(3, 40)
     for bad in (np.nan, np.inf):
-        losses = np.array([[1.0], [0.5], [0.1]]).repeat(40, 1)
-        losses[2, 7] = bad
-        few = corrected_score(hits[:2], losses[:2], 0)
-        # A resample that lacks the row may choose it.
-        assert corrected_score(hits, losses, 0) != few
-        losses[2] = bad
-        assert corrected_score(hits, losses, 0) == few
+        losses = np.array([[1.0], [0.5], [bad]]).repeat(40, 1)
+        assert optimism_of_best(hits, losses, 0) == optimism_of_best(hits[:2], losses[:2], 0)
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
@@ -74,6 +71,12 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
 def test_a_single_row(right):
     hits = np.full((3, 1), right)
     assert by_hits(hits, 0) == float(right)
+
+
+def test_of_trials_with_the_same_loss_the_one_that_was_chosen_counts():
+    right, wrong = torch.tensor([[0.0, -9.0], [-9.0, 0.0]] * 9), torch.zeros(18, 2)
+    packed = {n: pack_row_losses(one, torch.arange(18) % 2) for n, one in enumerate((right, right, wrong))}
+    assert search_optimism("val/accuracy", packed, 1, 18, 0) == search_optimism("val/accuracy", packed, 0, 18, 0) == 0
 
 
 def test_row_losses_are_kept_as_text():
@@ -109,7 +112,7 @@ def test_the_optimism_of_a_search_is_what_is_shown_less_what_it_is_worth(metric)
     packed, hits, losses = tables(8, 90)
     best = int(losses.mean(1).argmin())
     scores = hits if metric == "val/accuracy" else losses
-    expected = scores[best].mean() - corrected_score(scores, losses, 4)
+    expected = optimism_of_best(scores, losses, 4)
     assert search_optimism(metric, packed, 10 + best, 90, 4) == pytest.approx(expected)
     assert search_optimism(metric, packed, 10 + best, 4 * 90, 4) == pytest.approx(expected / 2), "four times the rows"
     assert (expected > 0) == (metric == "val/accuracy"), "the loss of the best is too low"
