@@ -62,8 +62,10 @@ def make_report(state: SweepState, entries: Sequence[LeaderboardEntry]) -> None:
         made = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_REPORT, check=False)
         if made.returncode:
             raise RaysweepError(one_line(made.stderr, 500))
-    except (RaysweepError, OSError, pa.ArrowException, subprocess.TimeoutExpired) as error:
-        state.progress.warn(f"no report could be made: {error}; 'raysweep report {location(paths.root)}' tries again")
+    except Exception as error:  # whatever it is, the results are there, and the leaderboard has to be shown
+        state.progress.warn(
+            f"no report could be made: {one_line(error, 500)}; 'raysweep report {location(paths.root)}' tries again"
+        )
 
 
 def write_tables(state: SweepState, entries: Sequence[LeaderboardEntry]) -> None:
@@ -170,7 +172,7 @@ def _write_predictions(state: SweepState, tested: Mapping[str, TestRows]) -> Non
                 *rows.probabilities.T,
             ]
             arrays = [pa.array(column, field.type) for column, field in zip(values, schema, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=max(1, len(rows.ids)))
     publish(state.paths.predictions)
 
 

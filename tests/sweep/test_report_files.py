@@ -1,6 +1,5 @@
 import io
 import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -82,10 +81,15 @@ def test_the_record_says_what_the_sweep_was(tmp_path):
     assert record.versions["raysweep"]
 
 
-def test_a_report_that_cannot_be_made_ends_no_sweep(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, ValueError("error: a reason"), OSError("error: a reason")])
+def test_a_report_that_cannot_be_made_ends_no_sweep(tmp_path, monkeypatch, error):
     state = make_state(tmp_path)
-    state.index = SimpleNamespace(counts=dict, derived_splits=(), bad_rows=(), warnings=(), classes=())
-    monkeypatch.setattr(report_files, "write_tables", lambda *_: None)
+
+    def write(*_):
+        if error:
+            raise error
+
+    monkeypatch.setattr(report_files, "write_tables", write)
 
     def fail(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "error: a reason")
