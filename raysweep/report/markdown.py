@@ -42,7 +42,7 @@ def _leaderboard(run: RunFiles) -> list[str]:
             escaped(row.encoder),
             escaped(row.mode),
             str(row.shots),
-            f"{row.val_accuracy:.3f}",
+            f"{row.shown_val_accuracy:.3f}",
             interval,
         ]
         cells += [
