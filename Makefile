@@ -51,8 +51,9 @@ bench: install
 record: install
 	$(BIN)/python -m benchmarks.record $(RECORD)
 
+# Without the seven processes of 250 MB for jobs that MLflow starts otherwise.
 ui: install
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 schema: install
 	$(BIN)/python -m raysweep.run --print-schema > experiments/schema.json

@@ -119,7 +119,7 @@ def _run(experiment: Experiment, verbose: bool) -> int:
     from raysweep.results.conclusion import conclusion, describe_choice
 
     _print_lines(["", conclusion(result.rows), f"Recommended: {describe_choice(result.rows)}."])
-    _print_lines(_next_steps(experiment, result.rows))
+    _print_lines(_next_steps(experiment, result.rows, result.view))
     for failure in result.failures:
         print(f"error: {printable(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
@@ -133,7 +133,7 @@ def _print_board(console: Console, rows: Sequence[Row], metric: str) -> None:
     print_output(board.get().removesuffix("\n"))
 
 
-def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+def _next_steps(experiment: Experiment, rows: Sequence[Row], view: str = "") -> list[str]:
     from raysweep.storage.copies import location
     from raysweep.storage.paths import SweepPaths
 
@@ -145,9 +145,18 @@ def _next_steps(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         *([f"report     {_relative(location(paths.report_html))}"] if paths.report_html.exists() else []),
         f"results    {_relative(location(paths.root))}/leaderboard.json, leaderboard.csv, experiment.resolved.yaml",
         *[f"predict    raysweep predict {shlex.quote(model)} IMAGE [IMAGE ...]" for model in models[:1]],
-        f"compare    {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}",
+        *_compare_steps(uri, view),
         "go on      the same command with a larger num_trials adds trials to those that are there",
     ]
+
+
+def _compare_steps(uri: str, view: str) -> list[str]:
+    """Returns how to open MLflow, and the link to the view of studies only."""
+    if uri.startswith("http"):
+        return [f"compare    {uri.rstrip('/')}{view}"]
+    # MLflow would start seven processes of 250 MB for jobs that a sweep does not have.
+    server = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return [f"compare    {server}", *([f"           and open http://127.0.0.1:5000{view}"] if view else [])]
 
 
 def _print_lines(lines: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ get into the experiment "Default" of a local store, and fail where that experime
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 MODEL_URI = "raysweep.model_uri"
 CONTENT = "raysweep.content"  # signature of the model folder's descriptions
 PREFIX = "models:/"
+ALIAS = "best"  # of the version that the last sweep has registered: models:/NAME@best
 REQUIREMENTS = ("raysweep", "torch", "transformers", "pillow")
 
 
-def log_model(client: MlflowClient, run_id: str, folder: Path, classes: Sequence[str]) -> str:
+def log_model(client: MlflowClient, run_id: str, folder: Path, classes: Sequence[str], name: str = "model") -> str:
     """Logs an exported model of a run, in the run's experiment, as a pyfunc; returns its URI.
 
     A model that the run has is not logged again. One whose upload was cut short is completed.
@@ -35,6 +37,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, classes: Sequence
         run_id: id of the run.
         folder: the model folder from `export_model`.
         classes: class names, in the order of the logits.
+        name: name of the model in the UI.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -43,7 +46,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, classes: Sequence
     model = _find(client, run.info.experiment_id, run_id, content)
     if model is None:
         tags = {CONTENT: content}
-        model = client.create_logged_model(run.info.experiment_id, "model", run_id, tags, run.data.params)
+        model = client.create_logged_model(run.info.experiment_id, model_name(name), run_id, tags, run.data.params)
     if model.status != "READY":
         with tempfile.TemporaryDirectory() as temporary:
             _save_pyfunc(Path(temporary) / "model", folder, classes, model, run_id)
@@ -53,6 +56,11 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, classes: Sequence
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_uri)
+
+
+def model_name(text: str) -> str:
+    """Returns a text without the characters that MLflow does not allow in the name of a model."""
+    return re.sub(r"[/:.%\"']", "-", text) or "model"
 
 
 def _find(client: MlflowClient, experiment_id: str, run_id: str, content: str) -> LoggedModel | None:
@@ -83,11 +91,12 @@ def _save_pyfunc(target: Path, folder: Path, classes: Sequence[str], model: Logg
 
 
 def register_model(client: MlflowClient, model_uri: str, name: str) -> str:
-    """Registers a logged model, unless a version of that name has it already; returns the version."""
+    """Registers a logged model, unless a version has it already; gives it the alias `best`; returns the version."""
     from mlflow import MlflowException
 
     for known in client.search_model_versions(f"name = '{name}'"):
         if known.tags.get(MODEL_URI) == model_uri:
+            client.set_registered_model_alias(name, ALIAS, known.version)
             return str(known.version)
     with suppress(MlflowException):  # it exists already; if not, the next call raises
         client.create_registered_model(name)
@@ -100,4 +109,5 @@ def register_model(client: MlflowClient, model_uri: str, name: str) -> str:
         tags={MODEL_URI: model_uri},
         model_id=model.model_id,
     )
+    client.set_registered_model_alias(name, ALIAS, version.version)
     return str(version.version)

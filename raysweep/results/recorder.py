@@ -35,7 +35,7 @@ SECONDS_TO_CLOSE = 60
 SECONDS_AWAY = 180  # the time for which a store may be out of reach
 MAX_PAUSE = 8.0
 # What a call returns when the store is out of reach for good; None for the others.
-ANSWERS_WITHOUT_STORE: Mapping[str, Any] = {"start_run": ("", False), "register": ""}
+ANSWERS_WITHOUT_STORE: Mapping[str, Any] = {"start_run": ("", False), "register": "", "save_view": ""}
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,7 +15,7 @@ from raysweep.errors import DataError, TrialError
 from raysweep.experiment.studies import BaselineConfig, RowConfig
 from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws, draw_subsets
-from raysweep.results.tracking import Tracker
+from raysweep.results.tracking import LoggedRun, Tracker
 from raysweep.storage.copies import location, remove
 from raysweep.storage.paths import signature
 from raysweep.sweep.best_heads import offer_head, signature_of_file, starts_a_study
@@ -29,6 +30,7 @@ from raysweep.sweep.outcome import (
     write_outcome,
 )
 from raysweep.sweep.state import SweepState
+from raysweep.sweep.study_runs import start_run
 from raysweep.worker.inputs import START_HEAD
 from raysweep.worker.job import Job, StudySpec, TestResult
 
@@ -58,7 +60,7 @@ class LeaderboardEntry(ABC):
         self.seconds = cache.seconds if cache.made_now else 0.0  # wall time of all its work in this invocation
         self.outcome: Outcome | None = None
         self.failure: str | None = None
-        self._model_uri: Future[str | None] | None = None
+        self._logged: Future[LoggedRun] | None = None
 
     @property
     @abstractmethod
@@ -97,6 +99,10 @@ class LeaderboardEntry(ABC):
     def _write(self, outcome: Outcome) -> None:
         write_outcome(self._result_path, with_places(outcome, self.state.paths.relative))
 
+    def reopen_run(self) -> None:
+        """Marks its MLflow run as running: there is work left."""
+        self.state.recorder.send(Tracker.reopen, self.run_id)
+
     @property
     def shortfall(self) -> str | None:
         """What this invocation has left of its budget because of errors, in words; None if nothing."""
@@ -108,7 +114,7 @@ class LeaderboardEntry(ABC):
         seconds = self.seconds + (earlier.row.study_seconds if earlier else 0.0)
         self.outcome = replace(outcome, row=replace(outcome.row, study_seconds=seconds))
         self._write(self.outcome)
-        self._model_uri = log_outcome(self.state, self.run_id, self.outcome)
+        self._logged = log_outcome(self.state, self.run_id, self.outcome, time.time())
 
     def conclude(self) -> Outcome:
         """Completes the outcome, writes it, ends the MLflow run, and returns the outcome.
@@ -120,9 +126,10 @@ class LeaderboardEntry(ABC):
             raise TrialError(self.failure)
         outcome = self.outcome or self._update_earlier_outcome()
         model_uri = outcome.model_uri
-        if self._model_uri is not None:
+        if self._logged is not None:
             self.state.recorder.wait()
-            model_uri = self._model_uri.result()
+            if logged := self._logged.result():  # None where the store is lost
+                self.run_id, model_uri = logged.run_id, logged.model_uri
         # Without a run, the next invocation logs it.
         run_id = None if self.state.recorder.is_lost else self.run_id
         outcome = replace(outcome, model_uri=model_uri, row=replace(outcome.row, mlflow_run_id=run_id))
@@ -137,7 +144,7 @@ class LeaderboardEntry(ABC):
         num_passes = int(self.cache.made_now and self.config.reads_features)
         outcome = replace(outcome, row=replace(outcome.row, encoder_passes=num_passes))
         if outcome.row.mlflow_run_id != self.run_id:
-            self._model_uri = log_outcome(self.state, self.run_id, outcome)
+            self._logged = log_outcome(self.state, self.run_id, outcome)
         return outcome
 
 
@@ -206,23 +213,3 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
         # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]
-
-
-def start_run(state: SweepState, config: RowConfig, key: str, draws: Draws | None) -> str:
-    """Starts the MLflow run of an entry, or reopens the existing run; returns its id."""
-    spec = state.encoder(config).spec
-    num_rows = {split: len(rows) for split, rows in state.rows.items()}
-    if draws:  # rows of one model
-        num_rows |= {"train": draws.train.shape[1], "validation": draws.validation.shape[1]}
-    params = {
-        "encoder": config.encoder_name,
-        "mode": config.kind,
-        "shots": config.shots,
-        "weights": spec.origin.name,
-        "revision": spec.origin.revision,
-        "image_size": spec.preprocessing.output_size[0],
-        "metric": state.experiment.metric,
-        "seed": state.experiment.seed,
-        **{f"num_{split}": count for split, count in num_rows.items()},
-    }
-    return state.recorder.call(Tracker.start_run, key, config.name, "study", state.run_id, None, params)[0]

@@ -28,6 +28,7 @@ from raysweep.sweep.optuna_trials import (
     read_result,
     seconds_worked,
     setting_of,
+    span_of,
 )
 from raysweep.sweep.schedulers import pruner_of
 from raysweep.sweep.trial_store import open_store
@@ -176,6 +177,11 @@ class OptunaStudy:
         if num_done and budget is not None and self.seconds_spent >= budget:
             return 0
         return max(0, self.block.num_trials - num_done)
+
+    def times(self) -> dict[int, tuple[float | None, float | None]]:
+        """Returns when each trial that ended started and ended, in seconds since 1970; None where it is not known."""
+        trials = self.study.get_trials(deepcopy=False)
+        return {number: span_of(trials[number]) for number in self._results}
 
     @property
     def seconds_spent(self) -> float:

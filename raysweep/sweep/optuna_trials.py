@@ -96,6 +96,13 @@ def seconds_worked(trials: Iterable[optuna.trial.FrozenTrial], results: Mapping[
     return _covered(spans)
 
 
+def span_of(trial: optuna.trial.FrozenTrial) -> tuple[float | None, float | None]:
+    """Returns when a trial started and ended, in seconds since 1970; None where it is not known."""
+    started, completed = trial.datetime_start, trial.datetime_complete
+    ended = trial.user_attrs.get(RESULT, {}).get(ENDED, completed.timestamp() if completed else None)
+    return started.timestamp() if started else None, ended
+
+
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
     """Returns the length of the union of spans of time."""
     seconds, until = 0.0, float("-inf")

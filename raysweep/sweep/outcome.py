@@ -20,7 +20,7 @@ from raysweep.images.cache import Cache
 from raysweep.images.rows import Draws
 from raysweep.results.leaderboard import Row, class_metrics, describe_setting
 from raysweep.results.model import DESCRIPTION, export_model, is_intact
-from raysweep.results.tracking import LoggedOutcome, Tracker
+from raysweep.results.tracking import LoggedOutcome, LoggedRun, Tracker
 from raysweep.storage.copies import local_path, location
 from raysweep.storage.paths import read_json, write_json
 from raysweep.sweep.state import SweepState
@@ -312,8 +312,18 @@ def is_exported(state: SweepState, config: RowConfig, key: str, trial: int | Non
     return about.get("key") == key and (trial is None or about.get("trial") == trial)
 
 
-def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str | None]:
-    """Logs metrics, confusion matrix, best checkpoint and model to a study's run; returns the model's future URI."""
+def log_outcome(state: SweepState, run_id: str, outcome: Outcome, ended: float | None = None) -> Future[LoggedRun]:
+    """Logs metrics, best setting, confusion matrix, best checkpoint and model to a study's run.
+
+    Args:
+        state: state that all studies share.
+        run_id: id of the run.
+        outcome: the outcome.
+        ended: when the work ended, in seconds since 1970; None for an outcome of an earlier invocation.
+
+    Returns:
+        The future run and model.
+    """
     row, test = outcome.row, outcome.test
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
@@ -322,15 +332,14 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
     cost = {
         "time/train_s": row.train_seconds,
         "memory/peak_bytes": row.peak_memory_bytes,
-        "gpu/peak_memory_bytes": row.peak_gpu_memory_bytes,
+        # On CPUs it would be the first chart, and empty.
+        **({"gpu/peak_memory_bytes": row.peak_gpu_memory_bytes} if row.peak_gpu_memory_bytes else {}),
         "train/images_per_second": row.images_per_second,
     }
     classes = list(state.index.classes)
     # Rows of earlier versions lack them.
     per_class = list(row.test_per_class.values()) or class_metrics(test.confusion_matrix)
-    tags = {f"raysweep.best.{name}": str(value) for name, value in row.best_params.items()}
-    if outcome.best_trial is not None:
-        tags["raysweep.best_trial"] = str(outcome.best_trial)
+    tags = {} if outcome.best_trial is None else {"raysweep.best_trial": str(outcome.best_trial)}
     logged = LoggedOutcome(
         metrics={**outcome.validation, **corrected, **tested, **interval, **temperature, **cost},
         confusion_matrix={
@@ -343,5 +352,8 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome) -> Future[str 
         classes=classes,
         checkpoint=outcome.checkpoint,
         model=row.model_path,
+        params=row.best_params,
+        name=row.study,
+        ended=ended,
     )
     return state.recorder.send(Tracker.log_outcome, run_id, logged)

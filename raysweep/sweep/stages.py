@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raysweep.cluster.resources import check_resources, num_concurrent_trials, num_fitting_workers
 from raysweep.errors import RaysweepError, TrialError, hide_secrets
+from raysweep.experiment.config import Experiment
 from raysweep.experiment.search_blocks import study_space
 from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
+from raysweep.results.description import sweep_description
 from raysweep.results.environment import environment_tags
 from raysweep.results.leaderboard import Row, rank_rows, write_leaderboard
 from raysweep.results.model import remove_unfinished
 from raysweep.results.tracking import Tracker
 from raysweep.storage.copies import location
-from raysweep.storage.paths import signature
+from raysweep.storage.paths import read_json, signature
 from raysweep.sweep.caches import find_or_make_caches
 from raysweep.sweep.feature_copies import warn_of_feature_copies
 from raysweep.sweep.leaderboard_entry import METHOD, LeaderboardEntry, open_baseline
@@ -33,16 +36,18 @@ KEYED_DATA = (
     "source", "image", "label", "split", "validation_fraction", "test_fraction", "max_bad_fraction", "shots",
     "few_shot_seeds",
 )  # fmt: skip
+REPORT = ("report.html", "report.md", "figures")  # in the sweep's folder
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """The result of a sweep: the ranked rows, and how much work this invocation did."""
+    """The result of a sweep: the ranked rows, how much work this invocation did, and the link to the saved view."""
 
     rows: Sequence[Row]
     num_new_trials: int
     num_encoder_passes: int
     failures: tuple[str, ...] = ()
+    view: str = ""
 
 
 def check_studies(state: SweepState) -> None:
@@ -84,6 +89,8 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
         groups = open_groups(state, [config for config in configs if config.reads_features is reads_features], caches)
         entries += [entry for group in groups for entry in group.entries]
         waiting = [group for group in groups if group.has_work]
+        for entry in (entry for group in waiting for entry in group.entries if not entry.is_settled):
+            entry.reopen_run()
         if waiting:
             run_stage(state, waiting)
         for group in groups:
@@ -106,22 +113,32 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
     if not outcomes:
         raise TrialError("; ".join(failures))
     rows = conclude(state, outcomes, concluded)
-    return SweepResult(rows, state.num_new_trials, state.num_encoder_passes, tuple(failures))
+    return SweepResult(rows, state.num_new_trials, state.num_encoder_passes, tuple(failures), state.view)
 
 
 def conclude_finished(state: SweepState, entries: Sequence[LeaderboardEntry]) -> list[Row]:
-    """Ends the MLflow runs of what is finished when a sweep is stopped; returns the ranked rows.
+    """Ends the MLflow runs when a sweep is stopped, those of unfinished work as KILLED; returns the ranked rows.
 
-    The leaderboard's files stay as they are: those of an earlier invocation may have more rows.
+    The leaderboard's files are written too, unless those of an earlier invocation have other rows.
     """
     finished = [entry for entry in entries if entry.outcome is not None or (entry.is_settled and not entry.failure)]
     try:
         outcomes = [entry.conclude() for entry in finished]
+        for run_id in [entry.run_id for entry in entries if entry not in finished] + [state.run_id]:
+            state.recorder.send(Tracker.finish, run_id, "KILLED")
         state.recorder.wait()
     except RaysweepError as error:
         state.progress.warn(str(error))
         return []
-    return ranked(state, outcomes)
+    rows = ranked(state, outcomes)
+    if rows and _written_studies(state) <= {row.study for row in rows}:
+        write_rows(state, rows)
+    return rows
+
+
+def _written_studies(state: SweepState) -> set[str]:
+    path = state.paths.leaderboard_json
+    return {row["study"] for row in read_json(path)} if path.exists() else set()
 
 
 def start_sweep_run(state: SweepState) -> str:
@@ -136,14 +153,35 @@ def start_sweep_run(state: SweepState) -> str:
     root, recorder = location(state.paths.root), state.recorder
     key = signature([METHOD, state.index.fingerprint, settings])
     name, tags = state.experiment.name, environment_tags(root)
-    run_id, _ = recorder.call(Tracker.start_run, key, name, "sweep", None, tags)
     counts = {split: sum(by_class.values()) for split, by_class in state.index.counts().items()}
+    run_id, _ = recorder.call(Tracker.start_run, key, name, "sweep", None, tags, sweep_params(state.experiment, counts))
+    state.view = recorder.call(Tracker.save_view)
     source = state.experiment.data.source
     folder = source.rstrip("/").split("/")[-1]
     recorder.send(Tracker.log_dataset, run_id, folder, state.index.fingerprint, source, str(counts))
     recorder.send(Tracker.log_file, run_id, state.paths.resolved_experiment)
     recorder.send(Tracker.fail_unfinished_sweeps, root)
     return run_id
+
+
+def sweep_params(experiment: Experiment, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the parameters of a sweep's run: of the experiment, what cannot change between its invocations.
+
+    Args:
+        experiment: the experiment.
+        counts: number of images by split.
+    """
+    studies = experiment.studies()
+    return {
+        "source": hide_secrets(experiment.data.source),
+        "encoders": ", ".join(dict.fromkeys(study.encoder_name for study in studies)),
+        "modes": ", ".join(dict.fromkeys(study.kind for study in studies)),
+        "shots": ", ".join(dict.fromkeys(str(study.shots) for study in studies)),
+        "metric": experiment.metric,
+        "seed": experiment.seed,
+        "batch_size": experiment.train.batch_size,
+        **{f"num_{split}": count for split, count in counts.items()},
+    }
 
 
 def open_groups(state: SweepState, configs: Sequence[StudyConfig], caches: Mapping[str, Cache]) -> list[StudyGroup]:
@@ -214,15 +252,11 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome], entries: Sequence[L
     The order of the rows and the registered model are chosen on validation, because the test split must not choose.
     """
     experiment, recorder, run_id = state.experiment, state.recorder, state.run_id
-    rows, paths = ranked(state, outcomes), state.paths
-    stored = [replace(row, model_path=row.model_path and paths.relative(row.model_path)) for row in rows]
-    write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
+    rows = ranked(state, outcomes)
+    write_rows(state, rows)
     make_report(state, entries)
-    for path in (state.paths.leaderboard_json, state.paths.leaderboard_csv, state.paths.quarantine):
-        recorder.send(Tracker.log_file, run_id, path)
-    for path in (state.paths.near_copies, state.paths.feature_copies):
-        if path.exists():
-            recorder.send(Tracker.log_file, run_id, path)
+    log_files(state)
+    recorder.send(Tracker.describe, run_id, sweep_description(rows))
     best = best_by_validation(state, outcomes)
     if best is not None:
         recorder.send(Tracker.log_metrics, run_id, {"test/accuracy": best.row.test_accuracy})
@@ -237,6 +271,25 @@ def conclude(state: SweepState, outcomes: Sequence[Outcome], entries: Sequence[L
         root, uri = location(state.paths.root), hide_secrets(experiment.tracking.uri)
         state.progress.warn(f"MLflow at {uri} lacks a part of this sweep, all of which is in {root}")
     return rows
+
+
+def write_rows(state: SweepState, rows: Sequence[Row]) -> None:
+    """Writes the leaderboard's files."""
+    paths = state.paths
+    stored = [replace(row, model_path=row.model_path and paths.relative(row.model_path)) for row in rows]
+    write_leaderboard(stored, paths.leaderboard_json, paths.leaderboard_csv)
+
+
+def log_files(state: SweepState) -> None:
+    """Logs the sweep's tables and its report to its MLflow run, as far as they exist."""
+    paths = state.paths
+    tables = paths.leaderboard_json, paths.leaderboard_csv, paths.quarantine, paths.near_copies, paths.feature_copies
+    for path in tables:
+        if path.exists():
+            state.recorder.send(Tracker.log_file, state.run_id, path)
+    for path in (paths.root / name for name in REPORT):
+        if path.exists():
+            state.recorder.send(Tracker.log_file, state.run_id, path, path.name if path.is_dir() else None)
 
 
 def ranked(state: SweepState, outcomes: Sequence[Outcome]) -> list[Row]:

@@ -60,6 +60,7 @@ class SweepState:
         progress: writes progress to the terminal.
         ray: starts Ray, or joins a cluster.
         run_id: id of the sweep's MLflow run; empty before its start.
+        view: link to the saved view in MLflow, without the server's address; empty before.
         encoders: encoders used so far, by name.
         bad_rows: rows that a pass could not decode, by row id.
         start_heads: heads that fine-tuning starts from, by encoder and shots.
@@ -78,6 +79,7 @@ class SweepState:
     progress: Progress
     ray: RaySession
     run_id: str = ""
+    view: str = ""
     encoders: dict[str, LazyEncoder] = field(default_factory=dict)
     bad_rows: dict[int, BadRow] = field(default_factory=dict)
     start_heads: dict[tuple[str, Shots], StartHead] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raysweep.errors import TrialError
 from raysweep.experiment.search_blocks import population_size, study_space
@@ -18,13 +18,14 @@ from raysweep.results.tracking import LoggedTrial, RunStatus, Tracker
 from raysweep.storage.copies import location, publish
 from raysweep.storage.paths import signature
 from raysweep.sweep.best_heads import first_head, head_signature, offer_head, signature_of_file, starts_a_study
-from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity, start_run
+from raysweep.sweep.leaderboard_entry import LeaderboardEntry, draws_of, identity
 from raysweep.sweep.optuna_study import OptunaStudy, open_optuna_study
 from raysweep.sweep.optuna_trials import CONTINUES
 from raysweep.sweep.outcome import Outcome, is_exported, study_outcome
 from raysweep.sweep.schedulers import stopped_result
 from raysweep.sweep.state import SweepState
 from raysweep.sweep.study_progress import StudyProgress
+from raysweep.sweep.study_runs import run_name, run_params, start_run
 from raysweep.sweep.trial_files import TrialFiles, remove_checkpoints
 from raysweep.sweep.trial_store import open_store
 from raysweep.training.baseline_task import REFITTED
@@ -121,8 +122,14 @@ class Study(LeaderboardEntry):
 
     def log_earlier_trials(self) -> None:
         """Logs trials of earlier invocations that are not completely in MLflow."""
-        trials = [self._to_logged_trial(result) for result in self.optuna_study.results]
+        times = self.optuna_study.times()
+        trials = [self._to_logged_trial(result, *times[result.number]) for result in self.optuna_study.results]
         self.state.recorder.send(Tracker.log_missing_trials, self.run_id, trials)
+
+    @cached_property
+    def run_params(self) -> dict[str, Any]:
+        """Parameters that the MLflow runs of its trials have besides the setting."""
+        return run_params(self.state, self.config)
 
     @cached_property
     def is_settled(self) -> bool:
@@ -205,9 +212,9 @@ class Study(LeaderboardEntry):
         if report.epoch < len(history):  # the trial started again from its last epoch, with smaller micro-batches
             return False
         history.append(metrics)
-        key, name = f"{self.key}/{number}", f"{self.name}-{number}"
-        recorder = self.state.recorder
-        recorder.send(Tracker.log_epoch, self.run_id, key, name, dict(trial.params), report.epoch, metrics)
+        key, name = f"{self.key}/{number}", run_name(self.config, trial.params)
+        params, started = {**self.run_params, **trial.params}, _started(trial)
+        self.state.recorder.send(Tracker.log_epoch, self.run_id, key, name, params, report.epoch, metrics, started)
         self.progress.show_epoch(number, report.epoch, metrics)
         if self.optuna_study.should_stop(trial, history):
             self.stopped.add(number)
@@ -234,7 +241,8 @@ class Study(LeaderboardEntry):
         if not self.config.mode.trains_together or not self.waiting:
             self._publish_journal()
         self.files.remove_unneeded(result, was_stopped=number in self.stopped)
-        self.state.recorder.send(Tracker.log_trial, self.run_id, *self._to_logged_trial(result, len(history)))
+        logged = self._to_logged_trial(result, _started(trial), time.time(), len(history))
+        self.state.recorder.send(Tracker.log_trial, self.run_id, *logged)
         self.progress.num_done += 1
         self.state.num_new_trials += 1
         self.progress.show_end(result, is_last=not self.waiting)
@@ -270,12 +278,15 @@ class Study(LeaderboardEntry):
         found = f"{self._describe_failed()} (trial {first.number}: {first.error})"
         return f"{self.name}: {found}; the same command runs what is left of its budget"
 
-    def _to_logged_trial(self, result: TrialResult, num_logged: int = 0) -> tuple[str, str, LoggedTrial]:
+    def _to_logged_trial(
+        self, result: TrialResult, started: float | None, ended: float | None, num_logged: int = 0
+    ) -> tuple[str, str, LoggedTrial]:
         history = list(result.history[num_logged:])
         if self.config.mode.trains_together:  # the time of an epoch is shared by hundreds of trials
             history = [{k: v for k, v in epoch.items() if not k.startswith("time/")} for epoch in history]
-        trial = LoggedTrial(result.setting, history, result.final, self._status(result), result.error, num_logged)
-        return f"{self.key}/{result.number}", f"{self.name}-{result.number}", trial
+        params, status = {**self.run_params, **result.setting}, self._status(result)
+        trial = LoggedTrial(params, history, result.final, status, result.error, num_logged, started, ended)
+        return f"{self.key}/{result.number}", run_name(self.config, result.setting), trial
 
     def _status(self, result: TrialResult) -> RunStatus:
         if result.pruned:
@@ -329,3 +340,8 @@ class Study(LeaderboardEntry):
         if self.outcome is None and self.failure is None:
             self.state.progress.say(f"{self.name}: all {self.progress.num_done} trials are there, nothing left to do")
         return super().conclude()
+
+
+def _started(trial: optuna.trial.Trial) -> float | None:
+    started = trial.datetime_start
+    return started.timestamp() if started else None
