@@ -15,7 +15,7 @@ from raysweep.experiment.config import Experiment
 from raysweep.images.cache import Cache
 from raysweep.images.index import ImageIndex
 from raysweep.results.progress import Progress
-from raysweep.results.tracking import Tracker
+from raysweep.results.tracking import LoggedRun, Tracker
 from raysweep.storage.paths import SweepPaths
 from raysweep.sweep.state import SweepState
 from raysweep.training.evaluation import evaluate_test
@@ -32,7 +32,9 @@ class FakeRecorder:
     def __init__(self):
         self.sent, self.runs = [], {}
 
-    def call(self, method, key, *arguments):
+    def call(self, method, key=None, *arguments):
+        if method is Tracker.save_view:
+            return "/view"
         assert method is Tracker.start_run
         inspect.signature(method).bind(None, key, *arguments)
         self.sent.append((method, key, *arguments))
@@ -46,7 +48,8 @@ class FakeRecorder:
         inspect.signature(method).bind(None, *arguments)
         self.sent.append((method, *arguments))
         answer = Future()
-        answer.set_result("models:/m-1")
+        if method is Tracker.log_outcome:
+            answer.set_result(LoggedRun(arguments[0], "models:/m-1"))
         return answer
 
     def of(self, method):

@@ -143,7 +143,7 @@ def test_commands_in_the_next_steps_can_be_pasted(experiment, tmp_path):
     commands = [step.split(maxsplit=1)[1] for step in steps if step.startswith(("predict", "compare"))]
     assert [shlex.split(command) for command in commands] == [
         ["raysweep", "predict", f"{folder}/models/ridge", "IMAGE", "[IMAGE", "...]"],
-        ["mlflow", "ui", "--backend-store-uri", uri],
+        ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "mlflow", "ui", "--backend-store-uri", uri],
     ]
 
 
@@ -165,13 +165,16 @@ def test_class_names_cannot_steer_the_terminal(experiment, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("sqlite:///m.db", "mlflow ui --backend-store-uri sqlite:///m.db"),
+        ("sqlite:///m.db", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///m.db"),
         ("https://mlflow.example", "https://mlflow.e"),
     ],
 )
 def test_the_next_steps_say_where_runs_are_compared(experiment, uri, told):
     loaded = load_experiment(Path(experiment()), [f"tracking.uri={uri}"])
     assert any(step.startswith(f"compare    {told}") for step in run._next_steps(loaded, []))
+    steps = run._next_steps(loaded, [], "/#/experiments/7/runs")
+    address = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    assert any(step.endswith(f"{address}/#/experiments/7/runs") for step in steps)
 
 
 def test_the_console_script_shares_its_commands(capsys, monkeypatch):

@@ -289,12 +289,12 @@ class Tracker:
 
         has = self.client.get_run(run_id).data.metrics
         of_model = (self.client.get_logged_model(model_id).metrics or []) if model_id else []
-        linked = {metric.key: metric.value for metric in of_model}
+        linked = {metric.key for metric in of_model}  # a new outcome has a new model
         known = {name: float(value) for name, value in metrics.items() if value is not None}
         changed = [
             (name, value)
             for name, value in known.items()
-            if not _has(has, name, value) or (model_id and not _has(linked, name, value))
+            if not _has(has, name, value) or (model_id and name not in linked)
         ]
         now, (dataset, digest) = int(time.time() * 1000), self._dataset or (None, None)
         points = [

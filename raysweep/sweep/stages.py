@@ -152,7 +152,8 @@ def start_sweep_run(state: SweepState) -> str:
             block.pop(name, None)
     root, recorder = location(state.paths.root), state.recorder
     key = signature([METHOD, state.index.fingerprint, settings])
-    name, tags = state.experiment.name, environment_tags(root)
+    name = state.experiment.name
+    tags = {**environment_tags(root), "raysweep.sweep": name}
     counts = {split: sum(by_class.values()) for split, by_class in state.index.counts().items()}
     run_id, _ = recorder.call(Tracker.start_run, key, name, "sweep", None, tags, sweep_params(state.experiment, counts))
     state.view = recorder.call(Tracker.save_view)

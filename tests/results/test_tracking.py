@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from raysweep.encoders.head import Classifier, Head
 from raysweep.errors import RaysweepError
 from raysweep.results import tracking
 from raysweep.results.environment import environment_tags
+from raysweep.results.logged_model import log_model
 from raysweep.results.mlflow_store import convert_mlflow_errors
 from raysweep.results.model import export_model, load_model
 from raysweep.results.tracking import LoggedOutcome, LoggedTrial, open_tracker
@@ -87,7 +89,11 @@ def test_a_resumed_sweep_goes_on_in_the_runs_it_had(new_tracker):
     again = new_tracker()
     assert start_tree(again) == runs
     assert len(runs_of(again)) == 7
-    assert {status(again, run_id) for run_id in runs.values()} == {"RUNNING"}
+    studies = {"probe", "tune"}
+    assert {status(again, run_id) for key, run_id in runs.items() if key not in studies} == {"RUNNING"}
+    assert {status(again, runs[key]) for key in studies} == {"FINISHED"}, "until there is work left"
+    again.reopen(runs["probe"])
+    assert status(again, runs["probe"]) == "RUNNING"
     assert again.start_run("sweep", "beans", "sweep") == (runs["sweep"], False)
     assert again.start_run("probe/2", "probe-2", "trial", parent=runs["probe"])[1]
 
@@ -321,7 +327,7 @@ def test_a_store_that_has_gone_away_does_not_hide_why_a_sweep_ends(new_tracker, 
     start_tree(tracker)
     calls = []
 
-    def gone(run_id, status):
+    def gone(run_id, status, end_time):
         calls.append(run_id)
         raise MlflowException("no answer")
 
@@ -385,7 +391,7 @@ def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path, uri):
     export_model(tmp_path / "model", Classifier(encoder, head, "pooled"), classes, {})
     tracker = new_tracker()
     run_id, _ = tracker.start_run("key", "name", "sweep")
-    model_uri = tracker.log_model(run_id, tmp_path / "model", classes)
+    model_uri = log_model(tracker.client, run_id, tmp_path / "model", classes)
     mlflow.set_tracking_uri(uri)
     loaded = mlflow.pyfunc.load_model(model_uri)
     assert loaded.metadata.run_id == run_id
@@ -400,9 +406,9 @@ def test_a_logged_model_predicts_on_bytes(new_tracker, tmp_path, uri):
     np.testing.assert_allclose(frame.iloc[0, 2:].to_numpy(float), expected, rtol=1e-6)
     assert tracker.register(model_uri, "winner") == "1"
     assert tracker.register(model_uri, "winner") == "1", "the same model is registered once"
-    assert tracker.log_model(run_id, tmp_path / "model", classes) == model_uri, "the same model is logged once"
+    assert log_model(tracker.client, run_id, tmp_path / "model", classes) == model_uri, "the same model is logged once"
     export_model(tmp_path / "model", Classifier(encoder, Head(4, 3), "pooled"), classes, {"trial": 2})
-    assert tracker.register(tracker.log_model(run_id, tmp_path / "model", classes), "winner") == "2"
+    assert tracker.register(log_model(tracker.client, run_id, tmp_path / "model", classes), "winner") == "2"
 
 
 def exported_model(folder, about=None):
@@ -430,7 +436,7 @@ with mlflow.start_run(experiment_id=other):
     sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
     run_id = tracker.start_run("study", "study", "study", sweep, params={"lr": 1})[0]
     outcome = LoggedOutcome({"test/accuracy": 0.5}, {}, {}, ("a", "b"), model=folder)
-    model_uri = tracker.log_outcome(run_id, outcome)
+    model_uri = tracker.log_outcome(run_id, outcome).model_uri
     assert tracker.register(model_uri, "winner") == "1"
     mlflow.set_tracking_uri(uri)  # where the program's own run ends
 """
@@ -500,8 +506,9 @@ def test_everything_gets_into_the_own_experiment_whatever_the_environment_says(w
 OUTCOME = LoggedOutcome(
     {"test/accuracy": 0.5, "time/train_s": 3.0, "test/loss": float("nan"), "val/loss": float("inf")},
     {"labels": ["a", "b"], "counts": [[1, 0], [0, 1]]},
-    {"raysweep.best.lr": "1"},
+    {"raysweep.best_trial": "0"},
     ("a", "b"),
+    params={"lr": 1},
 )
 
 
@@ -542,7 +549,9 @@ def test_a_study_that_was_cut_short_anywhere_is_logged_once_and_whole(
     def log(tracker):
         sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
         run_id = tracker.start_run("study", "study", "study", sweep, params={"encoder": "e"})[0]
-        return run_id, tracker.log_outcome(run_id, outcome)
+        logged = tracker.log_outcome(run_id, outcome)
+        assert logged.run_id == run_id
+        return run_id, logged.model_uri
 
     killed = new_tracker()
     before, count = getattr(killed.client, step), []
@@ -563,11 +572,11 @@ def test_a_study_that_was_cut_short_anywhere_is_logged_once_and_whole(
     tracker = new_tracker()
     assert log(tracker) == (run_id, model_uri)
     assert len(runs_of(tracker)) == 2
-    assert tracker.client.get_run(run_id).data.params == {"encoder": "e"}
+    assert tracker.client.get_run(run_id).data.params == {"encoder": "e", "lr": "1"}
     assert status(tracker, run_id) == "FINISHED"
     assert points_of(tracker, run_id) == (dict.fromkeys(OUTCOME.metrics, 1), [("READY", True)])
     paths = {item.path for item in tracker.client.list_artifacts(run_id)}
-    assert paths == {"confusion_matrix.json", "checkpoint"}
+    assert paths == {"confusion_matrix.json", "confusion_matrix.svg", "checkpoint"}
 
 
 def test_an_outcome_that_has_changed_is_logged_again(new_tracker):
@@ -578,6 +587,77 @@ def test_an_outcome_that_has_changed_is_logged_again(new_tracker):
     history, _ = points_of(tracker, run_id)
     assert history == {**dict.fromkeys(OUTCOME.metrics, 1), "test/accuracy": 2}
     assert tracker.client.get_run(run_id).data.metrics["test/accuracy"] == 0.6
+
+
+def test_runs_of_trials_have_the_tags_of_their_study_and_the_times_of_their_work(new_tracker):
+    tracker = new_tracker()
+    study, _ = tracker.start_run("s", "s", "study", tags={"raysweep.encoder": "dinov2"})
+    params = {"encoder": "dinov2", "learning_rate": 0.1}
+    tracker.log_trial(study, "s/0", "t", LoggedTrial(params, [], {}, status="FINISHED", started=1000.5, ended=1007.0))
+    (run,) = runs_of(tracker, **{"raysweep.level": "trial"})
+    assert run.data.tags["raysweep.encoder"] == "dinov2"
+    assert run.data.params == {"encoder": "dinov2", "learning_rate": "0.1"}
+    assert (run.info.start_time, run.info.end_time) == (1_000_500, 1_007_000)
+
+
+def test_a_study_ends_when_its_work_ends_and_not_with_the_sweep(new_tracker):
+    tracker = new_tracker()
+    sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+    run_id = tracker.start_run("s", "s", "study", sweep)[0]
+    tracker.log_outcome(run_id, replace(OUTCOME, ended=5000.0))
+    tracker.finish(run_id)
+    assert tracker.client.get_run(run_id).info.end_time == 5_000_000
+    again = new_tracker()
+    assert again.start_run("s", "renamed", "study", sweep) == (run_id, False)
+    again.log_outcome(run_id, OUTCOME)
+    info = again.client.get_run(run_id).info
+    assert (info.run_name, info.status, info.end_time) == ("renamed", "FINISHED", 5_000_000)
+
+
+def test_a_better_setting_makes_a_new_run_with_the_trials_of_the_old_one(new_tracker):
+    tracker = new_tracker()
+    sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+    old = tracker.start_run("s", "s", "study", sweep, params={"encoder": "e"})[0]
+    tracker.log_trial(old, "s/0", "t", LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED"))
+    assert tracker.log_outcome(old, OUTCOME).run_id == old
+    again = new_tracker()
+    again.start_run("sweep", "sweep", "sweep")
+    again.start_run("s", "s", "study", sweep)
+    new = again.log_outcome(old, replace(OUTCOME, params={"lr": 2})).run_id
+    found = {run.info.run_id: run for run in runs_of(again)}
+    assert old not in found
+    assert found[new].data.params == {"encoder": "e", "lr": "2"}
+    assert found[new].info.status == "FINISHED"
+    assert found[new].data.metrics["test/accuracy"] == 0.5
+    (trial,) = runs_of(again, **{"raysweep.level": "trial"})
+    assert trial.data.tags["mlflow.parentRunId"] == new
+    assert new_tracker().start_run("s", "s", "study", sweep) == (new, False)
+
+
+def test_a_model_has_the_metrics_of_its_study_on_the_dataset_and_the_name_of_it(new_tracker, tmp_path):
+    tracker = new_tracker()
+    sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+    tracker.log_dataset(sweep, "beans", "fingerprint", "images/beans", "{}")
+    run_id = tracker.start_run("s", "s", "study", sweep)[0]
+    outcome = replace(OUTCOME, model=str(exported_model(tmp_path / "model")), name="dinov2/probe")
+    logged = tracker.log_outcome(run_id, outcome)
+    model = tracker.client.get_logged_model(logged.model_uri.removeprefix("models:/"))
+    assert (model.name, model.experiment_id) == ("dinov2-probe", tracker.experiment_id)
+    linked = {metric.key: (metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert linked["test/accuracy"] == (0.5, "beans", "fingerprint")
+    version = tracker.register(logged.model_uri, "named-for-best")
+    assert tracker.client.get_model_version_by_alias("named-for-best", "best").version == int(version)
+
+
+def test_the_saved_view_is_of_studies_and_its_link_leads_to_the_pages_for_machine_learning(new_tracker):
+    tracker = new_tracker()
+    path = tracker.save_view()
+    state = json.loads(tracker.client.get_experiment(tracker.experiment_id).tags["mlflow.sharedViewState.leaderboard"])
+    tree = start_tree(tracker)
+    found = tracker.client.search_runs([tracker.experiment_id], state["searchFilter"])
+    assert {run.info.run_id for run in found} == {tree["probe"], tree["tune"]}
+    assert path.startswith(f"/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning&")
+    assert path.endswith("viewStateShareKey=leaderboard")
 
 
 @pytest.mark.parametrize("num_calls", range(1, 5))

@@ -104,7 +104,8 @@ def test_a_baseline_without_a_model_is_a_row(open_state):
     row = baseline.conclude().row
     assert (row.study, row.mode, row.num_trials) == ("dinov2-knn", "knn", 4)
     assert (row.val_accuracy, row.train_seconds, row.model_path) == (0.7, 3.5, None)
-    assert recorder.of(Tracker.log_model) == []
+    ((_, logged),) = recorder.of(Tracker.log_outcome)
+    assert logged.model is None
     assert baseline_of(open_state(), "knn").is_settled
     assert not baseline_of(open_state(), "ridge").is_settled
 

@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from raysweep.sweep import stages
 from raysweep.sweep import study as module
 from raysweep.sweep.outcome import read_outcome
 from raysweep.sweep.study import open_study
+from raysweep.sweep.study_runs import run_name
 from raysweep.training.bias_correction import pack_row_losses, search_optimism
 from raysweep.training.checkpoint import save_checkpoint
 from raysweep.worker.inputs import load_heads, save_heads
@@ -157,7 +159,7 @@ def test_a_resumed_budget_is_what_is_left(open_state):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
-    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+    clock = SimpleNamespace(now=50.0, time=time.time, monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
     monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -254,12 +256,16 @@ def test_epochs_are_logged_as_they_come_and_not_again_at_the_end(open_state):
     (trial,) = study.ask()
     metrics = {"val/accuracy": 0.5, "val/loss": 1.0}
     study.on_epoch(EpochReport(trial.number, 0, metrics))
-    key, name = f"{study.key}/0", "dinov2-fine_tune-0"
-    assert state.recorder.of(Tracker.log_epoch) == [[study.run_id, key, name, trial.setting, 0, metrics]]
+    key, name = f"{study.key}/0", run_name(study.config, trial.setting)
+    ((*sent, started),) = state.recorder.of(Tracker.log_epoch)
+    params = {"encoder": "dinov2", "mode": "fine_tune", "shots": "all", "weights": study.run_params["weights"]}
+    assert sent == [study.run_id, key, name, {**params, **trial.setting}, 0, metrics]
     tell_all(study, [trial])
     ((run_id, *named, logged),) = state.recorder.of(Tracker.log_trial)
     assert (run_id, named) == (study.run_id, [key, name])
     assert (len(logged.history), logged.first_epoch) == (1, 1)
+    assert started == logged.started <= logged.ended
+    assert logged.params == {**params, **trial.setting}
     assert "time/epoch_s" in logged.history[0]
 
 
@@ -285,7 +291,7 @@ def test_an_epoch_that_is_passed_on_again_is_not_logged_again(open_state):
     (trial,) = study.ask()
     report(study, trial, [0.5, 0.6])
     report(study, trial, [0.5, 0.6, 0.7])  # its memory ran out in the third epoch, and it began again
-    assert [epoch for *_, epoch, _ in state.recorder.of(Tracker.log_epoch)] == [0, 1, 2]
+    assert [epoch for *_, epoch, _, _ in state.recorder.of(Tracker.log_epoch)] == [0, 1, 2]
 
 
 def test_a_stopped_trial_is_told_logged_and_shown_as_such_and_leaves_no_weights(open_state):
@@ -371,8 +377,10 @@ def test_a_resumed_study_sees_to_it_that_every_trial_is_logged(open_state):
     ((run_id, trials),) = state.recorder.of(Tracker.log_missing_trials)
     assert run_id == study.run_id
     assert [(key, name, len(trial.history)) for key, name, trial in trials] == [
-        (f"{study.key}/{number}", f"dinov2-linear_probe-{number}", 2) for number in range(2)
+        (f"{study.key}/{result.number}", run_name(study.config, result.setting), 2)
+        for result in first.optuna_study.results
     ]
+    assert all(trial.started <= trial.ended for *_, trial in trials)
 
 
 # What a study is

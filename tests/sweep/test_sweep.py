@@ -171,9 +171,13 @@ def test_mlflow_has_the_tree_with_curves_and_artifacts(finished: Path):
     artifacts = {file.path for file in client.list_artifacts(sweep.info.run_id)}
     assert {"experiment.resolved.yaml", "leaderboard.json"} <= artifacts
     for study in levels["study"]:
-        assert study.data.metrics["test/accuracy"] == leaderboard(finished)[study.info.run_name]["test_accuracy"]
+        name = f"{study.data.params['encoder']}-{study.data.params['mode']}"
+        assert study.data.metrics["test/accuracy"] == leaderboard(finished)[name]["test_accuracy"]
+        setting = leaderboard(finished)[name]["best_params"]
+        assert setting
+        assert {key: str(value) for key, value in setting.items()}.items() <= study.data.params.items()
         names = {file.path for file in client.list_artifacts(study.info.run_id)}
-        wanted = {"confusion_matrix.json"} | ({"checkpoint"} if study.info.run_name != "dinov2-knn" else set())
+        wanted = {"confusion_matrix.json", "confusion_matrix.svg"} | ({"checkpoint"} if name != "dinov2-knn" else set())
         assert wanted <= names
 
 
