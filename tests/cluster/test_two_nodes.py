@@ -124,7 +124,7 @@ def test_mlflow_has_every_run_once(sweeps):
     assert {run.info.status for run in runs} == {"FINISHED"}
     trial = levels["trial"][0]
     assert client.get_metric_history(trial.info.run_id, "val/accuracy")
-    study = next(run for run in levels["study"] if run.info.run_name == "dinov2-fine_tune")
+    study = next(run for run in levels["study"] if run.info.run_name == "dinov2 · fine_tune")
     assert "checkpoint" in [file.path for file in client.list_artifacts(study.info.run_id)]
 
 
