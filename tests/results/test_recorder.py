@@ -100,7 +100,7 @@ def test_what_goes_wrong_shows_at_the_next_call(recorder):
 
 def test_a_call_raises_what_goes_wrong_with_it(recorder):
     with pytest.raises(RaysweepError, match=r"refused.*the same command goes on from here"):
-        recorder.call(Tracker.finish, "no_such_run")
+        recorder.call(Tracker.log_once, "no_such_run", {"epochs": 5})
 
 
 def test_a_store_that_cannot_be_used_is_named():
