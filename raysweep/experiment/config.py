@@ -148,7 +148,8 @@ class Experiment(Section):
     def baselines_of(self, study: StudyConfig) -> tuple[BaselineConfig, ...]:
         """Lists the baselines on the features of a study; none when the study reads no features."""
         block = self.search.block(study.mode)
-        return list_baselines(study, getattr(block, "baselines", ()), refit=self.refits(study))
+        baselines = getattr(block, "baselines", ())
+        return list_baselines(study, baselines, refit=self.refits(study), folds=self.data.folds)
 
     def refits(self, study: StudyConfig) -> bool:
         """Whether the chosen head of a study, and its baselines, are fitted to train and validation before the test.

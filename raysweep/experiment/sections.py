@@ -133,6 +133,12 @@ class DataConfig(Section):
         default=5, description="Random draws of each few-shot training set; figures are means over them."
     )
 
+    folds: Annotated[int, Field(ge=2, le=20)] | None = Field(
+        default=None,
+        description="Folds of all images, whatever their split, that also judge knn, ridge and logistic by nested "
+        "cross-validation: for small data. Studies with trials are not judged by folds (default: none).",
+    )
+
     _check_shots = field_validator("shots")(without_repeats)
 
     _check_source = field_validator("source", "image_folder")(without_credentials)
@@ -157,6 +163,16 @@ class DataConfig(Section):
             if scheme not in ("", *REMOTE_SCHEMES) or not path.strip("/"):
                 raise problems_at(((index,), f"accepted: {accepted}; found {value}"))
         return values
+
+    @field_validator("folds")
+    @classmethod
+    def _are_of_all_images(cls, value: int | None, info: ValidationInfo) -> int | None:
+        shots = info.data.get("shots", ("all",))
+        if value is not None and "all" not in shots:
+            raise ValueError(
+                f"folds are of all images, and shots lists {', '.join(map(str, shots))}; add all, or leave folds out"
+            )
+        return value
 
     @field_validator("test_fraction")
     @classmethod

@@ -181,10 +181,12 @@ class BaselineConfig(RowConfig):
     Attributes:
         baseline: Its name.
         refit: Whether it is fitted to train and validation together before the test, once its setting is chosen.
+        folds: Number of folds of all images that judge it as well; None for none, and for few-shot ones.
     """
 
     baseline: Baseline
     refit: bool
+    folds: int | None = None
 
     @property
     def kind(self) -> str:
@@ -220,11 +222,14 @@ def list_studies(
     return tuple(sorted(found, key=place))
 
 
-def list_baselines(study: StudyConfig, baselines: Sequence[Baseline], *, refit: bool) -> tuple[BaselineConfig, ...]:
+def list_baselines(
+    study: StudyConfig, baselines: Sequence[Baseline], *, refit: bool, folds: int | None = None
+) -> tuple[BaselineConfig, ...]:
     """Lists the baselines on the features of a study; none when the study reads no features."""
     if not study.reads_features:
         return ()
-    return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, one, refit) for one in baselines)
+    folds = folds if study.shots == "all" else None
+    return tuple(BaselineConfig(study.encoder_name, study.encoder, study.shots, one, refit, folds) for one in baselines)
 
 
 def _encoder_names(encoders: Sequence[EncoderConfig]) -> list[str]:

@@ -81,6 +81,15 @@ def select_rows(index: ImageIndex, bad_rows: Sequence[BadRow]) -> Rows:
     return rows
 
 
+def count_groups(index: ImageIndex, bad_rows: Sequence[BadRow]) -> list[int]:
+    """Returns the number of groups of each class, or of images where none belong together, without the bad rows."""
+    table = index.table
+    usable = ~np.isin(table["row_id"].to_numpy(), [row.row_id for row in bad_rows])
+    groups = np.arange(len(usable)) if index.groups is None else index.groups
+    pairs = np.unique(np.stack([table["label"].to_numpy(), groups])[:, usable], axis=1)
+    return [int(count) for count in np.bincount(pairs[0], minlength=len(index.classes))]
+
+
 def draw_subsets(rows: Rows, shots: int | str, num_draws: int, seed: int) -> Draws | None:
     """Draws few-shot subsets of `rows`; returns None for the shots `all`.
 

@@ -14,6 +14,7 @@ from raysweep.results.leaderboard import ClassMetrics, Row
 from raysweep.results.sweep_record import SweepRecord, TrialRecord, read_record, read_trials
 from raysweep.storage.copies import fetch_folder
 from raysweep.storage.paths import SweepPaths, read_json
+from raysweep.training.intervals import FoldEstimate
 from raysweep.training.ranking import Ranking
 
 PREFIX = "probability_"
@@ -140,6 +141,7 @@ def _row(values: Mapping[str, Any]) -> Row:
         if name.startswith("test_") and isinstance(value, float)
     }
     row["test_per_class"] = {name: ClassMetrics(**one) for name, one in row.get("test_per_class", {}).items()}
+    row["folds"] = FoldEstimate(**row["folds"]) if row.get("folds") else None
     return Row(**row)
 
 

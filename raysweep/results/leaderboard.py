@@ -16,6 +16,7 @@ from raysweep.experiment.metrics import TEST_METRICS
 from raysweep.experiment.space import Setting
 from raysweep.storage.paths import write_csv, write_json
 from raysweep.training.best_set import may_be_best
+from raysweep.training.intervals import FoldEstimate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +85,8 @@ class Row:
         test_smallest_class: share of the test images that are of the smallest class.
         is_recommended: whether it is the best on validation of the rows that may be the best and take at most
             `SIMILAR_COST` times the least training time of these.
+        folds: accuracy by nested cross-validation over the images of all splits; None where `data.folds` does not ask
+            for it, and for studies with trials.
         test_metrics: metrics on test (`experiment.metrics.TEST_METRICS`), columns `test_<name>`; empty if an earlier
             version tested it.
         test_per_class: metrics by class, not in the CSV table; empty as well.
@@ -115,6 +118,7 @@ class Row:
     test_smallest_class: float = 0.0
     is_recommended: bool = False
     val_accuracy_corrected: float | None = None
+    folds: FoldEstimate | None = None
     test_metrics: Mapping[str, float] = field(default_factory=dict)
     test_per_class: Mapping[str, ClassMetrics] = field(default_factory=dict)
 
@@ -159,11 +163,18 @@ def rank_rows(
 
 
 def write_leaderboard(rows: Sequence[Row], json_path: Path, csv_path: Path) -> None:
-    """Writes the rows as a JSON list, and as a CSV table: with `best_params` as JSON, without `test_per_class`."""
+    """Writes the rows as a JSON list, and as a CSV table: `best_params`, `folds` as JSON, without `test_per_class`."""
     records = [_record(row) for row in rows]
     write_json(json_path, records)
     columns = [name for name in _COLUMNS if name != "test_per_class"]
-    cells = [{**record, "best_params": json.dumps(record["best_params"])} for record in records]
+    cells = [
+        {
+            **record,
+            "best_params": json.dumps(record["best_params"]),
+            "folds": record["folds"] and json.dumps(record["folds"]),
+        }
+        for record in records
+    ]
     write_csv(csv_path, columns, [[record[name] for name in columns] for record in cells])
 
 
@@ -190,7 +201,7 @@ def render_leaderboard(rows: Sequence[Row], metric: str = "val/accuracy") -> Tab
     from rich.text import Text
 
     on_gpu, sections = any(row.peak_gpu_memory_bytes for row in rows), _by_shots(rows)
-    is_uneven = any(row.is_uneven for row in rows)
+    is_uneven, num_folds = any(row.is_uneven for row in rows), _num_folds(rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     name = metric.removeprefix("val/").replace("_", " ")
     table.title, table.title_justify = f"Leaderboard, ordered by validation {name}\n", "left"
@@ -199,7 +210,8 @@ def render_leaderboard(rows: Sequence[Row], metric: str = "val/accuracy") -> Tab
         table.add_column(name, no_wrap=name != "encoder", overflow="fold")
     memory = "GPU\nmemory" if on_gpu else "memory"
     macro_f1 = ["macro\nF1"] if is_uneven else []
-    for name in ("val", "test accuracy\n\\[95 % interval]", *macro_f1, "tried", "train\ntime", memory):
+    folds = [f"{num_folds} folds\n\\[95 % interval]"] if num_folds else []
+    for name in ("val", "test accuracy\n\\[95 % interval]", *macro_f1, *folds, "tried", "train\ntime", memory):
         table.add_column(name, justify="right", no_wrap=True)
     for section in sections:
         table.add_section()
@@ -209,7 +221,7 @@ def render_leaderboard(rows: Sequence[Row], metric: str = "val/accuracy") -> Tab
             mark = f"{place}{'*' * row.is_recommended or '=' * row.tied_with_best}" if len(section) > 1 else str(place)
             # A name of an encoder may look like rich's markup or steer the terminal.
             names = [Text(printable(name)) for name in (row.encoder, row.mode)]
-            table.add_row(mark, *names, *_figures(row, on_gpu, is_uneven))
+            table.add_row(mark, *names, *_figures(row, on_gpu, is_uneven, num_folds > 0))
     table.caption, table.caption_justify = "\n".join(["", *_legend(rows)]), "left"
     return table
 
@@ -246,13 +258,18 @@ def _describe_shots(shots: int | str) -> str:
     return "all images" if shots == "all" else f"{shots} shot{'s' * (shots != 1)}"
 
 
-def _figures(row: Row, on_gpu: bool, is_uneven: bool) -> list[str]:
+def _figures(row: Row, on_gpu: bool, is_uneven: bool, shows_folds: bool) -> list[str]:
     interval = f"{row.test_accuracy:.3f} [{row.test_accuracy_low:.3f}, {row.test_accuracy_high:.3f}]"
     memory = row.peak_gpu_memory_bytes if on_gpu else row.peak_memory_bytes
     settings, seconds = str(row.num_trials), describe_seconds(row.train_seconds)
     accuracies = [f"{row.shown_val_accuracy:.3f}", interval.replace("[", r"\[")]
     macro_f1 = [f"{row.test_macro_f1:.3f}"] if is_uneven else []
-    return [*accuracies, *macro_f1, settings, seconds, f"{memory / 1e9:.1f} GB"]
+    folds = [row.folds.describe().replace("[", r"\[") if row.folds else ""] if shows_folds else []
+    return [*accuracies, *macro_f1, *folds, settings, seconds, f"{memory / 1e9:.1f} GB"]
+
+
+def _num_folds(rows: Sequence[Row]) -> int:
+    return max((len(row.folds.accuracies) for row in rows if row.folds is not None), default=0)
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:
@@ -264,6 +281,8 @@ def _legend(rows: Sequence[Row]) -> list[str]:
         lines.append("* recommended: of those that cost about the least, the best on validation")
     if any(row.val_accuracy_corrected is not None for row in rows):
         lines.append("val: accuracy, without the luck of having been the best of many trials")
+    if num_folds := _num_folds(rows):
+        lines.append(f"{num_folds} folds: mean accuracy of nested cross-validation over the images of all splits")
     num_seeds = max((row.num_seeds for row in rows), default=1)
     if num_seeds > 1:
         lines.append(f"few shots: mean of {num_seeds} draws of the images, interval over draws and test images")

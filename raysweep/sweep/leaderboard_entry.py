@@ -172,7 +172,8 @@ class BaselineEntry(LeaderboardEntry):
     @property
     def spec(self) -> StudySpec:
         """See `LeaderboardEntry.spec`."""
-        return replace(super().spec, baseline=self.config.baseline, refit=self.config.refit)
+        config = self.config
+        return replace(super().spec, baseline=config.baseline, refit=config.refit, folds=config.folds)
 
     def settle(self, tested: TestResult, job: Job) -> None:  # noqa: ARG002
         """See `LeaderboardEntry.settle`."""
@@ -185,7 +186,8 @@ class BaselineEntry(LeaderboardEntry):
 def open_baseline(state: SweepState, config: BaselineConfig, cache: Cache) -> BaselineEntry:
     """Opens a baseline, and starts or finds its MLflow run."""
     draws = draws_of(state, config)
-    key = signature([*identity(state, config, cache, draws), *(["refit"] if config.refit else [])])
+    folds = [] if config.folds is None else [["folds", config.folds]]
+    key = signature([*identity(state, config, cache, draws), *(["refit"] if config.refit else []), *folds])
     return BaselineEntry(state, config, cache, key, draws, start_run(state, config, key, draws))
 
 

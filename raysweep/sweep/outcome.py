@@ -212,7 +212,10 @@ def baseline_outcome(
         train_seconds=fit.seconds + cache.seconds,
         peak_memory_bytes=max(cache.peak_memory_bytes, fit.peak_memory_bytes),
         model_path=location(state.paths.model(config.name)) if fit.checkpoint else None,
+        folds=fit.folds,
     )
+    if fit.folds is not None:
+        state.progress.say(f"{config.name}: accuracy over {len(fit.folds.accuracies)} folds {fit.folds.describe()}")
     return Outcome(row=row, validation=_val_metrics(fit.validation), test=tested.metrics, checkpoint=fit.checkpoint)
 
 
@@ -328,6 +331,7 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome, ended: float |
     tested = {f"test/{name}": value for name, value in test.values.items()}
     interval = {"test/accuracy_low": test.accuracy_low, "test/accuracy_high": test.accuracy_high}
     corrected = {} if outcome.corrected is None else {f"{state.ranking.metric}_corrected": outcome.corrected}
+    folds = {} if row.folds is None else {f"folds/{name}": value for name, value in row.folds.figures().items()}
     temperature = {"val/temperature": test.temperatures[0]} if test.temperatures else {}
     cost = {
         "time/train_s": row.train_seconds,
@@ -341,7 +345,7 @@ def log_outcome(state: SweepState, run_id: str, outcome: Outcome, ended: float |
     per_class = list(row.test_per_class.values()) or class_metrics(test.confusion_matrix)
     tags = {} if outcome.best_trial is None else {"raysweep.best_trial": str(outcome.best_trial)}
     logged = LoggedOutcome(
-        metrics={**outcome.validation, **corrected, **tested, **interval, **temperature, **cost},
+        metrics={**outcome.validation, **corrected, **tested, **interval, **temperature, **folds, **cost},
         confusion_matrix={
             "labels": classes,
             "counts": test.confusion_matrix,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysweep.cluster.resources import check_resources, num_concurrent_trials, num_fitting_workers
-from raysweep.errors import RaysweepError, TrialError, hide_secrets
+from raysweep.errors import DataError, RaysweepError, TrialError, hide_secrets
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.search_blocks import study_space
 from raysweep.experiment.studies import StudyConfig
 from raysweep.images.cache import Cache
+from raysweep.images.rows import count_groups
 from raysweep.results.description import sweep_description
 from raysweep.results.environment import environment_tags
 from raysweep.results.leaderboard import Row, rank_rows, write_leaderboard
@@ -56,13 +57,30 @@ def check_studies(state: SweepState) -> None:
     Raises:
         EncoderError: weights cannot be loaded.
         ConfigError: an encoder has none of the requested feature sources, or Optuna's database cannot be used.
+        DataError: `data.folds` is more than the images allow.
     """
     experiment = state.experiment
+    check_folds(state)
     if experiment.tracking.optuna_uri is not None:
         open_store(experiment.tracking.optuna_uri)
     for config in experiment.studies():
         sources = list(state.encoder(config).spec.sources)
         study_space(experiment.search.block(config.mode), sources, config.encoder_name)
+
+
+def check_folds(state: SweepState) -> None:
+    """Raises DataError if a class has fewer images, or groups of images, than there are folds.
+
+    Before the pass this is about what the index knows, and after it about bad rows and near copies too.
+    """
+    num_folds = state.experiment.data.folds
+    if num_folds is None:
+        return
+    for name, count in zip(state.index.classes, count_groups(state.index, list(state.bad_rows.values())), strict=True):
+        if count < num_folds:
+            kind = "images" if state.index.groups is None else "groups of images"
+            found = f"class '{name}' has {count} {kind} in all splits"
+            raise DataError(f"data.folds: {num_folds}, but {found}; each fold needs one: use fewer folds, or none")
 
 
 def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResult:
@@ -83,6 +101,7 @@ def run_stages(state: SweepState, entries: list[LeaderboardEntry]) -> SweepResul
     caches = find_or_make_caches(state, configs)
     join_near_copies(state)
     _ = state.rows  # raises DataError if a split has no usable image, before anything is logged
+    check_folds(state)
     state.run_id = start_sweep_run(state)
     warn_of_feature_copies(state, configs, caches)
     for reads_features in (True, False):
@@ -145,8 +164,9 @@ def start_sweep_run(state: SweepState) -> str:
     """Starts the sweep's MLflow run, or reopens the existing run; returns its id."""
     # Between invocations of one sweep, the budget, the resources and the storage may change.
     settings = state.experiment.model_dump(exclude={"tracking", "resources", "storage"})
-    group = [] if settings["data"]["group"] is None else ["group"]  # the folds depend on it
-    settings["data"] = {name: settings["data"][name] for name in (*KEYED_DATA, *group)}
+    # The folds depend on both.
+    given = [name for name in ("group", "folds") if settings["data"][name] is not None]
+    settings["data"] = {name: settings["data"][name] for name in (*KEYED_DATA, *given)}
     for block in settings["search"].values():
         for name in ("num_trials", "time_budget_s", "population", "baselines", "refit"):
             block.pop(name, None)

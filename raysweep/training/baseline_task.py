@@ -183,9 +183,11 @@ class _JoinedRows:
 
 
 def joined(first: FeatureSet, second: FeatureSet) -> FeatureSet:
-    """Returns the rows of both sets, those of the first one first; nothing is copied."""
+    """Returns the rows of both sets, those of the first one first; no features are copied."""
     parts = {name: _JoinedRows(rows, second.parts[name]) for name, rows in first.parts.items()}
-    return FeatureSet(parts, torch.cat([first.labels, second.labels]))
+    groups = [one.groups for one in (first, second) if one.groups is not None]
+    assert len(groups) in (0, 2), "groups are those of one index"
+    return FeatureSet(parts, torch.cat([first.labels, second.labels]), torch.cat(groups) if groups else None)
 
 
 def all_rows(features: FeatureSet) -> Tensor:

@@ -31,6 +31,7 @@ from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.evaluation import TestMetrics, evaluate_test
 from raysweep.training.loop import predict_rows
+from raysweep.training.nested_folds import estimate_by_folds
 from raysweep.training.population import FeatureSet, Subsets, train_population
 from raysweep.worker.inputs import (
     START_HEAD,
@@ -110,6 +111,7 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
         source = result.setting["features"]
         save_heads(path, result.heads, source, {"setting": result.setting})
         save_heads(path.with_name(START_HEAD), result.train_heads, source, {})
+    tested = _evaluate(job, study, result.test_logits, result.temperatures)
     fit = BaselineFit(
         setting=result.setting,
         num_settings=result.num_settings,
@@ -117,8 +119,9 @@ def _run_baseline(job: Job, study: StudySpec, device: torch.device) -> TestResul
         checkpoint=location(path) if path else None,
         seconds=result.seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        folds=None if study.folds is None else estimate_by_folds(RUN_BASELINE[study.baseline], task, study.folds),
     )
-    return TestResult(_evaluate(job, study, result.test_logits, result.temperatures), fit=fit)
+    return TestResult(tested, fit=fit)
 
 
 def _test_classifier(job: Job, study: StudySpec, checkpoint: str, device: torch.device) -> TestResult:

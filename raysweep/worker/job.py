@@ -22,6 +22,7 @@ from raysweep.experiment.studies import Baseline
 from raysweep.images.pass_tasks import IndexReference
 from raysweep.images.rows import Draws, Rows
 from raysweep.training.evaluation import TestMetrics
+from raysweep.training.intervals import FoldEstimate
 from raysweep.training.loop import LoopOptions
 
 ReportT = TypeVar("ReportT")
@@ -37,6 +38,7 @@ class StudySpec:
         draws: few-shot draws of its rows; None if it trains on all rows.
         baseline: the baseline; None for a study with trials.
         refit: whether its head is fitted to train and validation together before the test.
+        folds: number of folds of all rows that judge a baseline as well; None for none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class StudySpec:
     draws: Draws | None
     baseline: Baseline | None = None
     refit: bool = False
+    folds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ class BaselineFit:
         checkpoint: location of its heads; None if it has none.
         seconds: wall time.
         peak_memory_bytes: largest resident set of the worker process.
+        folds: its accuracy by nested cross-validation; None where no folds were asked for.
     """
 
     setting: Setting
@@ -241,6 +245,7 @@ class BaselineFit:
     checkpoint: str | None
     seconds: float
     peak_memory_bytes: int
+    folds: FoldEstimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
