@@ -236,6 +236,14 @@ CASES = {
         "data: {source: x, few_shot_seeds: 0}\n" + ENCODERS,
         ["data.few_shot_seeds (line 1): must be 1 or more, found 0"],
     ),
+    "folds of few shots": (
+        "data: {source: x, shots: [5, 10], folds: 5}\n" + ENCODERS,
+        ["data.folds (line 1): folds are of all images, and shots lists 5, 10; add all, or leave folds out"],
+    ),
+    "folds": (
+        "data: {source: x, folds: 1}\n" + ENCODERS,
+        ["data.folds (line 1): must be 2 or more, found 1"],
+    ),
     "baselines": (
         BLOCK + "baselines: [knn, kmeans, knn]\n",
         ["search.linear_probe.baselines.1 (line 5): unknown value 'kmeans'; accepted: knn, logistic, ridge"],

@@ -109,6 +109,12 @@ def test_a_study_is_what_its_mode_says(mode):
     assert study.uses_every_draw == mode.trains_every_draw
 
 
+def test_folds_are_for_baselines_on_all_images():
+    few, every = (probe for probe in list_studies([encoder()], None, (5, "all")) if probe.reads_features)
+    assert [row.folds for row in list_baselines(every, BASELINES, refit=True, folds=5)] == [5] * len(BASELINES)
+    assert [row.folds for row in list_baselines(few, BASELINES, refit=True, folds=5)] == [None] * len(BASELINES)
+
+
 def test_baselines_stand_beside_the_study_that_reads_features():
     probe, tuned = list_studies([encoder()], None, (5,))
     found = list_baselines(probe, BASELINES, refit=True)

@@ -9,7 +9,7 @@ import pytest
 
 from raysweep.errors import DataError
 from raysweep.images.index import BadRow, ImageIndex
-from raysweep.images.rows import SplitRows, draw_subsets, select_rows, write_quarantine
+from raysweep.images.rows import SplitRows, count_groups, draw_subsets, select_rows, write_quarantine
 from raysweep.images.splits import few_shot
 
 
@@ -62,6 +62,17 @@ def test_groups_go_with_their_rows():
     rows = select_rows(grouped, [BadRow(100, "a.jpg", "truncated")])
     assert all((some.groups == (some.ids - 100) // 2).all() for some in rows.values())
     assert all(some.groups is None for some in select_rows(index, []).values())
+
+
+def test_groups_are_counted_by_class_over_all_splits():
+    index, bad = index_of(), [BadRow(100, "a.jpg", "truncated"), BadRow(101, "b.jpg", "truncated")]
+    assert count_groups(index, []) == [40, 40, 40]
+    assert count_groups(index, bad) == [38, 40, 40]
+    # Groups of 30 consecutive rows: one with rows of both the first and the second class, one of the second and third.
+    grouped = replace(index, groups=np.arange(len(index.table), dtype=np.int32) // 30)
+    assert count_groups(grouped, bad) == [2, 2, 2]
+    lost = [BadRow(row_id, "x.jpg", "truncated") for row_id in range(130, 140)]
+    assert count_groups(grouped, lost) == [1, 2, 2]
 
 
 # Few-shot draws

@@ -20,6 +20,7 @@ from raysweep.results.leaderboard import (
     uneven_warning,
     write_leaderboard,
 )
+from raysweep.training.intervals import FoldEstimate
 
 
 def make_row(study, accuracy, **more):
@@ -154,6 +155,20 @@ def test_each_metric_of_test_is_a_column_and_those_of_a_class_are_in_the_json(tm
     assert "test_per_class" not in from_csv[0]
 
 
+FOLDS = FoldEstimate(0.85, 0.8, 0.9, (0.8, 0.9, 0.85))
+
+
+def test_the_files_hold_the_estimate_over_folds(tmp_path):
+    write_leaderboard([make_row("a", 0.5, folds=FOLDS), make_row("b", 0.5)], tmp_path / "b.json", tmp_path / "b.csv")
+    from_json = json.loads((tmp_path / "b.json").read_text())
+    estimate = {"accuracy": 0.85, "low": 0.8, "high": 0.9, "accuracies": [0.8, 0.9, 0.85]}
+    assert [row["folds"] for row in from_json] == [estimate, None]
+    with (tmp_path / "b.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert json.loads(first["folds"]) == estimate
+    assert second["folds"] == ""
+
+
 def test_a_figure_that_is_not_json_is_refused_before_a_file_is_touched(tmp_path):
     row = make_row("a", float("nan"), tied_with_best=True)
     with pytest.raises(ValueError, match="JSON"):
@@ -183,6 +198,16 @@ def test_the_table_shows_the_corrected_validation_accuracy():
 )
 def test_the_title_says_which_metric_orders_the_rows(rows, metric, name):
     assert rendered(rows, metric=metric).splitlines()[0].strip() == f"Leaderboard, ordered by validation {name}"
+
+
+def test_the_table_shows_folds_where_they_were_asked_for():
+    made = [make_row("a", 0.9, mode="knn", folds=FOLDS), make_row("b", 0.8)]
+    text = rendered(made)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any("knn 0.900 0.900 [0.850, 0.950] 0.850 [0.800, 0.900] 8" in line for line in lines)
+    assert any("linear_probe 0.900 0.800 [0.750, 0.850] 8" in line for line in lines)
+    assert "3 folds: mean accuracy of nested cross-validation" in text
+    assert "folds" not in rendered(made[1:])
 
 
 def test_the_table_shows_interval_cost_and_ties(rows):

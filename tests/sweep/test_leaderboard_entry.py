@@ -6,7 +6,7 @@ import pytest
 import torch
 from jobs import make_job
 from sklearn.metrics import precision_recall_fscore_support
-from states import CACHE, FakeRecorder, make_state, make_tested
+from states import CACHE, FakeRecorder, make_state, make_tested, text_of
 
 from raysweep.encoders.head import Head
 from raysweep.experiment.metrics import TEST_METRICS
@@ -19,6 +19,7 @@ from raysweep.sweep.leaderboard_entry import open_baseline
 from raysweep.sweep.state import StartHead
 from raysweep.sweep.study import open_study
 from raysweep.training.evaluation import evaluate_test
+from raysweep.training.intervals import FoldEstimate
 from raysweep.worker.inputs import START_HEAD, save_heads
 from raysweep.worker.job import BaselineFit
 
@@ -89,6 +90,41 @@ def test_a_baseline_that_is_refitted_has_a_key_of_its_own(open_state):
     ]
     assert keys[0]["dinov2-ridge"] != keys[1]["dinov2-ridge"]
     assert keys[0]["dinov2-ridge-5shot"] == keys[1]["dinov2-ridge-5shot"]
+
+
+def test_a_baseline_that_is_judged_by_folds_has_a_key_of_its_own(open_state):
+    found = []
+    for folds in ({}, {"folds": 5}, {"folds": 6}):
+        state = open_state(data={"source": "s", "shots": [5, "all"], **folds})
+        configs = [one for study in state.experiment.studies() for one in state.experiment.baselines_of(study)]
+        found.append({one.name: open_baseline(state, one, CACHE) for one in configs})
+    assert len({entries["dinov2-knn"].key for entries in found}) == 3
+    assert len({entries["dinov2-knn-5shot"].key for entries in found}) == 1
+    assert [entries["dinov2-knn"].spec.folds for entries in found] == [None, 5, 6]
+    assert [entries["dinov2-knn-5shot"].spec.folds for entries in found] == [None] * 3
+    keys = [
+        open_study(state, state.experiment.studies()[-1], CACHE).key
+        for folds in ({}, {"folds": 5})
+        for state in [open_state(data={"source": "s", **folds})]
+    ]
+    assert keys[0] == keys[1], "studies with trials are not judged by folds"
+
+
+def test_the_estimate_over_folds_is_in_the_row_and_in_mlflow(open_state):
+    recorder = FakeRecorder()
+    baseline = baseline_of(open_state(recorder, data={"source": "s", "folds": 3}), "knn")
+    tested = baseline_result({"k": 10, "features": "pooled"})
+    estimate = FoldEstimate(0.85, 0.8, 0.9, (0.8, 0.9, 0.85))
+    baseline.settle(replace(tested, fit=replace(tested.fit, folds=estimate)), JOB)
+    assert baseline.conclude().row.folds == estimate
+    ((_, logged),) = recorder.of(Tracker.log_outcome)
+    of_folds = {name: value for name, value in logged.metrics.items() if name.startswith("folds/")}
+    assert of_folds == {"folds/accuracy": 0.85, "folds/accuracy_low": 0.8, "folds/accuracy_high": 0.9}
+    assert logged.metrics["test/accuracy"] == 0.8, "that of the given test split stays"
+    assert "accuracy over 3 folds 0.850 [0.800, 0.900]" in text_of(baseline.state)
+    again = baseline_of(open_state(data={"source": "s", "folds": 3}), "knn")
+    assert again.is_settled
+    assert again.conclude().row.folds == estimate
 
 
 def opened(state, study):

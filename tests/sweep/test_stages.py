@@ -1,12 +1,14 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from states import make_state, make_tested
 
 from raysweep.cluster.resources import Resources
-from raysweep.errors import ConfigError
+from raysweep.errors import ConfigError, DataError
 from raysweep.experiment.config import Experiment
+from raysweep.images.index import BadRow
 from raysweep.results.leaderboard import Row
 from raysweep.results.tracking import Tracker
 from raysweep.sweep import stages, tune_run
@@ -160,3 +162,30 @@ def test_a_sweep_of_this_method_keeps_its_run(tmp_path):
     stages.start_sweep_run(state)
     (sent,) = state.recorder.of(Tracker.start_run)
     assert sent[0] == "84124e50819168b2", "the key as it was when METHOD was raised"
+
+
+def test_only_a_sweep_with_folds_has_them_in_its_key(tmp_path):
+    keys = []
+    for number, folds in enumerate((None, 5, 6)):
+        state = make_state(tmp_path / str(number), data={"source": "s", "folds": folds})
+        stages.start_sweep_run(state)
+        keys.append(state.recorder.of(Tracker.start_run)[0][0])
+    assert len(set(keys)) == 3
+    assert keys[0] == "84124e50819168b2"
+
+
+def test_folds_that_a_class_has_too_few_images_for_are_refused(tmp_path):
+    """Each of three classes has 40 images."""
+    state = make_state(tmp_path, data={"source": "s", "folds": 20})
+    stages.check_folds(state)
+    state.bad_rows = {number: BadRow(number, f"{number}.png", "broken") for number in range(40, 61)}
+    expected = r"data.folds: 20, but class 'b' has 19 images in all splits; each fold needs one"
+    with pytest.raises(DataError, match=expected):
+        stages.check_folds(state)
+    with pytest.raises(DataError, match=expected):
+        stages.check_studies(state)
+    state.bad_rows = {}
+    state.index = replace(state.index, groups=np.arange(120, dtype=np.int32) // 4)
+    with pytest.raises(DataError, match=r"class 'a' has 10 groups of images in all splits"):
+        stages.check_folds(state)
+    stages.check_folds(make_state(tmp_path, data={"source": "s"}))

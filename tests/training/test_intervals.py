@@ -3,7 +3,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.statistics import SIMULATED, draws_coverage, exact_coverage
-from raysweep.training.intervals import accuracy_interval, clopper_pearson
+from raysweep.training.folds import stratified_folds
+from raysweep.training.intervals import accuracy_interval, clopper_pearson, fold_estimate
 
 
 def answers(num_right, num_rows):
@@ -69,3 +70,49 @@ def test_an_interval_stays_within_what_an_accuracy_can_be():
     assert 0 <= low < hits.mean() < high <= 1
     low, high = accuracy_interval(np.array([[True], [False]]))
     assert 0 <= low < 0.5 < high <= 1
+
+
+def folds_of(num_right, num_rows=20):
+    return [np.arange(num_rows) < right for right in num_right]
+
+
+def test_the_interval_over_folds_has_the_corrected_variance():
+    rights = [10, 18, 13, 19, 15]
+    found = fold_estimate(folds_of(rights))
+    accuracies = np.array(rights) / 20
+    margin = stats.t.ppf(0.975, 4) * accuracies.std(ddof=1) * np.sqrt(1 / 5 + 20 / 80)
+    assert found.accuracies == tuple(accuracies)
+    assert found.accuracy == pytest.approx(0.75)
+    assert (found.low, found.high) == pytest.approx((0.75 - margin, min(1, 0.75 + margin)))
+
+
+@pytest.mark.parametrize("right", [0, 15, 20])
+def test_folds_that_agree_are_no_evidence_beyond_their_rows(right):
+    found = fold_estimate(folds_of([right] * 5))
+    assert (found.low, found.high) == pytest.approx(clopper_pearson(5 * right, 100))
+
+
+def test_the_interval_over_folds_covers_in_a_simulation():
+    """Least squares on 60 images of three classes in six dimensions; `s / sqrt(k)` covers less."""
+    rng = np.random.default_rng(0)
+
+    def draw(num_rows):
+        labels = np.arange(num_rows) % 3
+        return rng.normal(size=(num_rows, 6)) + 1.5 * np.eye(6)[labels], labels
+
+    def hits(train, test):
+        weights = np.linalg.lstsq(np.c_[train[0], np.ones(len(train[0]))], np.eye(3)[train[1]], rcond=None)[0]
+        return (np.c_[test[0], np.ones(len(test[0]))] @ weights).argmax(1) == test[1]
+
+    population = draw(6000)
+    truth = np.mean([hits(draw(48), population).mean() for _ in range(50)])
+    covered, covered_uncorrected = [], []
+    for repeat in range(300):
+        features, labels = draw(60)
+        folds = stratified_folds(labels, 5, repeat)
+        rest = [(features[folds != fold], labels[folds != fold]) for fold in range(5)]
+        found = fold_estimate([hits(rest[fold], (features[folds == fold], labels[folds == fold])) for fold in range(5)])
+        covered.append(found.low <= truth <= found.high)
+        margin = stats.t.ppf(0.975, 4) * np.std(found.accuracies, ddof=1) / np.sqrt(5)
+        covered_uncorrected.append(abs(found.accuracy - truth) <= margin)
+    assert np.mean(covered) >= 0.95 > np.mean(covered_uncorrected)

@@ -21,11 +21,12 @@ from raysweep.training.calibration import fit_temperature
 from raysweep.training.checkpoint import load_checkpoint, save_checkpoint
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.loop import predict_logits
+from raysweep.training.nested_folds import estimate_by_folds
 from raysweep.training.population import FeatureSet, train_population
 from raysweep.worker import evaluate
 from raysweep.worker.evaluate import run_test
 from raysweep.worker.inputs import START_HEAD, feature_set, load_heads, save_heads, subsets_of
-from raysweep.worker.job import StudySpec, TestResult
+from raysweep.worker.job import StudySpec, TestResult, WorkReport, from_tune, to_tune
 
 CPU = torch.device("cpu")
 ENCODER = build_encoder(SMALL_CNN, seed=0)
@@ -133,6 +134,20 @@ def test_baselines_are_chosen_on_validation_and_tested(job, tmp_path):
         assert load_checkpoint(Path(fit.checkpoint))[1]["setting"] == fit.setting
         for head, logits in zip(heads, expected.test_logits, strict=True):
             torch.testing.assert_close(torch.from_numpy(*scores(job, [head])), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_folds_judge_a_baseline_beside_its_test(job):
+    names = ("knn-all", "ridge-all")
+    with_folds = replace(job, studies={name: replace(job.studies[name], folds=4) for name in names})
+    plain, found = run_test(job, test_work(baselines=names)), run_test(with_folds, test_work(baselines=names))
+    sets = [feature_set(job, split, CPU) for split in ("train", "validation", "test")]
+    for name in names:
+        kind = name.partition("-")[0]
+        task = BaselineTask(*sets, ENCODER.sources, 3, None, job.loop.ranking, job.loop.seed, refit=False)
+        assert found[name].fit.folds == estimate_by_folds(RUN_BASELINE[kind], task, 4)
+        assert plain[name].fit.folds is None
+        assert found[name].metrics == plain[name].metrics
+        assert from_tune(WorkReport, to_tune(WorkReport(tested=found))).tested[name] == found[name]
 
 
 @pytest.mark.parametrize("name", ["probe-all", "probe-few"])
