@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysweep.cluster.resources import check_resources, num_concurrent_trials, num_fitting_workers
-from raysweep.errors import DataError, RaysweepError, TrialError, hide_secrets
+from raysweep.errors import ConfigError, DataError, RaysweepError, TrialError, hide_secrets
 from raysweep.experiment.config import Experiment
 from raysweep.experiment.search_blocks import study_space
 from raysweep.experiment.studies import StudyConfig
@@ -56,7 +56,8 @@ def check_studies(state: SweepState) -> None:
 
     Raises:
         EncoderError: weights cannot be loaded.
-        ConfigError: an encoder has none of the requested feature sources, or Optuna's database cannot be used.
+        ConfigError: an encoder has none of the requested feature sources, Optuna's database cannot be used, or
+            `data.folds` has no baseline to judge.
         DataError: `data.folds` is more than the images allow.
     """
     experiment = state.experiment
@@ -69,13 +70,21 @@ def check_studies(state: SweepState) -> None:
 
 
 def check_folds(state: SweepState) -> None:
-    """Raises DataError if a class has fewer images, or groups of images, than there are folds.
+    """Checks that `data.folds` judges something, and that each class has as many images, or groups, as there are folds.
 
     Before the pass this is about what the index knows, and after it about bad rows and near copies too.
+
+    Raises:
+        ConfigError: no baseline is made.
+        DataError: a class has fewer.
     """
-    num_folds = state.experiment.data.folds
+    experiment = state.experiment
+    num_folds = experiment.data.folds
     if num_folds is None:
         return
+    if not any(experiment.baselines_of(config) for config in experiment.studies()):
+        asked = "no encoder has a linear_probe with search.linear_probe.baselines"
+        raise ConfigError(f"data.folds: {num_folds}, but folds judge only knn, ridge and logistic, and {asked}")
     for name, count in zip(state.index.classes, count_groups(state.index, list(state.bad_rows.values())), strict=True):
         if count < num_folds:
             kind = "images" if state.index.groups is None else "groups of images"

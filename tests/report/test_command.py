@@ -2,10 +2,12 @@ import subprocess
 import sys
 
 import pytest
-from run_folder import make_run
+from run_folder import make_row, make_run
 
 from raysweep.report.__main__ import main
+from raysweep.report.run_files import read_run
 from raysweep.storage.copies import fetch, local_path
+from raysweep.training.intervals import FoldEstimate
 
 
 def test_the_report_is_made_again_from_the_folder(tmp_path, capsys):
@@ -47,3 +49,12 @@ def test_the_command_imports_neither_torch_nor_ray(tmp_path):
         [sys.executable, "-c", code, str(paths.root), "--quiet"], capture_output=True, text=True, check=True
     )
     assert found.stdout == "[]\n"
+
+
+def test_a_report_reads_the_estimate_over_folds(tmp_path):
+    rows = [make_row(folds=FoldEstimate(0.85, 0.8, 0.9, (0.8, 0.9))), make_row("dino-knn")]
+    found = read_run(str(make_run(tmp_path, rows=rows).root))
+    assert {row.study: row.folds and row.folds.describe() for row in found.rows} == {
+        "cnn-fine_tune": "0.850 [0.800, 0.900]", "dino-knn": None
+    }  # fmt: skip
+    assert found.missing == read_run(str(make_run(tmp_path / "plain").root)).missing

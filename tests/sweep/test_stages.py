@@ -189,3 +189,10 @@ def test_folds_that_a_class_has_too_few_images_for_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"class 'a' has 10 groups of images in all splits"):
         stages.check_folds(state)
     stages.check_folds(make_state(tmp_path, data={"source": "s"}))
+
+
+@pytest.mark.parametrize("keys", [{"modes": ["fine_tune"]}, {"search": {"linear_probe": {"baselines": []}}}])
+def test_folds_that_judge_nothing_are_refused(tmp_path, keys):
+    state = make_state(tmp_path, data={"source": "s", "folds": 5}, **keys)
+    with pytest.raises(ConfigError, match=r"data.folds: 5, but folds judge only knn, ridge and logistic"):
+        stages.check_studies(state)
