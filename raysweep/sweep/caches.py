@@ -19,6 +19,7 @@ from raysweep.images.cache import MANIFEST, Cache, damage_of_manifest, has_cache
 from raysweep.images.cache_files import add_checksums, what_is_lacking
 from raysweep.images.features import FeatureRequest, feature_bytes, feature_signature
 from raysweep.images.pass_processes import PassProcesses, bytes_of_process, choose_processes
+from raysweep.images.pass_timing import fastest_processes
 from raysweep.images.passes import build_caches
 from raysweep.images.pixels import PixelRequest, pixel_bytes, pixel_signature
 from raysweep.images.streaming import DECODING_CPUS
@@ -182,7 +183,7 @@ def _make_caches(
     label = f"encoder pass ({names})" if encoded else "decoding"
     stage = state.progress.stage(label, len(state.index.table))
     num_gpus = present.num_gpus if uses_gpu(state.experiment.resources, present) else 0
-    processes = PassProcesses() if num_gpus else _processes(state, encoded)
+    processes = PassProcesses() if num_gpus else _processes(state, encoded, requests)
     caches = build_caches(
         requests,
         state.index,
@@ -206,14 +207,20 @@ def _make_caches(
     return made
 
 
-def _processes(state: SweepState, encoded: Sequence[StudyConfig]) -> PassProcesses:
-    """Returns the processes that encode on CPUs."""
+def _processes(
+    state: SweepState, encoded: Sequence[StudyConfig], requests: Sequence[FeatureRequest | PixelRequest]
+) -> PassProcesses:
+    """Returns the processes that encode on CPUs: on one machine with many of them, the fastest by measurement."""
     nodes = [(num_cpus, memory) for num_cpus, memory in cpus_and_memory_by_node() if num_cpus]
     cpus, memory = [num_cpus for num_cpus, _ in nodes], [free for _, free in nodes]
     if not joins_cluster():
         cpus = [local_resources().num_cpus]  # Ray has more than there are on a machine with one
     num_bytes = bytes_of_process([state.encoder(config).model for config in encoded])
-    return choose_processes(cpus, memory, num_bytes, joins_cluster())
+    fitting = choose_processes(cpus, memory, num_bytes, joins_cluster())
+    if joins_cluster():
+        return fitting
+    features = [request for request in requests if isinstance(request, FeatureRequest)]
+    return fastest_processes(features, fitting, cpus[0], len(state.index.table), state.progress.say)
 
 
 def precision_of(state: SweepState, config: RowConfig) -> str:
