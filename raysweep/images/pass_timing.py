@@ -19,6 +19,7 @@ from raysweep.images.features import ENCODER_BATCH, FeatureRequest, encode, load
 from raysweep.images.pass_processes import PassProcesses
 
 MIN_CPUS = 8
+MIN_IMAGES_PER_CPU = 100  # with fewer, a pass is short whatever the encoder
 THREADS = (1, 2, 4, 8)
 SECONDS = 2.0  # of one measurement
 MIN_PASS_SECONDS = 60.0  # a shorter pass does not repay the measurements
@@ -43,7 +44,7 @@ def fastest_processes(
         num_images: images of the pass.
         say: is told what was measured.
     """
-    if num_cpus < MIN_CPUS or not requests:
+    if num_cpus < MIN_CPUS or num_images < MIN_IMAGES_PER_CPU * num_cpus or not requests:
         return first
     seconds = {first: seconds_per_image(requests, first)}
     if seconds[first] * num_images < MIN_PASS_SECONDS:
