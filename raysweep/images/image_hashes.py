@@ -28,6 +28,8 @@ FLAT = 2.0  # standard deviation of the grey pixels, of 255, below which the sig
 MAX_COMPARED = 50_000  # images of which every pair is compared
 ROWS_AT_ONCE = 16  # so that a block of 50,000 columns stays in the cache of a processor
 NUM_ORDERS, NUM_NEIGHBOURS = 16, 8
+# Pairs an image: more are not copies, but images of one scene, as from a camera that does not move.
+MOST_PAIRS = 10
 METHOD = 1  # a new value has the hashes made again
 
 _COSINES = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(NUM_FREQUENCIES)[:, None]).astype(np.float32)
@@ -58,22 +60,48 @@ def find_pairs(hashes: np.ndarray) -> np.ndarray:
     """
     known = np.flatnonzero(hashes.any(axis=1))
     words = np.ascontiguousarray(hashes[known]).view(np.uint64)
-    pairs, bits = _all_pairs(words) if len(words) <= MAX_COMPARED else _sorted_pairs(words)
-    near = pairs[bits <= _limit(bits)]
+    found = _NearPairs(len(words))
+    (_compare_all if len(words) <= MAX_COMPARED else _compare_sorted)(words, found)
+    near = found.below_limit()
     return np.asarray(known[near[np.lexsort(near.T[::-1])]])
 
 
-def _limit(bits: np.ndarray) -> int:
-    """Returns the number of differing bits up to which a pair is of copies.
+class _NearPairs:
+    """Pairs of images with few differing bits, and how many pairs have how many; memory grows with the images only."""
+
+    def __init__(self, num_images: int) -> None:
+        self.most, self.cut = MOST_PAIRS * num_images, MAX_BITS
+        self.counts = np.zeros(MAX_BITS + NEXT_BITS + 1, np.int64)  # by differing bits
+        self.pairs, self.bits = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
+
+    def add(self, pairs: np.ndarray, bits: np.ndarray) -> None:
+        """Adds pairs, int64 `(n, 2)`, with at most `MAX_BITS + NEXT_BITS` differing bits, uint8 `(n,)`."""
+        self.counts += np.bincount(bits, minlength=len(self.counts))
+        self.pairs, self.bits = np.concatenate([self.pairs, pairs]), np.concatenate([self.bits, bits])
+        if len(self.pairs) > 2 * self.most:
+            # Counts only grow, so that the limit can only be lower.
+            few = np.flatnonzero(np.cumsum(self.counts)[: self.cut + 1] <= self.most)
+            self.cut = int(few[-1]) if len(few) else -1
+            kept = self.bits <= self.cut
+            self.pairs, self.bits = self.pairs[kept], self.bits[kept]
+
+    def below_limit(self) -> np.ndarray:
+        """Returns the pairs that are of copies, int64 `(num_pairs, 2)`."""
+        return self.pairs[self.bits.astype(np.int64) <= _limit(np.cumsum(self.counts), self.most)]
+
+
+def _limit(up_to: np.ndarray, most: int) -> int:
+    """Returns the number of differing bits up to which a pair is of copies; -1 for none.
 
     Images that look alike, such as drawn digits, have near hashes by chance: each bit more then has many more pairs. So
-    the limit is lowered until the next bits have no more pairs than all bits up to it.
+    the limit is lowered until the next bits have no more pairs than all bits up to it. Images of one scene are all near
+    one another: the limit is also lowered until there are few pairs.
 
     Args:
-        bits: int64 `(num_pairs,)`, the differing bits of all pairs that have at most `MAX_BITS + NEXT_BITS`.
+        up_to: int64 `(MAX_BITS + NEXT_BITS + 1,)`, how many pairs have at most as many differing bits.
+        most: most pairs of copies.
     """
-    up_to = np.cumsum(np.bincount(bits, minlength=MAX_BITS + NEXT_BITS + 1))
-    fits = 2 * up_to[: MAX_BITS + 1] >= up_to[NEXT_BITS:]
+    fits = (2 * up_to[: MAX_BITS + 1] >= up_to[NEXT_BITS:]) & (up_to[: MAX_BITS + 1] <= most)
     return int(np.flatnonzero(fits)[-1]) if fits.any() else -1
 
 
@@ -89,10 +117,9 @@ def _differing_bits(words: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.asarray(counts[..., 0] + counts[..., 1] + np.minimum(odd, NUM_ODD - odd))
 
 
-def _all_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compares every hash with every other; returns the near pairs and their numbers of differing bits."""
+def _compare_all(words: np.ndarray, found: _NearPairs) -> None:
+    """Compares every hash, uint64 `(num_images, 4)`, with every other."""
     columns, most = np.ascontiguousarray(words.T), MAX_BITS + NEXT_BITS
-    found = [np.empty((0, 2), np.int64)]
     for start in range(0, len(words), ROWS_AT_ONCE):
         block = words[start : start + ROWS_AT_ONCE, :, None]
         # Of even frequencies alone, few pairs of different images have so few differing bits.
@@ -100,22 +127,21 @@ def _all_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         even += np.bitwise_count(block[:, 1] ^ columns[1, start:])
         first, second = np.nonzero(even <= most)
         is_later = second > first
-        found.append(_near(words, start + first[is_later], start + second[is_later]))
-    pairs = np.concatenate(found)
-    return pairs, _differing_bits(words[pairs[:, 0]], words[pairs[:, 1]]).astype(np.int64)
+        found.add(*_near(words, start + first[is_later], start + second[is_later]))
 
 
-def _near(words: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    is_near = _differing_bits(words[first], words[second]) <= MAX_BITS + NEXT_BITS
-    return np.stack([first[is_near], second[is_near]], axis=1)
+def _near(words: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    bits = _differing_bits(words[first], words[second])
+    is_near = bits <= MAX_BITS + NEXT_BITS
+    return np.stack([first[is_near], second[is_near]], axis=1), bits[is_near]
 
 
-def _sorted_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compares hashes that are neighbours in sorted orders; returns what `_all_pairs` does."""
+def _compare_sorted(words: np.ndarray, found: _NearPairs) -> None:
+    """Compares hashes, uint64 `(num_images, 4)`, that are neighbours in sorted orders."""
     generator, num_images = np.random.default_rng(0), len(words)
     mirrored = words ^ np.array([0, 0, ~np.uint64(0), ~np.uint64(0)], np.uint64)
     as_bytes = np.concatenate([words, mirrored]).view(np.uint8)
-    found = [np.empty((0, 2), np.int64)]
+    pairs = np.empty((0, 2), np.int64)
     for _ in range(NUM_ORDERS):
         chosen = 1 + generator.permutation(8 * HASH_BYTES - 1)[:64]
         keys = np.zeros(len(as_bytes), np.uint64)
@@ -123,10 +149,12 @@ def _sorted_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             keys = (keys << np.uint64(1)) | ((as_bytes[:, bit // 8] >> (7 - bit % 8)) & 1)
         order = np.argsort(keys, kind="stable") % num_images
         for step in range(1, NUM_NEIGHBOURS + 1):
-            pairs = _near(words, order[:-step], order[step:])
-            found.append(np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0))
-    pairs = np.unique(np.concatenate(found), axis=0)
-    return pairs, _differing_bits(words[pairs[:, 0]], words[pairs[:, 1]]).astype(np.int64)
+            new, _ = _near(words, order[:-step], order[step:])
+            pairs = np.concatenate([pairs, np.sort(new[new[:, 0] != new[:, 1]], axis=1)])
+        pairs = np.unique(pairs, axis=0)
+        if len(pairs) > 2 * found.most:  # images of one scene, of which more pairs would be left out all the same
+            break
+    found.add(pairs, _differing_bits(words[pairs[:, 0]], words[pairs[:, 1]]))
 
 
 def hashes_file(caches: Path, index: ImageIndex) -> Path:

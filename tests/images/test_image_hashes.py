@@ -109,7 +109,7 @@ def test_pairs_have_at_most_a_fifth_of_different_bits(num_bits, is_found, monkey
     hashes[:, 0] &= 127
     everything = np.concatenate([hashes, with_flips(hashes[40:43], num_bits)])
     # Without the rule for pairs by chance, which looks at the next bits too.
-    monkeypatch.setattr(image_hashes, "_limit", lambda _bits: MAX_BITS)
+    monkeypatch.setattr(image_hashes, "_limit", lambda _up_to, _most: MAX_BITS)
     assert find_pairs(everything).tolist() == [[40 + copy, 70 + copy] for copy in range(3)] * is_found
 
 
@@ -132,6 +132,25 @@ def test_images_that_look_alike_by_chance_are_no_copies():
     around = np.concatenate([with_flips(np.repeat(random_hashes(1), 60, 0), bits, bits) for bits in (28, 30, 32)])
     assert find_pairs(around).tolist() == []
     assert find_pairs(np.concatenate([around, with_flips(around[7:9], 2)])).tolist() == [[7, 180], [8, 181]]
+
+
+@pytest.mark.parametrize("compared", [50_000, 100])
+def test_images_of_one_scene_are_no_copies(monkeypatch, compared):
+    """As from a camera that does not move: nearly all pairs are below the limit."""
+    monkeypatch.setattr(image_hashes, "MAX_COMPARED", compared)
+    scene = with_flips(np.repeat(random_hashes(1), 200, 0), 15, 15)
+    assert find_pairs(scene).tolist() == []
+    if compared > 200:
+        assert find_pairs(np.concatenate([scene, with_flips(scene[7:8], 1)])).tolist() == [[7, 200]]
+
+
+def test_memory_does_not_grow_with_the_pairs():
+    found = image_hashes._NearPairs(10)
+    for _ in range(50):
+        found.add(np.zeros((100, 2), np.int64), np.full(100, 40, np.uint8))
+        assert len(found.pairs) <= 300
+    found.add(np.array([[1, 2]]), np.array([3], np.uint8))
+    assert found.below_limit().tolist() == [[1, 2]]
 
 
 def test_among_many_images_those_with_few_different_bits_are_found(monkeypatch):
