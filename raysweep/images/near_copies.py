@@ -110,7 +110,7 @@ def describe_leaks(split: Split, num_images: int, num_found: int, image: str, co
     verb = "has" if num_found == 1 else "have"
     return (
         f"{num_found:,} of {num_images:,} {split} images {verb} a near copy in train (leakage), such as {image} and "
-        f"{copy}; set data.group to keep them in one split; all are in near_copies.json"
+        f"{copy}; remove them, or set data.group to keep them in one split; all are in near_copies.json"
     )
 
 

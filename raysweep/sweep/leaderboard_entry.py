@@ -165,9 +165,11 @@ class BaselineEntry(LeaderboardEntry):
 
     def offer_start(self) -> None:
         """Offers its head to fine-tuning: that which was fitted to train alone, so that validation can judge it."""
-        outcome = self.outcome or self.earlier_outcome()
-        if outcome is not None and outcome.checkpoint is not None and starts_a_study(self.state, self.config):
-            offer_head(self.state, self.config, self.folder / START_HEAD, outcome.validation)
+        outcome, start = self.outcome or self.earlier_outcome(), self.folder / START_HEAD
+        if self.failure or outcome is None or outcome.checkpoint is None:
+            return
+        if starts_a_study(self.state, self.config) and signature_of_file(start) is not None:
+            offer_head(self.state, self.config, start, outcome.validation)
 
     @property
     def spec(self) -> StudySpec:
@@ -187,7 +189,9 @@ def open_baseline(state: SweepState, config: BaselineConfig, cache: Cache) -> Ba
     """Opens a baseline, and starts or finds its MLflow run."""
     draws = draws_of(state, config)
     folds = [] if config.folds is None else [["folds", config.folds]]
-    key = signature([*identity(state, config, cache, draws), *(["refit"] if config.refit else []), *folds])
+    copies = [["near copies", state.near_copies]] if state.near_copies else []  # they stay in one fold
+    refit = ["refit"] if config.refit else []
+    key = signature([*identity(state, config, cache, draws), *copies, *refit, *folds])
     return BaselineEntry(state, config, cache, key, draws, start_run(state, config, key, draws))
 
 
@@ -211,7 +215,6 @@ def identity(state: SweepState, config: RowConfig, cache: Cache, draws: Draws | 
         [METHOD, experiment.metric, experiment.seed],
         # Folds keep groups together, also where the splits are those of the source.
         *([] if experiment.data.group is None else [experiment.model_dump()["data"]["group"]]),
-        *([["near copies", state.near_copies]] if state.near_copies else []),
         # Features in another precision have other values.
         [Path(cache.folder).name, precision_of(state, config)],
     ]

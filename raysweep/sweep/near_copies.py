@@ -38,7 +38,8 @@ def join_near_copies(state: SweepState) -> None:
         hashes = read_hashes(hashes_file(state.paths.caches, index), index.table["row_id"].to_numpy())
         if hashes is None:
             remove(path)
-            state.progress.say("near copies are not known: these caches were made before images were hashed")
+            why = "there are no readable hashes of these images; the next pass over them makes some"
+            state.progress.say(f"near copies are not known: {why}")
             return
         groups = group_near_copies(index, hashes, list(state.bad_rows))
     state.near_copies, state.index = groups, join_groups(index, groups)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from raysweep.encoders.head import Classifier
@@ -165,10 +166,10 @@ def _corrected_metric(
     state: SweepState, draws: Draws | None, results: Sequence[TrialResult], best: TrialResult
 ) -> float | None:
     """Returns the experiment's metric of the chosen trial without the optimism of the search; None if unknown."""
-    row_losses = {result.number: result.row_losses for result in results if result.row_losses}
-    num_rows = len(state.rows["validation"]) if draws is None else draws.validation.size
+    row_losses = {one.number: one.row_losses for one in results if one.error is None and not one.pruned}
+    rows = np.arange(len(state.rows["validation"]))[None] if draws is None else draws.validation
     metric = state.ranking.metric
-    luck = search_optimism(metric, row_losses, best.number, num_rows, state.experiment.seed)
+    luck = search_optimism(metric, row_losses, best.number, rows, state.experiment.seed)
     return None if luck is None else best.final[metric] - luck
 
 

@@ -49,6 +49,7 @@ class StudyGroup:
         self.first = self.studies[0]
         self.name, self.mode = self.first.name, self.first.config.mode
         self.num_running, self.is_tested = 0, False  # pieces of training
+        self.num_beside = 0  # pieces of work for baselines beside them
         self._open_baselines = [entry for entry in baselines if not entry.is_settled]
         self.micro_batch_size: int | None = None  # the largest that fits; None before memory runs out
         self.most_running: int | None = None  # training runs at a time; None if the CPUs are the limit
@@ -86,13 +87,14 @@ class StudyGroup:
         if work := self._next_training():
             return work
         if self.num_running and self._open_baselines and self._are_baselines_long and not self._is_memory_taken:
+            self.num_beside = 1
             return TestWork(self.name, time.time(), {}, self._take_baselines())
         return self._next_test()
 
     def _next_training(self) -> TrainWork | None:
         trials: tuple[TrialSpec, ...] = ()
         if self._parts:
-            trials = self._parts.pop(0)
+            trials = () if self._is_memory_taken else self._parts.pop(0)
         # Populations run one after another, because the sampler learns from each.
         elif not (self.is_tested or self._is_memory_taken or (self.mode.trains_together and self.num_running)):
             trials, *self._parts = self._split([t for study in self.studies if study.num_left for t in study.ask()])
@@ -115,7 +117,7 @@ class StudyGroup:
 
     @property
     def _is_memory_taken(self) -> bool:
-        return self.most_running is not None and self.num_running >= self.most_running
+        return self.most_running is not None and self.num_running + self.num_beside >= self.most_running
 
     def _take_baselines(self) -> tuple[str, ...]:
         """Returns the names of the baselines that have work left, once."""
@@ -175,7 +177,10 @@ class StudyGroup:
 
     def take(self, work: Work, report: WorkReport) -> None:
         """Records the report of a piece of work from `next_work`."""
-        self.num_running -= isinstance(work, TrainWork)
+        if isinstance(work, TrainWork):
+            self.num_running -= 1
+        elif not work.checkpoints:
+            self.num_beside = 0
         entries = {entry.name: entry for entry in self.entries}
         for name in work.studies:
             entries[name].seconds += (time.time() - work.started) / len(work.studies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ WORST_LOSS = 1e30  # of a loss that is not finite
 MAX_ROWS = 2048
 
 Floats = npt.NDArray[np.floating]
+Rows = npt.NDArray[np.integer]
+RowsT = TypeVar("RowsT", Rows, Tensor)
 
 
 def pack_row_losses(logits: Tensor, labels: Tensor) -> str:
@@ -43,22 +46,41 @@ def unpack_row_losses(text: str) -> tuple[npt.NDArray[np.bool_], Floats]:
     return ~np.signbit(signed), np.abs(signed)
 
 
-def optimism_of_best(scores: Floats, costs: Floats, seed: int, num_resamples: int = NUM_RESAMPLES) -> float:
+def kept_positions(draws: RowsT) -> RowsT:
+    """Returns the validation rows whose losses are kept, `(num_kept,)`: those of all draws one after another.
+
+    Args:
+        draws: int64 `(num_draws, num_rows)`, an array or a tensor; one draw where all rows are used.
+    """
+    step = max(1, -(-draws.shape[1] // max(1, MAX_ROWS // draws.shape[0])))
+    return draws[:, ::step].reshape(-1)
+
+
+def optimism_of_best(
+    scores: Floats,
+    costs: Floats,
+    seed: int,
+    images: Rows | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+) -> float:
     """Returns by how much the mean score of the setting of least cost is above what that setting is worth.
 
     The best of many settings looks too good by luck, the more so the more settings and the fewer rows. Bootstrap bias
-    correction (BBC, Tsamardinos, Greasidou & Borboudakis 2018) resamples the rows; each time, the setting that is best
-    on the drawn rows is scored on the rows that were not drawn. Here the setting that is best on all rows is scored on
+    correction (BBC, Tsamardinos, Greasidou & Borboudakis 2018) resamples the images; each time, the best setting on the
+    drawn rows is scored on the rows that were not drawn. Here the setting that is best on all rows is scored on
     the same rows, and the mean difference is returned: it varies less, and is 0 for one setting.
 
     Args:
         scores: `(num_settings, num_rows)`, of which the mean over rows is wanted: hits, or losses.
         costs: `(num_settings, num_rows)`; the setting with the lowest mean is chosen, the first of several.
         seed: seed of the bootstrap.
+        images: the image of each row, `(num_rows,)`. Rows of one image, in several few-shot draws, are drawn together.
+            None if each has its own.
         num_resamples: number of resamples.
     """
-    num_settings, num_rows = scores.shape
-    if num_settings == 1 or num_rows == 1:  # a resample of one row leaves none out
+    places = np.arange(scores.shape[1]) if images is None else np.unique(images, return_inverse=True)[1]
+    num_images = int(places.max()) + 1
+    if len(scores) == 1 or num_images == 1:  # a resample of one image leaves none out
         return 0.0
     values = np.nan_to_num(scores.astype(np.float64), posinf=WORST_LOSS)
     costs = np.nan_to_num(costs, nan=WORST_LOSS, posinf=WORST_LOSS)
@@ -67,7 +89,7 @@ def optimism_of_best(scores: Floats, costs: Floats, seed: int, num_resamples: in
     step = max(1, CHUNK_VALUES // max(scores.shape))
     for start in range(0, num_resamples, step):
         size = min(step, num_resamples - start)
-        counts = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size)
+        counts = generator.multinomial(num_images, np.full(num_images, 1 / num_images), size)[:, places]
         is_left_out = counts == 0
         usable = is_left_out.any(1)
         chosen = (counts @ costs.T).argmin(1)
@@ -76,16 +98,16 @@ def optimism_of_best(scores: Floats, costs: Floats, seed: int, num_resamples: in
     return float(np.concatenate(differences).mean())
 
 
-def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, num_rows: int, seed: int) -> float | None:
+def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, draws: Rows, seed: int) -> float | None:
     """Returns by how much a metric of the best trial is above what the trial is worth, because it is the best of many.
 
     None if the metric is not a mean over rows, or if not all trials kept the losses of the same rows.
 
     Args:
         metric: a validation metric that ranks studies.
-        row_losses: from `pack_row_losses`, by number of the trial.
+        row_losses: from `pack_row_losses`, by number of the trial; empty where it is not known.
         best: number of the trial that was chosen, by its loss.
-        num_rows: number of rows that it was chosen on. Luck falls with their square root.
+        draws: the validation rows that it was chosen on, `(num_draws, num_rows)`. Luck falls with their square root.
         seed: seed of the bootstrap.
     """
     if metric not in ("val/accuracy", "val/loss") or best not in row_losses:
@@ -94,9 +116,10 @@ def search_optimism(metric: str, row_losses: Mapping[int, str], best: int, num_r
         tables = [unpack_row_losses(text) for text in row_losses.values()]
     except ValueError:
         return None
-    if len({len(losses) for _, losses in tables}) != 1:
+    images = kept_positions(draws)
+    if {len(losses) for _, losses in tables} != {len(images)}:
         return None
     tables.insert(0, tables.pop(list(row_losses).index(best)))  # of trials with the same loss, it was chosen
     hits, losses = (np.stack(columns) for columns in zip(*tables, strict=True))
     scores = hits if metric == "val/accuracy" else losses
-    return optimism_of_best(scores, losses, seed) * math.sqrt(scores.shape[1] / num_rows)
+    return optimism_of_best(scores, losses, seed, images) * math.sqrt(len(images) / draws.size)

@@ -14,8 +14,8 @@ from raysweep.encoders.head import Classifier
 from raysweep.errors import TrialError
 from raysweep.images.memory import peak_memory_bytes
 from raysweep.storage.copies import exists, forget, local_path, location
-from raysweep.training.baseline_task import all_rows, apply_head, thinned
-from raysweep.training.bias_correction import MAX_ROWS, pack_row_losses
+from raysweep.training.baseline_task import all_rows, apply_head
+from raysweep.training.bias_correction import kept_positions, pack_row_losses
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.distributed import rank
 from raysweep.training.loop import LoopResult, predict_rows, train_classifier
@@ -147,7 +147,7 @@ def _row_losses_of_heads(
     """Returns the losses of each setting by validation row, those of all draws one after another."""
     device = validation.labels.device
     draws = all_rows(validation)[None] if subsets is None else subsets.validation
-    rows = [thinned(draw, MAX_ROWS // len(draws)).to(device) for draw in draws]
+    rows = kept_positions(draws).to(device).chunk(len(draws))
     labels = validation.labels[torch.cat(rows)]
     packed = []
     for result in heads:
@@ -207,7 +207,7 @@ def _row_losses_of(job: Job, model: Classifier, result: LoopResult, device: torc
         return ""
     model.load_state_dict(load_checkpoint(result.checkpoint)[0])
     validation = pixel_set(job, "validation", device)
-    rows = thinned(torch.arange(len(validation.labels)), MAX_ROWS)
+    rows = kept_positions(torch.arange(len(validation.labels))[None])
     logits = torch.cat([found.cpu() for _, found in predict_rows(model, validation, rows, job.loop)])
     return pack_row_losses(logits, validation.labels[rows].cpu())
 

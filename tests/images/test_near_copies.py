@@ -98,8 +98,8 @@ def test_folds_keep_near_copies_together():
 
 def test_the_warnings_count_and_give_an_example():
     assert describe_leaks("test", 60, 1, "a.png", "b.png") == (
-        "1 of 60 test images has a near copy in train (leakage), such as a.png and b.png; set data.group to keep them "
-        "in one split; all are in near_copies.json"
+        "1 of 60 test images has a near copy in train (leakage), such as a.png and b.png; remove them, or set "
+        "data.group to keep them in one split; all are in near_copies.json"
     )
     assert describe_leaks("test", 9000, 1200, "a", "b").startswith("1,200 of 9,000 test images have a near copy in")
     assert describe_conflicts(2, ("a.png", "b.png"), ("cat", "dog")) == (

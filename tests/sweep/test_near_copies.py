@@ -10,7 +10,7 @@ from states import CACHE, make_state, text_of
 from raysweep.images.image_hashes import HASH_BYTES, hashes_file, write_hashes
 from raysweep.storage.paths import read_json
 from raysweep.sweep import near_copies
-from raysweep.sweep.leaderboard_entry import identity
+from raysweep.sweep.leaderboard_entry import identity, open_baseline
 from raysweep.sweep.near_copies import join_near_copies
 
 NUM_ROWS = 120  # of each class 20 to train on, 10 to validate on, 10 to test on
@@ -104,17 +104,20 @@ def test_without_hashes_nothing_is_known_and_nothing_old_is_left(tmp_path):
     state.paths.near_copies.parent.mkdir(parents=True)
     state.paths.near_copies.write_text("{}")
     join_near_copies(state)
-    assert "near copies are not known: these caches were made before images were hashed" in text_of(state)
+    assert "near copies are not known: there are no readable hashes of these images" in text_of(state)
     assert state.near_copies == ()
     assert not state.paths.near_copies.exists()
 
 
 def test_what_is_trained_depends_on_the_groups(tmp_path):
     """Folds do."""
-    keys = []
+    keys, others = [], []
     for near in ({}, NEAR, {30: 0}):
         state = hashed_state(tmp_path / str(len(near)), near)
         join_near_copies(state)
-        config = state.experiment.studies()[0]
-        keys.append(str(identity(state, config, CACHE, None)))
+        study = state.experiment.studies()[0]
+        config = next(one for one in state.experiment.baselines_of(study) if one.baseline == "ridge")
+        keys.append(open_baseline(state, config, CACHE).key)
+        others.append(str(identity(state, study, CACHE, None)))
     assert len(set(keys)) == 3
+    assert len(set(others)) == 1, "trials make no folds"

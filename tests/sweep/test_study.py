@@ -496,19 +496,19 @@ def test_more_trials_or_a_lost_model_leave_something_to_do(open_state):
 def test_the_optimism_of_the_search_is_taken_off_what_ranks_a_study(open_state, metric):
     state = open_state(metric=metric, search={"linear_probe": {"num_trials": 8}})
     study, generator = study_of(state), torch.Generator().manual_seed(0)
-    labels, kept = torch.arange(40) % 3, {}
+    rows = torch.arange(len(state.rows["validation"]))
+    labels, kept = rows % 3, {}
     for trial in study.ask():
         path = study.folder / "trials" / str(trial.number) / "best.safetensors"
         save_heads(path, [Head(4, 3)], "pooled", {})
-        kept[trial.number] = pack_row_losses(torch.randn(40, 3, generator=generator), labels)
+        kept[trial.number] = pack_row_losses(torch.randn(len(rows), 3, generator=generator), labels)
         result = result_of(trial, 0.5 + 0.01 * trial.number, str(path))
         final = dict(result.final) | {"val/macro_f1": 0.5}
         study.tell(trial.number, replace(result, final=final, row_losses=kept[trial.number]), "unused")
     study.choose()
     study.settle(outcome_of_test(study), JOB)
     outcome, best = study.conclude(), study.optuna_study.best()
-    num_rows = len(state.rows["validation"])
-    luck = search_optimism(metric, kept, best.number, num_rows, state.experiment.seed)
+    luck = search_optimism(metric, kept, best.number, rows[None].numpy(), state.experiment.seed)
     if metric == "val/macro_f1":
         assert (outcome.corrected, luck, outcome.row.val_accuracy_corrected) == (None, None, None)
         assert outcome.ranking_metrics(metric) == outcome.validation

@@ -73,7 +73,7 @@ class FakeBaseline(BaselineEntry):
     is_settled = False
 
     def __init__(self, name, is_settled=False):
-        config = SimpleNamespace(baseline="knn", refit=False)
+        config = SimpleNamespace(baseline="knn", refit=False, folds=None)
         self.name, self.config, self.is_settled = name, config, is_settled
         self.failure, self.settled_with, self.seconds = None, None, 0.0
         self.folder, self.draws = Path("folder"), None
@@ -178,6 +178,27 @@ def test_baselines_wait_for_memory():
     finish(group, first)
     last = group.next_work()
     assert (last.checkpoints, last.baselines) == ({"a": "best.safetensors"}, ("knn",))
+
+
+@pytest.mark.usefixtures("long_baselines")
+def test_baselines_beside_the_trials_take_memory_too(monkeypatch):
+    group = group_of(FakeStudy("a", [4, 1]), baselines=[FakeBaseline("knn")])
+    group.most_running, group.num_processes = 2, 3
+    monkeypatch.setattr(module, "WORK_PER_PROCESS", 1)
+    first, second = group.next_work(), group.next_work()
+    assert group.next_work() is None, "a part of the Population waits for memory"
+    finish(group, first)
+    third = group.next_work()
+    assert len(trials_of(third)) == 1
+    finish(group, second)
+    beside = group.next_work()
+    assert beside.baselines == ("knn",)
+    finish(group, third)
+    last = group.next_work()
+    assert trials_of(last) == [("a", 4)]
+    group.take(beside, WorkReport(tested={"knn": TestResult()}))
+    finish(group, last)
+    assert group.next_work().checkpoints == {"a": "best.safetensors"}
 
 
 def test_the_test_is_the_last_piece_of_work():

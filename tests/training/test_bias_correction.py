@@ -5,6 +5,7 @@ import torch
 from benchmarks.statistics import EqualRows, optimism_of_winner
 from raysweep.training import bias_correction
 from raysweep.training.bias_correction import (
+    kept_positions,
     optimism_of_best,
     pack_row_losses,
     search_optimism,
@@ -30,8 +31,8 @@ def textbook(scores, costs, num_resamples=3000):
 
 def test_the_optimism_is_what_the_winner_loses_on_rows_that_were_not_drawn():
     hits, losses = make_hits(8, 40), np.random.default_rng(1).random((8, 40))
-    assert optimism_of_best(hits, losses, 0, 3000) == pytest.approx(textbook(hits, losses), abs=0.003)
-    assert optimism_of_best(losses, losses, 0, 3000) == pytest.approx(textbook(losses, losses), abs=0.003)
+    assert optimism_of_best(hits, losses, 0, num_resamples=3000) == pytest.approx(textbook(hits, losses), abs=0.003)
+    assert optimism_of_best(losses, losses, 0, num_resamples=3000) == pytest.approx(textbook(losses, losses), abs=0.003)
 
 
 def test_one_setting_needs_no_correction():
@@ -41,7 +42,7 @@ def test_one_setting_needs_no_correction():
 
 def by_hits(hits, seed, num_resamples=1000):
     """The accuracy of the best setting, corrected."""
-    return hits.mean(1).max() - optimism_of_best(hits, 1.0 - hits, seed, num_resamples)
+    return hits.mean(1).max() - optimism_of_best(hits, 1.0 - hits, seed, num_resamples=num_resamples)
 
 
 def test_luck_is_taken_off_and_merit_is_not():
@@ -74,9 +75,12 @@ def test_a_single_row(right):
 
 
 def test_of_trials_with_the_same_loss_the_one_that_was_chosen_counts():
+    rows = np.arange(18)[None]
     right, wrong = torch.tensor([[0.0, -9.0], [-9.0, 0.0]] * 9), torch.zeros(18, 2)
     packed = {n: pack_row_losses(one, torch.arange(18) % 2) for n, one in enumerate((right, right, wrong))}
-    assert search_optimism("val/accuracy", packed, 1, 18, 0) == search_optimism("val/accuracy", packed, 0, 18, 0) == 0
+    assert (
+        search_optimism("val/accuracy", packed, 1, rows, 0) == search_optimism("val/accuracy", packed, 0, rows, 0) == 0
+    )
 
 
 def test_row_losses_are_kept_as_text():
@@ -113,19 +117,53 @@ def test_the_optimism_of_a_search_is_what_is_shown_less_what_it_is_worth(metric)
     best = int(losses.mean(1).argmin())
     scores = hits if metric == "val/accuracy" else losses
     expected = optimism_of_best(scores, losses, 4)
-    assert search_optimism(metric, packed, 10 + best, 90, 4) == pytest.approx(expected)
-    assert search_optimism(metric, packed, 10 + best, 4 * 90, 4) == pytest.approx(expected / 2), "four times the rows"
+    assert search_optimism(metric, packed, 10 + best, np.arange(90)[None], 4) == pytest.approx(expected)
     assert (expected > 0) == (metric == "val/accuracy"), "the loss of the best is too low"
 
 
+def test_luck_falls_with_the_root_of_the_rows(monkeypatch):
+    monkeypatch.setattr(bias_correction, "MAX_ROWS", 90)
+    packed, hits, losses = tables(8, 90)
+    best = int(losses.mean(1).argmin())
+    kept = kept_positions(np.arange(360)[None])
+    assert kept.tolist() == list(range(0, 360, 4))
+    whole = search_optimism("val/accuracy", packed, 10 + best, np.arange(90)[None], 4)
+    assert search_optimism("val/accuracy", packed, 10 + best, np.arange(360)[None], 4) == pytest.approx(whole / 2)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_draws_share_the_kept_rows(monkeypatch, kind):
+    draws = np.arange(24).reshape(3, 8)
+    assert kept_positions(kind(draws)).tolist() == list(range(24))
+    monkeypatch.setattr(bias_correction, "MAX_ROWS", 12)
+    assert kept_positions(kind(draws)).tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+    monkeypatch.setattr(bias_correction, "MAX_ROWS", 2)
+    assert kept_positions(kind(draws)).tolist() == [0, 8, 16], "each draw keeps a row"
+
+
+def test_images_of_several_draws_are_drawn_together():
+    """Five draws that validate on the same images are no more images: the luck of the best stays as large."""
+    luck = {"same": [], "others": []}
+    for seed in range(30):
+        one = make_hits(16, 48, seed=seed)
+        same, images = np.tile(one, 5), np.tile(np.arange(48), 5)
+        luck["same"].append(optimism_of_best(same, 1.0 - same, seed, images, 200))
+        luck["others"].append(optimism_of_best(one, 1.0 - one, seed, None, 200))
+        alone = optimism_of_best(same, 1.0 - same, seed, None, 200)
+        assert alone < luck["same"][-1]
+    assert np.mean(luck["same"]) == pytest.approx(np.mean(luck["others"]), rel=0.05)
+
+
 def test_what_is_not_known_is_not_corrected():
+    rows = np.arange(30)[None]
     packed, *_ = tables(3, 30)
+    assert search_optimism("val/accuracy", packed | {20: ""}, 10, rows, 0) is None, "a trial that kept none"
     other, *_ = tables(1, 20)
-    assert search_optimism("val/macro_f1", packed, 10, 30, 0) is None
-    assert search_optimism("val/accuracy", packed, 99, 30, 0) is None, "the best one kept none"
-    assert search_optimism("val/accuracy", packed | {20: other[10]}, 10, 30, 0) is None
-    assert search_optimism("val/accuracy", packed | {20: "damaged!"}, 10, 30, 0) is None
-    assert search_optimism("val/accuracy", {}, 10, 30, 0) is None
+    assert search_optimism("val/macro_f1", packed, 10, rows, 0) is None
+    assert search_optimism("val/accuracy", packed, 99, rows, 0) is None, "the best one kept none"
+    assert search_optimism("val/accuracy", packed | {20: other[10]}, 10, rows, 0) is None
+    assert search_optimism("val/accuracy", packed | {20: "damaged!"}, 10, rows, 0) is None
+    assert search_optimism("val/accuracy", {}, 10, rows, 0) is None
 
 
 def test_the_shown_winner_of_ten_equal_rows_is_as_good_as_it_looks():

@@ -14,11 +14,11 @@ from raysweep.images.cache_files import write_rows
 from raysweep.images.features import feature_table
 from raysweep.images.pixels import write_pixels
 from raysweep.images.rows import Draws
+from raysweep.training import bias_correction
 from raysweep.training.bias_correction import unpack_row_losses
 from raysweep.training.checkpoint import load_checkpoint
 from raysweep.training.loop import evaluate_classifier
 from raysweep.training.population import train_population
-from raysweep.worker import train as module
 from raysweep.worker.inputs import build_classifier, feature_set, load_heads, pixel_set, subsets_of
 from raysweep.worker.job import EpochReport, StudySpec, TrainLoopConfig, from_tune
 from raysweep.worker.train import train_worker
@@ -77,7 +77,7 @@ def check_row_losses(result, num_rows):
 
 def test_the_losses_of_many_rows_are_those_of_evenly_spaced_ones(probe_job, monkeypatch):
     whole = run(probe_job, *TRIALS)
-    monkeypatch.setattr(module, "MAX_ROWS", 4)
+    monkeypatch.setattr(bias_correction, "MAX_ROWS", 4)
     for one, other in zip(whole, run(probe_job, *TRIALS), strict=True):
         losses, fewer = (unpack_row_losses(result.row_losses)[1] for result in (one, other))
         # Both draws of three rows share the room.
