@@ -123,7 +123,7 @@ def test_the_optimism_of_a_search_is_what_is_shown_less_what_it_is_worth(metric)
 
 def test_luck_falls_with_the_root_of_the_rows(monkeypatch):
     monkeypatch.setattr(bias_correction, "MAX_ROWS", 90)
-    packed, hits, losses = tables(8, 90)
+    packed, _hits, losses = tables(8, 90)
     best = int(losses.mean(1).argmin())
     kept = kept_positions(np.arange(360)[None])
     assert kept.tolist() == list(range(0, 360, 4))
