@@ -55,7 +55,7 @@ def _leaderboard(run: RunFiles) -> list[str]:
         *lines,
         "",
         "= may be the best: no other is better on test (all pairs compared at once, 95 %); "
-        "\\* recommended: of those that cost about the least, the best on validation",
+        "\\* recommended: of those, the best on validation that costs at most twice the least",
     ]
 
 

@@ -278,7 +278,7 @@ def _legend(rows: Sequence[Row]) -> list[str]:
         lines += [f"always naming the largest class has accuracy {share:.3f}", "macro F1 counts every class alike"]
     if any(len(section) > 1 for section in _by_shots(rows)):
         lines.append("= may be the best: no other is better on test (all pairs compared at once, 95 %)")
-        lines.append("* recommended: of those that cost about the least, the best on validation")
+        lines.append("* recommended: of those, the best on validation that costs at most twice the least")
     if any(row.val_accuracy_corrected is not None for row in rows):
         lines.append("val: accuracy, without the luck of having been the best of many trials")
     if num_folds := _num_folds(rows):

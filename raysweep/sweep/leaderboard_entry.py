@@ -169,7 +169,9 @@ class BaselineEntry(LeaderboardEntry):
         if self.failure or outcome is None or outcome.checkpoint is None:
             return
         if starts_a_study(self.state, self.config) and signature_of_file(start) is not None:
-            offer_head(self.state, self.config, start, outcome.validation)
+            # Its weights depend on these alone; their last bits also on the number of threads.
+            inputs = [*identity(self.state, self.config, self.cache, self.draws), self.state.near_copies]
+            offer_head(self.state, self.config, start, outcome.validation, signature(inputs))
 
     @property
     def spec(self) -> StudySpec:

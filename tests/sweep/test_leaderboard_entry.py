@@ -20,7 +20,7 @@ from raysweep.sweep.state import StartHead
 from raysweep.sweep.study import open_study
 from raysweep.training.evaluation import evaluate_test
 from raysweep.training.intervals import FoldEstimate
-from raysweep.worker.inputs import START_HEAD, save_heads
+from raysweep.worker.inputs import START_HEAD, load_heads, save_heads
 from raysweep.worker.job import BaselineFit
 
 JOB = make_job()
@@ -210,6 +210,30 @@ def test_a_baseline_is_made_again_if_fine_tuning_may_start_from_a_head_that_is_l
     (baseline.folder / START_HEAD).unlink()
     state = open_state(modes=modes)
     assert baseline_of(state, "ridge").is_settled is is_settled
+
+
+def test_fine_tuning_stays_the_same_study_if_its_start_is_fitted_again_with_other_last_bits(open_state):
+    keys = []
+    for change in (0.0, 1e-6):
+        state = open_state(**WITH_FINE_TUNE)
+        baseline = settled_with_start(state, 0.3)
+        (head,), _ = load_heads(baseline.folder / START_HEAD)
+        head.weight.data += change
+        save_heads(baseline.folder / START_HEAD, [head], "pooled", {})
+        baseline.offer_start()
+        keys.append(open_study(state, state.experiment.studies()[1], CACHE).key)
+    assert keys[0] == keys[1]
+
+
+def test_a_baseline_whose_head_is_lost_or_that_failed_now_offers_none(open_state):
+    state = open_state(**WITH_FINE_TUNE)
+    baseline = settled_with_start(state, 0.3)
+    baseline.failure = "ridge: its test failed"
+    baseline.offer_start()
+    baseline.failure = None
+    (baseline.folder / START_HEAD).unlink()
+    baseline.offer_start()
+    assert state.start_heads == {}
 
 
 def test_a_baseline_without_a_head_offers_none(open_state):
