@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,15 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class NearCopies:
-    """Images of one split that have a near copy in train."""
+    """Images that look the same, from `near_copies.json`.
 
-    split: str
-    num_checked: int
-    num_images: int
-    pairs: tuple[tuple[str, str], ...]
+    Attributes:
+        leaks: by split, pairs of an image and its copy in train.
+        conflicts: pairs of images and their different classes: image, class, other image, its class.
+    """
+
+    leaks: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    conflicts: Sequence[tuple[str, str, str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class RunFiles:
         trials: trials by study.
         predictions: predictions by study.
         thumbnails: JPEG files by row id.
-        near_copies: by split.
+        near_copies: images that look the same.
         experiment: the experiment as YAML, with every default, without credentials.
         missing: files that are not there, or cannot be read, with the reason.
     """
@@ -82,7 +85,7 @@ class RunFiles:
     trials: Mapping[str, list[TrialRecord]]
     predictions: Mapping[str, Predictions]
     thumbnails: Mapping[int, bytes]
-    near_copies: tuple[NearCopies, ...]
+    near_copies: NearCopies
     experiment: str
     missing: tuple[str, ...]
 
@@ -118,7 +121,9 @@ def read_run(place: str) -> RunFiles:
     trials: dict[str, list[TrialRecord]] = {}
     for trial in read(paths.trials, read_trials, []):
         trials.setdefault(trial.study, []).append(trial)
-    near_copies = read(paths.near_copies, _read_near_copies, ()) if paths.near_copies.exists() else ()
+    near_copies = NearCopies()
+    if paths.near_copies.exists():
+        near_copies = read(paths.near_copies, _read_near_copies, near_copies)
     return RunFiles(
         paths=paths,
         rows=rows,
@@ -133,7 +138,7 @@ def read_run(place: str) -> RunFiles:
 
 
 def _row(values: Mapping[str, Any]) -> Row:
-    known = {field.name for field in fields(Row)}
+    known = {column.name for column in fields(Row)}
     row = {name: value for name, value in values.items() if name in known}
     row["test_metrics"] = {
         name.removeprefix("test_"): value
@@ -173,13 +178,9 @@ def _read_thumbnails(path: Path) -> dict[int, bytes]:
     return dict(zip(table["row_id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
 
 
-def _read_near_copies(path: Path) -> tuple[NearCopies, ...]:
-    return tuple(
-        NearCopies(
-            split,
-            found["num_checked"],
-            found["num_images"],
-            tuple((pair["image"], pair["train_image"]) for pair in found["pairs"]),
-        )
-        for split, found in read_json(path)["splits"].items()
+def _read_near_copies(path: Path) -> NearCopies:
+    found = read_json(path)
+    return NearCopies(
+        {split: [(pair["image"], pair["train_image"]) for pair in pairs] for split, pairs in found["leaks"].items()},
+        [(one["image"], one["class"], other["image"], other["class"]) for one, other in found["conflicts"]],
     )

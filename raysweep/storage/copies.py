@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -303,6 +304,9 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise RaysweepError(f"{location(path)}: the storage cannot be used ({reason})") from error
 
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # the names that `replacing` gives
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a new, empty file beside `path`. It replaces `path` at the end, or is deleted after an error.
@@ -326,6 +330,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what processes that were killed within `replacing` have left in a folder and its subfolders."""
+    for path in folder.rglob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def is_disk_full(error: BaseException) -> bool:

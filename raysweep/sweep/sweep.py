@@ -21,7 +21,7 @@ from raysweep.images.splits import SPLITS
 from raysweep.results.leaderboard import uneven_warning
 from raysweep.results.progress import Progress
 from raysweep.results.recorder import start_recorder
-from raysweep.storage.copies import in_a_job, is_bucket
+from raysweep.storage.copies import in_a_job, is_bucket, remove_temporaries
 from raysweep.storage.paths import SweepPaths, write_atomically
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run_sweep(experiment: Experiment, progress: Progress, verbose: bool = False)
         check_resources(experiment.resources, local_resources())
     with ExitStack() as stack:
         stack.enter_context(only_sweep_in(paths.root))
+        remove_temporaries(paths.root)
         paths.fetch()
         # Both start while torch is imported and the images are read: MLflow always, Ray only if it is surely needed.
         ray = RaySession(verbose, lambda present: describe_resources(present, progress))

@@ -9,6 +9,7 @@ from raysweep.report.page import render_page
 from raysweep.report.report import write_report
 from raysweep.report.run_files import read_run
 from raysweep.results.sweep_record import read_record, write_record
+from raysweep.storage.paths import write_json
 
 VOID = {"meta", "br", "img", "link"}
 
@@ -47,6 +48,20 @@ class Page(HTMLParser):
 def page_of(paths):
     write_report(str(paths.root))
     return Page(paths.report_html.read_text())
+
+
+def test_near_copies_and_their_labels_are_told(tmp_path):
+    paths = make_run(tmp_path)
+    assert "near copy" not in page_of(paths).text
+    pair = {"image": "t/<b>.png", "train_image": "r/b.png"}
+    one, other = ({"image": f"{name}.png", "split": "train", "class": name} for name in ("cat", "dog"))
+    found = {"leaks": {"test": [pair, pair], "validation": []}, "conflicts": [[one, other]]}
+    write_json(paths.near_copies, found)
+    text = page_of(paths).text
+    assert "2 test images have a near copy in train, such as t/<b>.png and r/b.png." in text
+    assert "Near copies have different labels, 1 time, such as cat.png (cat) and dog.png (dog)." in text
+    assert "validation images have a near copy" not in text
+    assert "Left out" not in text
 
 
 def test_the_first_screen_answers(tmp_path):

@@ -39,6 +39,7 @@ from raysweep.storage.copies import (
     on_every_node,
     publish,
     remove,
+    remove_temporaries,
     replacing,
     upload,
     written,
@@ -140,6 +141,18 @@ def test_a_folder_is_made_what_the_bucket_has(bucket, on_node):
     assert files_in(folder) == [".lock", "other.txt", "rows-0.parquet", "rows-1.parquet"]
     assert fetch_folder(folder)[-1] == "sub/manifest.json"
     assert (folder / "sub" / "manifest.json").read_text() == "sub/manifest.json"
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    with replacing(tmp_path / "study" / "result.json") as temporary:
+        left = temporary
+    left.write_text("half of it")
+    names = (".lock", "result.json", "study/.hidden", ".result.json.0123abcg", ".0123abcd")
+    for name in names:
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path)
+    assert not left.exists()
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_a_published_folder_replaces_the_one_before(bucket, on_node):
