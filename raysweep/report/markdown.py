@@ -83,7 +83,7 @@ def _reproduce(run: RunFiles) -> list[str]:
     return [
         "## How to repeat it",
         "",
-        f"    {printable(' '.join(run.record.command))}",
+        f"    {printable(run.record.command_line)}",
         "",
         escaped(f"seed {run.record.seed}; {versions}"),
     ]

@@ -99,14 +99,20 @@ def read_run(place: str) -> RunFiles:
     """Reads the folder of a sweep, given as a path or the URI of a bucket.
 
     Raises:
-        RaysweepError: the folder has no leaderboard, or the bucket cannot be read.
+        RaysweepError: the folder has no leaderboard, it cannot be read or has no rows, or the bucket cannot be read.
     """
     storage, _, name = place.rstrip("/").rpartition("/")
     paths = SweepPaths(storage or ("/" if place.startswith("/") else "."), name)
     fetch_folder(paths.root, lambda file: file in _FILES)
     if not paths.leaderboard_json.exists():
         raise DataError(f"{place}: no leaderboard.json; expected the folder of a sweep, such as runs/quickstart")
-    rows = tuple(_row(values) for values in read_json(paths.leaderboard_json))
+    try:
+        rows = tuple(_row(values) for values in read_json(paths.leaderboard_json))
+    except (TypeError, KeyError, AttributeError) as error:
+        reason = one_line(error, 200)
+        raise DataError(f"{paths.leaderboard_json}: not a leaderboard that this version can read ({reason})") from error
+    if not rows:
+        raise DataError(f"{paths.leaderboard_json}: it has no rows; run the sweep again")
     missing: list[str] = []
 
     def read(path: Path, reader: Any, default: Any) -> Any:

@@ -39,9 +39,9 @@ def conclusion(rows: Sequence[Row]) -> str:
         return f"{describe_row(best)} has a test accuracy of {accuracy}, with {describe_setting(best.best_params)}."
     num_tied = sum(row.tied_with_best for row in section)
     if not best.tied_with_best:
-        return f"{found}, and {describe_row(chosen)} is better on test ({_accuracy(chosen)})."
+        return f"{found}, and another is better on test; recommended: {describe_row(chosen)} ({_accuracy(chosen)})."
     if num_tied == 1:
-        return f"{found}, better than that of any other on these {best.num_test:,} test images."
+        return f"{found}, and no other may be the best on these {best.num_test:,} test images."
     if chosen is best:
         others = f"{num_tied - 1} other{'s' * (num_tied > 2)}"
         told = f"cannot be told from it on {best.num_test:,} test images"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from raysweep.errors import printable
+
 CELL, MARGIN, LETTER = 34, 24, 6.5  # pixels: a cell, the space around, a letter of the labels
 MAX_LABEL = 24  # letters of a class name; the rest is cut
 
@@ -18,7 +20,8 @@ def confusion_matrix_svg(labels: Sequence[str], counts: Sequence[Sequence[int]])
         labels: class names.
         counts: counts `(num_classes, num_classes)`.
     """
-    names = [name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 1]}…" for name in labels]
+    shown = map(printable, labels)
+    names = [name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 1]}…" for name in shown]
     left = MARGIN + LETTER * max(map(len, names), default=0) + 20
     size = CELL * len(names)
     width, height = left + size + MARGIN, left + size + MARGIN

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from raysweep.results.conclusion import conclusion
 from raysweep.results.leaderboard import Row, describe_seconds, describe_setting
 
-MAX_ROWS = 20  # the tag that holds the description has at most 5,000 characters
+# The tag that holds the description has at most 5,000 characters.
+MAX_ROWS, MAX_TABLE = 20, 3500
 
 
 def sweep_description(rows: Sequence[Row]) -> str:
@@ -19,17 +21,21 @@ def sweep_description(rows: Sequence[Row]) -> str:
     table = [
         "| | encoder | mode | shots | setting | test accuracy [95 %] | train time |",
         "|---|---|---|---|---|---|---|",
-        *(_line(row) for row in rows[:MAX_ROWS]),
     ]
-    if len(rows) > MAX_ROWS:
-        table.append(f"\n{len(rows) - MAX_ROWS} more rows: `leaderboard.csv` among the artifacts.")
+    lines = [_line(row) for row in rows[:MAX_ROWS]]
+    while lines and sum(map(len, lines)) > MAX_TABLE:
+        lines.pop()
+    table += lines
+    if len(rows) > len(lines):
+        table.append(f"\n{len(rows) - len(lines)} more rows: `leaderboard.csv` among the artifacts.")
     return "\n".join(
         [
-            answer(rows),
+            f"**{_plain(conclusion(rows))}**",
             "",
             *table,
             "",
-            "`*` is the cheapest of the rows that may be the best, and recommended; `=` may be the best, too.",
+            "`=` and `*` may be the best: no other is better on test. `*` is recommended: of those, the best on "
+            "validation that costs at most twice the least.",
             "",
             "To run it again, take `experiment.resolved.yaml` from the artifacts: "
             "`raysweep run experiment.resolved.yaml`. The tags name versions and commit.",
@@ -37,28 +43,11 @@ def sweep_description(rows: Sequence[Row]) -> str:
     )
 
 
-def answer(rows: Sequence[Row]) -> str:
-    """Returns the answer in a sentence, for the rows with the most training images."""
-    first = [row for row in rows if row.shots == rows[0].shots]
-    best = first[0]
-    said = f"**{_name(best)}** is the best by validation, with test accuracy {_accuracy(best)}"
-    others = [row for row in first[1:] if row.tied_with_best]
-    if not best.tied_with_best or not others:
-        return f"{said}."
-    recommended = next((row for row in first if row.is_recommended), best)
-    advice = "it is also the cheapest of them" if recommended is best else f"the cheapest is **{_name(recommended)}**"
-    return f"{said}; not distinguishable on test from {', '.join(map(_name, others))}; {advice}."
-
-
 def _line(row: Row) -> str:
     mark = "*" if row.is_recommended else "=" * row.tied_with_best
     cells = [f"`{mark}`" if mark else "", _plain(row.encoder), f"`{row.mode}`", str(row.shots)]
     cells += [_plain(describe_setting(row.best_params)), _accuracy(row), describe_seconds(row.train_seconds)]
     return f"| {' | '.join(cells)} |"
-
-
-def _name(row: Row) -> str:
-    return f"{_plain(row.encoder)} {_plain(row.mode)}"
 
 
 def _accuracy(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class SweepRecord:
         models: exported models by study; without those whose files are not on the machine that wrote this.
         versions: versions of packages, and the git commit of the working directory, by name.
         machine: the machine that drove the sweep: operating system, CPUs and GPUs.
-        command: the command that started it.
+        command: the command that started it, word by word.
         failures: studies without a result, with the reason.
     """
 
@@ -77,6 +78,11 @@ class SweepRecord:
     machine: Mapping[str, str]
     command: tuple[str, ...]
     failures: tuple[str, ...] = ()
+
+    @property
+    def command_line(self) -> str:
+        """The command as a shell reads it."""
+        return shlex.join(self.command)
 
 
 @dataclass(frozen=True, slots=True)

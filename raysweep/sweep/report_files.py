@@ -108,9 +108,14 @@ def sweep_record(state: SweepState, entries: Sequence[LeaderboardEntry]) -> Swee
             "CPUs": str(resources.num_cpus),
             "GPUs": str(resources.num_gpus),
         },
-        command=tuple(map(hide_secrets, ["python -m raysweep.run", *sys.argv[1:]])),
+        command=tuple(map(hide_secrets, ["python", "-m", "raysweep.run", *_arguments(sys.argv[1:])])),
         failures=tuple(state.failures),
     )
+
+
+def _arguments(words: Sequence[str]) -> Sequence[str]:
+    """Returns the arguments of `python -m raysweep.run`; those of `raysweep run` begin with the command's name."""
+    return words[1:] if words[:1] == ["run"] else words
 
 
 def _model_record(folder: Path) -> ModelRecord | None:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -58,3 +59,13 @@ def test_a_report_reads_the_estimate_over_folds(tmp_path):
         "cnn-fine_tune": "0.850 [0.800, 0.900]", "dino-knn": None
     }  # fmt: skip
     assert found.missing == read_run(str(make_run(tmp_path / "plain").root)).missing
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [([], "it has no rows"), ([{"study": "a"}], "not a leaderboard"), (3, "not a leaderboard")]
+)
+def test_a_leaderboard_that_cannot_be_read_is_an_error(tmp_path, capsys, content, reason):
+    paths = make_run(tmp_path)
+    paths.leaderboard_json.write_text(json.dumps(content))
+    assert main([str(paths.root)]) == 1
+    assert f"leaderboard.json: {reason}" in capsys.readouterr().err

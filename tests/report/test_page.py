@@ -50,6 +50,14 @@ def page_of(paths):
     return Page(paths.report_html.read_text())
 
 
+def test_long_class_names_are_cut_in_the_confusion_matrix(tmp_path):
+    name = "x" * 200
+    page = Page(render_page(read_run(str(make_run(tmp_path, classes=(name, "b")).root))))
+    cells = [attributes for attributes in page.all("th") if attributes.get("title") == name]
+    assert len(cells) == 2 * 2, "two studies, and a line and a column in the matrix of each"
+    assert "x" * 23 + "…" in page.texts
+
+
 def test_near_copies_and_their_labels_are_told(tmp_path):
     paths = make_run(tmp_path)
     assert "near copy" not in page_of(paths).text

@@ -14,7 +14,7 @@ WORSE = make_row("dino-knn", test_accuracy=0.5, train_seconds=1.0)
     ("rows", "end"),
     [
         ([BEST], "cnn fine_tune has a test accuracy of 0.800 [0.610, 0.920], with lr 0.01, 4 epochs."),
-        ([replace(BEST, is_recommended=True), WORSE], "better than that of any other on these 30 test images."),
+        ([replace(BEST, is_recommended=True), WORSE], "and no other may be the best on these 30 test images."),
         ([BEST, CHEAP, WORSE], "took 10.0 s to train instead of 1 min 00 s."),
         (
             [BEST, replace(CHEAP, train_seconds=58.0)],
@@ -24,7 +24,10 @@ WORSE = make_row("dino-knn", test_accuracy=0.5, train_seconds=1.0)
             [replace(BEST, is_recommended=True), replace(CHEAP, is_recommended=False)],
             "1 other cannot be told from it on 30 test images, and none takes less than half of its time to train.",
         ),
-        ([replace(BEST, tied_with_best=False), CHEAP], "and dino linear_probe is better on test (0.790)."),
+        (
+            [replace(BEST, tied_with_best=False), CHEAP],
+            "and another is better on test; recommended: dino linear_probe (0.790).",
+        ),
     ],
 )
 def test_what_was_found_is_a_sentence(rows, end):

@@ -16,3 +16,8 @@ def test_names_from_the_data_are_text_and_long_ones_are_cut():
     found = texts(confusion_matrix_svg(["<script>alert(1)</script>"[:20], "x" * 100], [[1, 0], [0, 1]]))
     assert "<script>alert(1)</sc" in found
     assert max(map(len, found)) == 24
+
+
+def test_control_characters_do_not_spoil_the_picture():
+    svg = confusion_matrix_svg(["a\x00\x1b[31m", "b<\u202e"], [[1, 0], [0, 1]])
+    assert ElementTree.fromstring(svg).tag.endswith("svg")

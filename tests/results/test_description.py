@@ -1,4 +1,4 @@
-from raysweep.results.description import MAX_ROWS, answer, sweep_description
+from raysweep.results.description import MAX_ROWS, sweep_description
 from raysweep.results.leaderboard import Row
 
 
@@ -12,18 +12,19 @@ def make_row(study, accuracy, encoder="dinov2", mode="linear_probe", **more):
     )  # fmt: skip
 
 
-def test_the_answer_names_the_best_its_ties_and_the_cheapest_of_them():
+def test_the_description_begins_with_the_conclusion_of_the_sweep():
     best = make_row("a", 0.953, mode="fine_tune", tied_with_best=True)
     probe = make_row("b", 0.948, tied_with_best=True, is_recommended=True)
-    said = answer([best, probe, make_row("c", 0.8, mode="knn")])
-    assert "**dinov2 fine\\_tune** is the best by validation, with test accuracy 0.953 [0.903, 1.003]" in said
-    assert "not distinguishable on test from dinov2 linear\\_probe; the cheapest is **dinov2 linear\\_probe**" in said
-    assert "knn" not in said
+    said = sweep_description([best, probe]).splitlines()[0]
+    assert said.startswith("**dinov2 fine\\_tune is first on validation; its test accuracy is 0.953")
+    assert "dinov2 linear\\_probe (0.948) cannot be told from it on 100 test images" in said
 
 
-def test_a_best_row_without_ties_stands_alone():
-    said = answer([make_row("a", 0.9, tied_with_best=True, is_recommended=True), make_row("b", 0.5)])
-    assert said.endswith("[0.850, 0.950].")
+def test_long_names_do_not_cut_off_how_to_run_it_again():
+    text = sweep_description([make_row(str(n), 0.5, encoder="x" * 300) for n in range(25)])
+    assert len(text) < 5000
+    assert "To run it again" in text
+    assert "more rows" in text
 
 
 def test_the_description_has_a_line_a_row_and_escapes_names():

@@ -1,5 +1,6 @@
 import io
 import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from states import make_state, text_of
 from raysweep.results.sweep_record import TrialRecord, read_record, read_trials, write_trials
 from raysweep.storage.test_rows import read_test_rows, write_test_rows
 from raysweep.sweep import report_files
+from raysweep.sweep.report_files import sweep_record
 from raysweep.worker.job import TrialResult
 
 
@@ -102,3 +104,10 @@ def test_a_report_that_cannot_be_made_ends_no_sweep(tmp_path, monkeypatch, error
 @pytest.mark.parametrize("most", [0, 2, 100])
 def test_the_most_confident_mistakes_come_first(most):
     assert report_files.most_confident_mistakes(make_test_rows(), most).tolist() == [29, 28, 27, 26, 25, 24][:most]
+
+
+@pytest.mark.parametrize("words", [["x.yaml", "--set", "a=[1, 2]"], ["run", "x.yaml", "--set", "a=[1, 2]"]])
+def test_the_command_can_be_pasted(monkeypatch, tmp_path, words):
+    monkeypatch.setattr(sys, "argv", ["raysweep", *words])
+    record = sweep_record(make_state(tmp_path), [])
+    assert record.command_line == "python -m raysweep.run x.yaml --set 'a=[1, 2]'"
