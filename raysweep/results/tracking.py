@@ -209,13 +209,17 @@ class Tracker:
         if parent_key not in self._children:
             level = "tags.`raysweep.level` = 'sweep'"
             where = f"tags.`{PARENT}` = '{parent}'" if parent else level
-            self._children[parent_key], token = {}, None
+            found, token = [], None
             while True:
                 page = self.client.search_runs([self.experiment_id], where, max_results=1000, page_token=token)
-                self._children[parent_key] |= {run.data.tags[KEY]: run for run in page if KEY in run.data.tags}
+                found += [run for run in page if KEY in run.data.tags]
                 token = page.token
                 if not token:
                     break
+            # A run that was to replace another, which is still there: the process was killed, and it is done again.
+            ids = {run.info.run_id for run in found}
+            kept = [run for run in found if run.data.tags.get(REPLACES) not in ids]
+            self._children[parent_key] = {run.data.tags[KEY]: run for run in kept}
         return self._children[parent_key]
 
     def log_once(

@@ -634,6 +634,33 @@ def test_a_better_setting_makes_a_new_run_with_the_trials_of_the_old_one(new_tra
     assert new_tracker().start_run("s", "s", "study", sweep) == (new, False)
 
 
+@pytest.mark.parametrize("moment", ["log_batch", "set_tag", "delete_run"])
+def test_a_replacement_that_was_cut_off_goes_on(new_tracker, monkeypatch, moment):
+    tracker = new_tracker()
+    sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
+    old = tracker.start_run("s", "s", "study", sweep)[0]
+    tracker.log_trial(old, "s/0", "t", LoggedTrial(SETTING, ROWS, ROWS[-1], status="FINISHED"))
+    tracker.log_outcome(old, OUTCOME)
+    killed = new_tracker()
+    killed.start_run("sweep", "sweep", "sweep")
+    killed.start_run("s", "s", "study", sweep)
+
+    def die(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killed.client, moment, die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.log_outcome(old, replace(OUTCOME, params={"lr": 2}))
+    again = new_tracker()
+    again.start_run("sweep", "sweep", "sweep")
+    assert again.start_run("s", "s", "study", sweep) == (old, False), "the old run is still there"
+    new = again.log_outcome(old, replace(OUTCOME, params={"lr": 2})).run_id
+    (study,) = runs_of(again, **{"raysweep.level": "study"})
+    assert (study.info.run_id, study.data.params["lr"]) == (new, "2")
+    (trial,) = runs_of(again, **{"raysweep.level": "trial"})
+    assert trial.data.tags["mlflow.parentRunId"] == new
+
+
 def test_a_model_has_the_metrics_of_its_study_on_the_dataset_and_the_name_of_it(new_tracker, tmp_path):
     tracker = new_tracker()
     sweep = tracker.start_run("sweep", "sweep", "sweep")[0]
