@@ -115,7 +115,7 @@ def build_package(
         files[inside] = experiment_file
     if "raysweep/__init__.py" not in files:
         folder = Path(raysweep.__file__).parent
-        modules = [name for name in local_files(str(folder)) if name.endswith((".py", ".typed"))]
+        modules = [name for name in local_files(str(folder)) if name.endswith((".py", ".typed", ".jinja"))]
         files |= {f"raysweep/{name}": folder / name for name in modules}
     settings = []
     for local in data_and_weights:

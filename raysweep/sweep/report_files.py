@@ -61,7 +61,7 @@ def make_report(state: SweepState, entries: Sequence[LeaderboardEntry]) -> None:
         command = [sys.executable, "-m", "raysweep.report", location(paths.root), "--quiet"]
         made = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_REPORT, check=False)
         if made.returncode:
-            raise RaysweepError(one_line(made.stderr, 500))
+            raise RaysweepError(one_line(made.stderr.strip().rpartition("\n")[2], 500))
     except Exception as error:  # whatever it is, the results are there, and the leaderboard has to be shown
         state.progress.warn(
             f"no report could be made: {one_line(error, 500)}; 'raysweep report {location(paths.root)}' tries again"

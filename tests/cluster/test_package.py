@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import raysweep
 from raysweep.cluster import package as packages
 from raysweep.cluster.package import build_package, requirements
 from raysweep.cluster.packing_rules import follow_links, reason_of_name
@@ -64,7 +65,9 @@ def test_gitignored_files_stay_here(project):
 
 def test_raysweep_itself_goes_along_and_can_be_run(project, tmp_path):
     names, _, _ = project()
-    assert {"raysweep/run.py", "raysweep/training/loop.py"} <= names
+    package = Path(raysweep.__file__).parent
+    whole = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert {name for name in whole if "__pycache__" not in name} <= names
     assert not [name for name in names if "__pycache__" in name]
     zipfile.ZipFile(tmp_path / "package.zip").extractall(tmp_path / "node")
     code = "import raysweep; print(raysweep.__file__)"
