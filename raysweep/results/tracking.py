@@ -33,6 +33,7 @@ METRICS_PER_BATCH = 800  # the server allows 1,000 of all, and of these 100 para
 MAX_TAG_LENGTH = 5_000  # the server's limit
 REPLACES = "raysweep.replaces"  # of a study's run: id of the run with an earlier best setting
 OUTCOME = "raysweep.outcome"  # of a study's run: signature of the outcome that is logged completely
+LOGGED_MODEL = "raysweep.logged_model"  # of a study's run: signature of the outcome that is being logged, and its model
 # Without this tag, the UI shows its pages for language models first.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 SOURCE_TAGS = {"mlflow.source.name": "raysweep", "mlflow.source.type": "LOCAL"}
@@ -333,7 +334,12 @@ class Tracker:
         if outcome.model is not None:
             model = local_path(outcome.model)
             fetch_folder(model)
-            model_uri = log_model(self.client, run_id, model, outcome.classes, outcome.name)
+            # A kill after this must not lead to a second model, to which all metrics would be logged again.
+            logged, _, earlier_uri = run.data.tags.get(LOGGED_MODEL, "").partition(" ")
+            model_uri = earlier_uri if logged == content else None
+            if model_uri is None:
+                model_uri = log_model(self.client, run_id, model, outcome.classes, outcome.name)
+                self.log_once(run_id, {}, {LOGGED_MODEL: f"{content} {model_uri}"})
         self.log_metrics(run_id, outcome.metrics, model_uri.removeprefix(PREFIX) if model_uri else None)
         # Last, because this tag says that nothing is missing.
         self.log_once(run_id, {}, {**outcome.tags, **({MODEL_URI: model_uri} if model_uri else {}), OUTCOME: content})
