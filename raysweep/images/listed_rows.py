@@ -12,6 +12,11 @@ import pyarrow as pa
 from raysweep.images.texts import Texts
 
 
+def image_name(path: str, position: int) -> str:
+    """Returns how a person is told of an image: its path, and its row where the path is that of a Parquet file."""
+    return path if position < 0 else f"{path} row {position}"
+
+
 class Row(NamedTuple):
     """One image as its source lists it.
 
@@ -37,7 +42,7 @@ class Row(NamedTuple):
     @property
     def source(self) -> str:
         """Where the row was found, for messages."""
-        return self.path if self.position < 0 else f"{self.path} row {self.position}"
+        return image_name(self.path, self.position)
 
 
 class Values(Sequence[Any]):

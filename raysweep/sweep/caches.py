@@ -213,11 +213,12 @@ def _processes(
     """Returns the processes that encode on CPUs: on one machine with many of them, the fastest by measurement."""
     nodes = [(num_cpus, memory) for num_cpus, memory in cpus_and_memory_by_node() if num_cpus]
     cpus, memory = [num_cpus for num_cpus, _ in nodes], [free for _, free in nodes]
-    if not joins_cluster():
+    on_cluster = joins_cluster()
+    if not on_cluster:
         cpus = [local_resources().num_cpus]  # Ray has more than there are on a machine with one
     num_bytes = bytes_of_process([state.encoder(config).model for config in encoded])
-    fitting = choose_processes(cpus, memory, num_bytes, joins_cluster())
-    if joins_cluster():
+    fitting = choose_processes(cpus, memory, num_bytes, on_cluster)
+    if on_cluster:
         return fitting
     features = [request for request in requests if isinstance(request, FeatureRequest)]
     return fastest_processes(features, fitting, cpus[0], len(state.index.table), state.progress.say)

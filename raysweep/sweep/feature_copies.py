@@ -20,6 +20,7 @@ from raysweep.images.feature_copies import (
     spread,
 )
 from raysweep.images.features import HALF_BYTES, load_features
+from raysweep.images.listed_rows import image_name
 from raysweep.images.splits import Split
 from raysweep.storage.paths import read_json, signature, write_json
 from raysweep.sweep.state import SweepState
@@ -77,7 +78,7 @@ def _check(state: SweepState, config: StudyConfig, cache: Cache) -> dict[str, An
 
     def name_of(row_id: int) -> str:
         place = int(np.searchsorted(row_ids, row_id))
-        return paths[place] if positions[place] < 0 else f"{paths[place]} row {positions[place]}"
+        return image_name(paths[place], positions[place])
 
     splits: dict[str, Any] = {}
     for split in CHECKED:

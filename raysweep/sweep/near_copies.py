@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raysweep.errors import DataError
 from raysweep.images.image_hashes import METHOD, hashes_file, read_hashes
+from raysweep.images.listed_rows import image_name
 from raysweep.images.near_copies import (
     Groups,
     describe_conflicts,
@@ -80,7 +81,7 @@ def _described_rows(state: SweepState, groups: Groups) -> dict[int, dict[str, st
     rows = table.filter(pa.array(np.isin(table["row_id"].to_numpy(), wanted))).to_pylist()
     return {
         row["row_id"]: {
-            "image": row["path"] if row["position"] < 0 else f"{row['path']} row {row['position']}",
+            "image": image_name(row["path"], row["position"]),
             "split": row["split"],
             "class": state.index.classes[row["label"]],
         }

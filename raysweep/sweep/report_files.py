@@ -18,6 +18,7 @@ from raysweep.cluster.resources import local_resources
 from raysweep.errors import DataError, RaysweepError, hide_secrets, one_line
 from raysweep.images.decode import decode_image
 from raysweep.images.image_bytes import read_image_bytes
+from raysweep.images.listed_rows import image_name
 from raysweep.results.environment import environment_tags
 from raysweep.results.model import WEIGHTS
 from raysweep.results.sweep_record import (
@@ -190,7 +191,7 @@ def _names_of(state: SweepState, row_ids: np.ndarray) -> list[str]:
     """Returns for each image its path, and its row where the path is that of a table."""
     lines = _lines_of(state, row_ids).select(["path", "position"]).to_pydict()
     pairs = zip(lines["path"], lines["position"], strict=True)
-    return [path if position < 0 else f"{path} row {position}" for path, position in pairs]
+    return [image_name(path, position) for path, position in pairs]
 
 
 def _write_thumbnails(state: SweepState, tested: Mapping[str, TestRows]) -> None:
